@@ -1,0 +1,28 @@
+# `make train` and `make test` set up what they need; the second run starts at once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint clean
+
+help:             ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+.venv/installed: setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+train: .venv/installed  ## train on drawn faces; more options: make train ARGS="--amp --max-steps 500"
+	$(BIN)/python -m bvae.train $(ARGS)
+
+test: .venv/installed   ## the fast tests; the slow ones too, as CI: make test ARGS='-m "not gpu"'
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed   ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:            ## remove the environment and caches; runs/ and data/ stay
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

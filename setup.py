@@ -1,0 +1,37 @@
+"""Install bvae. `kernels/` and `pipelines/` are plain folders, installed inside the package as
+`bvae.kernels` and `bvae.pipelines`, so that the project never shadows other packages of those names."""
+
+from setuptools import setup
+
+setup(
+    name="bvae",
+    version="0.1.0",
+    description="A fast beta-VAE trainer with fused Triton losses",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["bvae", "bvae.kernels", "bvae.pipelines"],
+    package_dir={"bvae.kernels": "kernels", "bvae.pipelines": "pipelines"},
+    package_data={"bvae": ["presets/*.yaml"]},
+    install_requires=[
+        "torch>=2.11",  # the model, autograd and torch.compile; 2.11 is the oldest release tested
+        "torchvision>=0.26",  # JPEG and PNG decoding, antialiased resizing; the release that goes with torch 2.11
+        "triton>=3.6; sys_platform == 'linux'",  # the fused kernels; the release that goes with torch 2.11
+        "numpy>=1.26",  # the batched image writer and TensorBoard speak it
+        "pillow>=10",  # decodes what torchvision refuses (CMYK, palettes); writes PNG grids, labels and GIFs
+        "pyyaml>=6",  # run configurations and the PyTorch-VAE dialect
+        "tyro>=1.0",  # one dataclass gives the command line, its types and its help
+        "tensorboard>=2.16",  # the event writer behind torch.utils.tensorboard
+        "safetensors>=0.4",  # weights without pickle
+        "tqdm>=4.66",  # progress bars with rate and ETA
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8",  # the tests
+            "scipy>=1.11",  # statistical tests of the noise
+            "ruff>=0.6",  # lint and format
+            "mypy>=1.11",  # types of the public API
+            "types-PyYAML",  # stubs for mypy
+            "types-tqdm",
+        ],
+    },
+)
