@@ -1,0 +1,237 @@
+"""The public operations: check the arguments, draw the seed, run the kernel or the reference."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from bvae import reference
+from bvae.kernels import noise
+from bvae.reference import Activation, Likelihood, LossTerms, Reduction
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_DIMS = 5  # the batch and up to four more
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_describe(tensor)}")
+
+
+def _check_pair(mu: Tensor, log_var: Tensor) -> None:
+    _check_float("mu", mu)
+    _check_float("log_var", log_var)
+    if not 2 <= mu.dim() <= _MAX_DIMS:
+        raise ValueError(f"mu must be [B, ...] with one to four more dimensions, got {_describe(mu)}")
+    if mu.shape != log_var.shape:
+        raise ValueError(f"log_var must have mu's shape {list(mu.shape)}, got {_describe(log_var)}")
+    if mu.device != log_var.device:
+        raise ValueError(f"log_var must be on mu's device {mu.device}, got {_describe(log_var)}")
+
+
+def _check_clamp(clamp: tuple[float, float] | None) -> None:
+    if clamp is not None and not (len(clamp) == 2 and clamp[0] < clamp[1]):
+        raise ValueError(f"clamp must be (low, high) with low < high, got {clamp}")
+
+
+def _counter(name: str, value: Tensor | int, device: torch.device) -> Tensor:
+    """A seed or step as the 0-d int64 tensor that the kernels read."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int64 tensor or a Python int, got {_describe(value)}")
+        if value.dim() != 0 or value.device != device:
+            raise ValueError(f"{name} must be a 0-d tensor on {device}, got {_describe(value)}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name} must be an int64 tensor or a Python int, got {type(value).__name__} {value!r}"
+        )
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def reparam_kl(
+    mu: Tensor,
+    log_var: Tensor,
+    *,
+    seed: Tensor | int | None = None,
+    step: Tensor | int | None = None,
+    clamp: tuple[float, float] | None = None,
+    per_dim: bool = False,
+) -> tuple[Tensor, ...]:
+    """Draw z ~ N(mu, exp(log_var)) and measure KL(N(mu, exp(log_var)) || N(0, I)).
+
+        z = mu + exp(log_var / 2) * eps,    KL = 0.5 * (mu^2 + exp(log_var) - 1 - log_var)
+
+    The noise eps is a function of (seed, step, sample, element): `bvae.kernels.noise`. Nothing of it is stored on
+    a GPU; the backward pass draws it again.
+
+    Args:
+        mu, log_var: `[B, ...]` with one to four more dimensions, one shape and device, any strides; float32,
+            bfloat16, float16, or float64, which runs the reference.
+        seed: 0-d int64 tensor on mu's device, or an int, which a captured graph freezes. None draws one from
+            torch's generator, so that `torch.manual_seed` reproduces and each call differs.
+        step: 0-d int64 tensor on mu's device, or an int: one seed with another step is other noise. None is 0.
+        clamp: (low, high) bounds of log_var, outside which its gradient is zero; diffusers uses (-30, 20).
+        per_dim: also return the batch's mean KL of each dimension.
+
+    Returns:
+        z of mu's shape and dtype; kl `[B]` float32, nats per sample, summed over all other dimensions; with
+        `per_dim`, the mean KL per dimension, float32 of shape mu.shape[1:], nats. float64 gives float64.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its shape and what was expected.
+    """
+    _check_pair(mu, log_var)
+    _check_clamp(clamp)
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=mu.device)
+    seed = _counter("seed", seed, mu.device)
+    step = None if step is None else _counter("step", step, mu.device)
+    eps = noise.normal(mu.shape, seed, step)
+    z, kl, kl_per_dim = reference.reparam_kl(mu, log_var, eps, clamp=clamp)
+    return (z, kl, kl_per_dim) if per_dim else (z, kl)
+
+
+def gaussian_kl(mu: Tensor, log_var: Tensor, *, clamp: tuple[float, float] | None = None) -> Tensor:
+    """KL(N(mu, exp(log_var)) || N(0, I)) per sample, `[B]` float32 in nats: `reparam_kl` without the sample."""
+    _check_pair(mu, log_var)
+    _check_clamp(clamp)
+    return reference.reparam_kl(mu, log_var, torch.zeros_like(mu), clamp=clamp)[1]
+
+
+def _as_recon(target: Tensor, recon: Tensor) -> Tensor:
+    """`target` as a view of recon's shape: as it is, or from channels last if only that fits."""
+    if target.shape == recon.shape:
+        return target
+    if target.dim() == 4 and target.permute(0, 3, 1, 2).shape == recon.shape:
+        return target.permute(0, 3, 1, 2)
+    expected = f"recon's shape {list(recon.shape)}"
+    if recon.dim() == 4:
+        expected += f" or, channels last, {list(recon.permute(0, 2, 3, 1).shape)}"
+    raise ValueError(f"target must have {expected}, got {_describe(target)}")
+
+
+def check_objective(
+    likelihood: Likelihood, activation: Activation, reduction: Reduction, decoder_variance: float
+) -> None:
+    """Raise ValueError for a combination of options that no objective has."""
+    if likelihood not in ("gaussian", "bernoulli"):
+        raise ValueError(f"likelihood must be 'gaussian' or 'bernoulli', got {likelihood!r}")
+    if activation not in (None, "tanh", "sigmoid"):
+        raise ValueError(f"activation must be None, 'tanh' or 'sigmoid', got {activation!r}")
+    if likelihood == "bernoulli" and activation is not None:
+        raise ValueError(f"a bernoulli likelihood takes logits: activation must be None, got {activation!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if not (decoder_variance > 0 and math.isfinite(decoder_variance)):
+        raise ValueError(f"decoder_variance must be positive, got {decoder_variance}")
+
+
+def check_capacity(max_capacity: float, capacity_iters: int) -> None:
+    """Raise ValueError for a capacity schedule that divides by zero or shrinks below it."""
+    if not (max_capacity >= 0 and math.isfinite(max_capacity)):
+        raise ValueError(f"max_capacity must be at least 0 nats, got {max_capacity}")
+    if capacity_iters < 1:
+        raise ValueError(f"capacity_iters must be at least 1 step, got {capacity_iters}")
+
+
+def _check_loss_inputs(recon: Tensor, target: Tensor, kl: Tensor) -> Tensor:
+    """Check, and return the target as a view of recon's shape."""
+    _check_float("recon", recon)
+    _check_float("kl", kl)
+    if not 2 <= recon.dim() <= _MAX_DIMS:
+        raise ValueError(f"recon must be [B, ...] with one to four more dimensions, got {_describe(recon)}")
+    if target.dtype != torch.uint8 and target.dtype not in _FLOATS:
+        raise TypeError(f"target must be uint8 or floating point, got {_describe(target)}")
+    target = _as_recon(target, recon)
+    if target.device != recon.device:
+        raise ValueError(f"target must be on recon's device {recon.device}, got {_describe(target)}")
+    if kl.shape != recon.shape[:1] or kl.device != recon.device:
+        raise ValueError(
+            f"kl must be [{recon.shape[0]}] on {recon.device}, one number per image, got {_describe(kl)}"
+        )
+    return target
+
+
+def _check_probabilities(target: Tensor) -> None:
+    """Raise for a Bernoulli target outside [0, 1] where looking costs no synchronisation: eager, on a CPU."""
+    if torch.compiler.is_compiling() or target.device.type != "cpu" or not target.is_floating_point():
+        return
+    if target.numel() and (target.min() < 0 or target.max() > 1):
+        low, high = target.min().item(), target.max().item()
+        raise ValueError(
+            f"target of a bernoulli likelihood must lie in [0, 1], got values from {low:.6g} to {high:.6g} in "
+            f"{_describe(target)}"
+        )
+
+
+def vae_loss(
+    recon: Tensor,
+    target: Tensor,
+    kl: Tensor,
+    *,
+    kl_weight: float = 1.0,
+    step: Tensor | int | None = None,
+    max_capacity: float = 25.0,
+    capacity_iters: int = 10_000,
+    likelihood: Likelihood = "gaussian",
+    activation: Activation = None,
+    reduction: Reduction = "mean",
+    decoder_variance: float = 0.5,
+) -> LossTerms:
+    """The beta-VAE's objective, Higgins et al. (2017), or with `step` the capacity objective, Burgess et al. (2018).
+
+        loss = recon + kl_weight * kld                  kld = mean of kl over the batch
+        loss = recon + kl_weight * |kld - C|            C = clamp(max_capacity / capacity_iters * step, 0, max_capacity)
+
+    The reconstruction term, up to a constant the negative log-likelihood of an image in nats, is
+
+        gaussian     sum of (activation(recon) - target)^2 / (2 * decoder_variance)
+        bernoulli    sum of the binary cross-entropy of target with the logits recon
+
+    averaged over the batch (`reduction="sum"`) and, for `"mean"`, over the elements of an image too: with the
+    default variance of 1/2 that is the mean squared error.
+
+    Args:
+        recon: `[B, ...]` with one to four more dimensions, any strides, floating point. The decoder's output: raw
+            with `activation`, else already activated; logits for `bernoulli`.
+        target: floating point in the decoder's range, or uint8, which is scaled to it: [0, 1] for `bernoulli` or
+            `activation="sigmoid"`, else [-1, 1] (`bvae.reference.pixel_range`). recon's shape with any strides, or
+            `[B, H, W, C]` for recon `[B, C, H, W]`; a shape that fits both ways is read as `[B, C, H, W]`.
+        kl: `[B]` floating point, nats per image.
+        kl_weight: the factor of the KL term: beta or gamma, times M/N where the reconstruction is a mean.
+        step: 0-d int64 tensor on recon's device, or an int, which a captured graph freezes: the training step,
+            1 on the first. None is the objective without a capacity.
+        max_capacity, capacity_iters: C's last value in nats, and the step that reaches it.
+
+    Returns:
+        `LossTerms`, 0-d float32 tensors; loss, recon and kld are differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its shape and what was expected. A float target outside [0, 1]
+        for `bernoulli` raises on a CPU in eager mode; elsewhere, where looking would stop the device, the loss is NaN.
+    """
+    check_objective(likelihood, activation, reduction, decoder_variance)
+    check_capacity(max_capacity, capacity_iters)
+    target = _check_loss_inputs(recon, target, kl)
+    if likelihood == "bernoulli":
+        _check_probabilities(target)
+    return reference.vae_loss(
+        recon,
+        target,
+        kl,
+        kl_weight=kl_weight,
+        step=None if step is None else _counter("step", step, recon.device),
+        max_capacity=max_capacity,
+        capacity_iters=capacity_iters,
+        likelihood=likelihood,
+        activation=activation,
+        reduction=reduction,
+        decoder_variance=decoder_variance,
+    )

@@ -1,0 +1,118 @@
+"""The mathematics of the objective in plain PyTorch: the specification of the kernels.
+
+It runs on any device, is differentiated by autograd, and computes in float32, or in float64 if an argument is
+float64. The tests hold the kernels to it, the benchmarks measure against it, and on a CPU it is what trains.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Likelihood = Literal["gaussian", "bernoulli"]
+Activation = Literal["tanh", "sigmoid"] | None
+Reduction = Literal["mean", "sum"]
+
+
+class LossTerms(NamedTuple):
+    """The objective and its parts: 0-d tensors, float32 (float64 where an argument is)."""
+
+    loss: Tensor  # what training minimises
+    recon: Tensor  # the reconstruction term, as it enters the loss
+    kld: Tensor  # the batch's mean KL divergence, nats per image, unweighted
+    capacity: Tensor  # C in nats; 0 where the objective has none
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute in: float32, or float64 if any of `tensors` is float64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def pixel_range(likelihood: Likelihood, activation: Activation) -> tuple[float, float]:
+    """The range of the decoder's output, to which uint8 pixels are scaled.
+
+    [0, 1] for a Bernoulli likelihood or a sigmoid, else [-1, 1]: a tanh, or an output that comes activated.
+    """
+    return (0.0 if likelihood == "bernoulli" or activation == "sigmoid" else -1.0), 1.0
+
+
+def scale_pixels(images: Tensor, low: float = -1.0) -> Tensor:
+    """uint8 pixels as float32 in [low, 1], where `low` is -1 or 0: the first number of `pixel_range`.
+
+    The shift comes before the factor, so that a fused multiply-add cannot round it differently.
+    """
+    if low == 0.0:
+        return images.float() * (1 / 255)
+    return (images.float() - 127.5) * (1 / 127.5)
+
+
+def reparam_kl(
+    mu: Tensor, log_var: Tensor, eps: Tensor, *, clamp: tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A sample of N(mu, exp(log_var)) and its KL divergence to N(0, I): Kingma and Welling (2014), appendix B.
+
+        z  = mu + exp(log_var / 2) * eps
+        KL = 0.5 * (mu^2 + exp(log_var) - 1 - log_var)
+
+    Args:
+        mu, log_var: `[B, ...]`, of one shape.
+        eps: standard normal noise of that shape.
+        clamp: bounds of log_var; its gradient outside them is zero, as diffusers' posterior has it.
+
+    Returns:
+        z in mu's shape and dtype; the KL per sample, `[B]`, nats; the batch's mean KL per dimension, nats.
+    """
+    dtype = compute_dtype(mu, log_var)
+    mean, log_variance = mu.to(dtype), log_var.to(dtype)
+    if clamp is not None:
+        log_variance = log_variance.clamp(*clamp)
+    z = mean + torch.exp(0.5 * log_variance) * eps
+    kl = 0.5 * (mean * mean + torch.exp(log_variance) - 1 - log_variance)
+    return z.to(mu.dtype), kl.flatten(1).sum(1), kl.mean(0)
+
+
+def capacity_at(step: Tensor, max_capacity: float, capacity_iters: int) -> Tensor:
+    """C = clamp(max_capacity / capacity_iters * step, 0, max_capacity) in nats: Burgess et al. (2018), section 5."""
+    return (step.float() * (max_capacity / capacity_iters)).clamp(0.0, max_capacity)
+
+
+def vae_loss(
+    recon: Tensor,
+    target: Tensor,
+    kl: Tensor,
+    *,
+    kl_weight: float = 1.0,
+    step: Tensor | None = None,
+    max_capacity: float = 25.0,
+    capacity_iters: int = 10_000,
+    likelihood: Likelihood = "gaussian",
+    activation: Activation = None,
+    reduction: Reduction = "mean",
+    decoder_variance: float = 0.5,
+) -> LossTerms:
+    """The beta-VAE's objectives; `bvae.ops.vae_loss` documents the arguments.
+
+    without step: loss = recon + kl_weight * kld             Higgins et al. (2017), equation 4
+    with step:    loss = recon + kl_weight * |kld - C|       Burgess et al. (2018), equation 8
+    """
+    dtype = compute_dtype(recon, target, kl)
+    x = recon.to(dtype)
+    if target.dtype == torch.uint8:
+        y = scale_pixels(target, pixel_range(likelihood, activation)[0]).to(dtype)
+    else:
+        y = target.to(dtype)
+    if likelihood == "bernoulli":
+        if target.dtype != torch.uint8:  # a wrong target must show, also where nobody can look without a sync
+            y = torch.where((y < 0) | (y > 1), torch.nan, y)
+        error = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+    else:
+        if activation is not None:
+            x = torch.tanh(x) if activation == "tanh" else torch.sigmoid(x)
+        error = (x - y).square() / (2 * decoder_variance)
+    recon_term = error.mean() if reduction == "mean" else error.flatten(1).sum(1).mean()
+    kld = kl.to(dtype).mean()
+    if step is None:
+        return LossTerms(recon_term + kl_weight * kld, recon_term, kld, torch.zeros_like(kld))
+    capacity = capacity_at(step, max_capacity, capacity_iters).to(dtype)
+    return LossTerms(recon_term + kl_weight * (kld - capacity).abs(), recon_term, kld, capacity)

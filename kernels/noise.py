@@ -1,0 +1,87 @@
+"""Standard normal noise as a pure function of (seed, step, sample, element): Philox 4x32-10 and Box-Muller.
+
+Philox is the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+Element `j` of sample `b` takes word `j % 4` of the block with
+
+    key     = (low, high) 32 bits of seed
+    counter = (j // 4, b, low 32 bits of step, high 32 bits of step)
+
+so that the noise depends on logical indices alone: not on strides, block sizes, devices or dtypes, nor on how many
+samples stand beside this one. `j` counts the elements of one sample in row-major order of its logical shape.
+
+Every function stands here twice, once for torch and once for Triton, line by line the same arithmetic. The integers
+are equal; the normals are equal to 2 ulp, because `log`, and the compiler's choice of fused multiply-adds, round
+differently from one machine to the next. The cosine and sine are polynomials after an exact reduction of the angle
+in integers, so no library's trigonometry enters.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+_MULTIPLIER_0 = 0xD2511F53
+_MULTIPLIER_1 = 0xCD9E8D57
+_WEYL_0 = 0x9E3779B9  # added to the key after every round: the golden ratio, and sqrt(3) - 1, of 2**32
+_WEYL_1 = 0xBB67AE85
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Four pseudo-random 32-bit words per counter.
+
+    All tensors are int64 with values in [0, 2**32), of shapes that broadcast together.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product_0 = c0 * _MULTIPLIER_0  # wraps in int64; the shift's sign bits are masked off
+        product_1 = c2 * _MULTIPLIER_1
+        c0 = ((product_1 >> 32) & _MASK) ^ c1 ^ k0
+        c1 = product_1 & _MASK
+        c2 = ((product_0 >> 32) & _MASK) ^ c3 ^ k1
+        c3 = product_0 & _MASK
+        k0 = (k0 + _WEYL_0) & _MASK
+        k1 = (k1 + _WEYL_1) & _MASK
+    return c0, c1, c2, c3
+
+
+def normal_pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals (float32) from two 32-bit words: Box and Muller (1958).
+
+    The radius is sqrt(-2 log u) with u in [2**-33, 1], at most 6.77. The angle's word is split into the nearest
+    quarter turn and a rest within an eighth of a turn, where Taylor's series to x**10 are exact to float32.
+    """
+    u = radius.float() * 2.0**-32 + 2.0**-33
+    r = torch.sqrt(-2.0 * torch.log(u))
+    quarter = ((angle + 0x20000000) >> 30) & 3
+    rest = (((angle + 0x20000000) & 0x3FFFFFFF) - 0x20000000).float()
+    x = rest * (2 * math.pi * 2.0**-32)
+    x2 = x * x
+    cos = 1 + x2 * (-1 / 2 + x2 * (1 / 24 + x2 * (-1 / 720 + x2 * (1 / 40320 + x2 * (-1 / 3628800)))))
+    sin = x * (1 + x2 * (-1 / 6 + x2 * (1 / 120 + x2 * (-1 / 5040 + x2 * (1 / 362880)))))
+    odd = (quarter & 1) == 1
+    first = torch.where(odd, sin, cos)
+    second = torch.where(odd, cos, sin)
+    first = torch.where((quarter == 1) | (quarter == 2), -first, first)
+    second = torch.where(quarter >= 2, -second, second)
+    return r * first, r * second
+
+
+def normal(shape: torch.Size | tuple[int, ...], seed: Tensor, step: Tensor | None = None) -> Tensor:
+    """Standard normal noise of `shape` `[B, ...]`, float32, on the seed's device.
+
+    `seed` and `step` are 0-d int64 tensors; no step is step 0.
+    """
+    samples, elements = shape[0], math.prod(shape[1:])
+    if step is None:
+        step = torch.zeros_like(seed)
+    group = torch.arange((elements + 3) // 4, device=seed.device)[None, :]
+    sample = torch.arange(samples, device=seed.device)[:, None]
+    counter = (group, sample, step & _MASK, (step >> 32) & _MASK)
+    w0, w1, w2, w3 = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
+    noise = torch.stack((*normal_pair(w0, w1), *normal_pair(w2, w3)), dim=-1)
+    return noise.flatten(1)[:, :elements].reshape(shape)
