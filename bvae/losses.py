@@ -48,8 +48,8 @@ class _Objective(nn.Module):
             return kl, float(self.kl_weight)
         if log_var is None or recon.dim() != 4:
             raise ValueError(
-                "kl_weight='m_over_n' needs mu and log_var, whose size is M, and recon [B, C, H, W], whose H x W is "
-                f"N: got recon {list(recon.shape)} and kl {list(kl.shape)}; give kl_weight as a number instead"
+                "kl_weight='m_over_n' needs mu and log_var, whose size is M, and recon [B, C, H, W], "
+                f"whose H x W is N; got recon {list(recon.shape)} and kl {list(kl.shape)}: give a number"
             )
         return kl, math.prod(mu.shape[1:]) / math.prod(recon.shape[2:])
 
@@ -65,8 +65,8 @@ class BetaLoss(_Objective):
 
     Args:
         beta: at least 0.
-        kl_weight: 'm_over_n' is M / N, latent dimensions over pixels (H x W), to go with a mean squared error; a
-            number is taken as it is: 1 with `reduction="sum"` is the paper's objective.
+        kl_weight: 'm_over_n' is M / N, latent dimensions over pixels (H x W), to go with a mean squared
+            error; a number is taken as it is: 1 with `reduction="sum"` is the paper's objective.
         likelihood, activation, reduction, decoder_variance: see `bvae.ops.vae_loss`.
     """
 
@@ -86,7 +86,7 @@ class BetaLoss(_Objective):
         self.beta = beta
 
     def forward(self, recon: Tensor, target: Tensor, kl: Tensor, log_var: Tensor | None = None) -> LossTerms:
-        """`(recon, target, kl)` with kl `[B]`, or `(recon, target, mu, log_var)`; shapes as in `bvae.ops.vae_loss`."""
+        """`(recon, target, kl)` with kl `[B]`, or `(recon, target, mu, log_var)`: see `bvae.ops.vae_loss`."""
         kl, weight = self._kl_and_weight(recon, kl, log_var)
         return ops.vae_loss(
             recon,
@@ -106,8 +106,8 @@ class BetaLoss(_Objective):
 class CapacityLoss(_Objective):
     """loss = recon + gamma * kl_weight * |kld - C|, C rising linearly to max_capacity: Burgess et al. (2018).
 
-    The step counter `step`, 0-d int64, is part of the state_dict and counts the forward passes in training mode:
-    the first has step 1. In eval mode it stands still, and C is that of the last training step.
+    The step counter `step`, 0-d int64, is part of the state_dict and counts the forward passes in training
+    mode: the first has step 1. In eval mode it stands still, and C is that of the last training step.
 
     Args:
         gamma: at least 0.
@@ -140,7 +140,7 @@ class CapacityLoss(_Objective):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, recon: Tensor, target: Tensor, kl: Tensor, log_var: Tensor | None = None) -> LossTerms:
-        """`(recon, target, kl)` with kl `[B]`, or `(recon, target, mu, log_var)`; shapes as in `bvae.ops.vae_loss`."""
+        """`(recon, target, kl)` with kl `[B]`, or `(recon, target, mu, log_var)`: see `bvae.ops.vae_loss`."""
         kl, weight = self._kl_and_weight(recon, kl, log_var)
         if self.training:
             self.step.add_(1)

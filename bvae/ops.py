@@ -1,13 +1,18 @@
 """The public operations: check the arguments, draw the seed, run the kernel or the reference."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bvae import reference
-from bvae.kernels import noise
+from bvae.kernels import launch, noise
 from bvae.reference import Activation, Likelihood, LossTerms, Reduction
+
+if launch.AVAILABLE:
+    from bvae.kernels import capacity_loss as loss_kernel
+    from bvae.kernels import reparam_kl as latent_kernel
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_DIMS = 5  # the batch and up to four more
@@ -68,15 +73,15 @@ def reparam_kl(
 
         z = mu + exp(log_var / 2) * eps,    KL = 0.5 * (mu^2 + exp(log_var) - 1 - log_var)
 
-    The noise eps is a function of (seed, step, sample, element): `bvae.kernels.noise`. Nothing of it is stored on
-    a GPU; the backward pass draws it again.
+    The noise eps is a function of (seed, step, sample, element): `bvae.kernels.noise`. The kernel does not
+    store it; its backward pass draws it again.
 
     Args:
         mu, log_var: `[B, ...]` with one to four more dimensions, one shape and device, any strides; float32,
             bfloat16, float16, or float64, which runs the reference.
         seed: 0-d int64 tensor on mu's device, or an int, which a captured graph freezes. None draws one from
             torch's generator, so that `torch.manual_seed` reproduces and each call differs.
-        step: 0-d int64 tensor on mu's device, or an int: one seed with another step is other noise. None is 0.
+        step: 0-d int64 tensor on mu's device, or an int: another step of one seed is other noise. None is 0.
         clamp: (low, high) bounds of log_var, outside which its gradient is zero; diffusers uses (-30, 20).
         per_dim: also return the batch's mean KL of each dimension.
 
@@ -93,15 +98,22 @@ def reparam_kl(
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=mu.device)
     seed = _counter("seed", seed, mu.device)
     step = None if step is None else _counter("step", step, mu.device)
-    eps = noise.normal(mu.shape, seed, step)
-    z, kl, kl_per_dim = reference.reparam_kl(mu, log_var, eps, clamp=clamp)
+    if launch.runs_triton(mu, log_var):
+        bounds = None if clamp is None else list(clamp)
+        z, kl, kl_per_dim, _ = latent_kernel.forward(mu, log_var, seed, step, bounds, per_dim)
+    else:
+        eps = noise.normal(mu.shape, seed, step)
+        z, kl, kl_per_dim = reference.reparam_kl(mu, log_var, eps, clamp=clamp)
     return (z, kl, kl_per_dim) if per_dim else (z, kl)
 
 
 def gaussian_kl(mu: Tensor, log_var: Tensor, *, clamp: tuple[float, float] | None = None) -> Tensor:
-    """KL(N(mu, exp(log_var)) || N(0, I)) per sample, `[B]` float32 in nats: `reparam_kl` without the sample."""
+    """The KL of `reparam_kl` without the sample: `[B]` float32, nats."""
     _check_pair(mu, log_var)
     _check_clamp(clamp)
+    if launch.runs_triton(mu, log_var):
+        bounds = None if clamp is None else list(clamp)
+        return latent_kernel.forward(mu, log_var, None, None, bounds, False)[1]
     return reference.reparam_kl(mu, log_var, torch.zeros_like(mu), clamp=clamp)[1]
 
 
@@ -141,8 +153,13 @@ def check_capacity(max_capacity: float, capacity_iters: int) -> None:
         raise ValueError(f"capacity_iters must be at least 1 step, got {capacity_iters}")
 
 
-def _check_loss_inputs(recon: Tensor, target: Tensor, kl: Tensor) -> Tensor:
-    """Check, and return the target as a view of recon's shape."""
+def _check_loss(recon: Tensor, target: Tensor, kl: Tensor, objective: dict[str, Any]) -> Tensor:
+    """Check the arguments of a loss, and return the target as a view of recon's shape."""
+    likelihood = objective["likelihood"]
+    check_objective(
+        likelihood, objective["activation"], objective["reduction"], objective["decoder_variance"]
+    )
+    check_capacity(objective["max_capacity"], objective["capacity_iters"])
     _check_float("recon", recon)
     _check_float("kl", kl)
     if not 2 <= recon.dim() <= _MAX_DIMS:
@@ -156,6 +173,8 @@ def _check_loss_inputs(recon: Tensor, target: Tensor, kl: Tensor) -> Tensor:
         raise ValueError(
             f"kl must be [{recon.shape[0]}] on {recon.device}, one number per image, got {_describe(kl)}"
         )
+    if likelihood == "bernoulli":
+        _check_probabilities(target)
     return target
 
 
@@ -166,8 +185,8 @@ def _check_probabilities(target: Tensor) -> None:
     if target.numel() and (target.min() < 0 or target.max() > 1):
         low, high = target.min().item(), target.max().item()
         raise ValueError(
-            f"target of a bernoulli likelihood must lie in [0, 1], got values from {low:.6g} to {high:.6g} in "
-            f"{_describe(target)}"
+            f"target of a bernoulli likelihood must lie in [0, 1], got {_describe(target)} with values from "
+            f"{low:.6g} to {high:.6g}"
         )
 
 
@@ -185,11 +204,12 @@ def vae_loss(
     reduction: Reduction = "mean",
     decoder_variance: float = 0.5,
 ) -> LossTerms:
-    """The beta-VAE's objective, Higgins et al. (2017), or with `step` the capacity objective, Burgess et al. (2018).
+    """The beta-VAE's objective or, with `step`, the capacity objective.
 
-        loss = recon + kl_weight * kld                  kld = mean of kl over the batch
-        loss = recon + kl_weight * |kld - C|            C = clamp(max_capacity / capacity_iters * step, 0, max_capacity)
+        loss = recon + kl_weight * kld             Higgins et al. (2017), equation 4
+        loss = recon + kl_weight * |kld - C|       Burgess et al. (2018), equation 8
 
+    with kld the mean of kl over the batch, C = clamp(max_capacity / capacity_iters * step, 0, max_capacity).
     The reconstruction term, up to a constant the negative log-likelihood of an image in nats, is
 
         gaussian     sum of (activation(recon) - target)^2 / (2 * decoder_variance)
@@ -199,39 +219,87 @@ def vae_loss(
     default variance of 1/2 that is the mean squared error.
 
     Args:
-        recon: `[B, ...]` with one to four more dimensions, any strides, floating point. The decoder's output: raw
-            with `activation`, else already activated; logits for `bernoulli`.
-        target: floating point in the decoder's range, or uint8, which is scaled to it: [0, 1] for `bernoulli` or
-            `activation="sigmoid"`, else [-1, 1] (`bvae.reference.pixel_range`). recon's shape with any strides, or
-            `[B, H, W, C]` for recon `[B, C, H, W]`; a shape that fits both ways is read as `[B, C, H, W]`.
+        recon: `[B, ...]` with one to four more dimensions, any strides, floating point. The decoder's output:
+            raw with `activation`, else already activated; logits for `bernoulli`.
+        target: floating point in the decoder's range, or uint8, which is scaled to it: [0, 1] for
+            `bernoulli` or `activation="sigmoid"`, else [-1, 1] (`bvae.reference.pixel_range`). recon's shape
+            with any strides, or `[B, H, W, C]` for recon `[B, C, H, W]`; a shape that fits both ways is read
+            as `[B, C, H, W]`.
         kl: `[B]` floating point, nats per image.
         kl_weight: the factor of the KL term: beta or gamma, times M/N where the reconstruction is a mean.
-        step: 0-d int64 tensor on recon's device, or an int, which a captured graph freezes: the training step,
-            1 on the first. None is the objective without a capacity.
+        step: 0-d int64 tensor on recon's device, or an int, which a captured graph freezes: the training
+            step, 1 on the first. None is the objective without a capacity.
         max_capacity, capacity_iters: C's last value in nats, and the step that reaches it.
 
     Returns:
         `LossTerms`, 0-d float32 tensors; loss, recon and kld are differentiable.
 
     Raises:
-        TypeError, ValueError: naming the argument, its shape and what was expected. A float target outside [0, 1]
-        for `bernoulli` raises on a CPU in eager mode; elsewhere, where looking would stop the device, the loss is NaN.
+        TypeError, ValueError: naming the argument, its shape and what was expected. A float target outside
+        [0, 1] for `bernoulli` raises on a CPU in eager mode; elsewhere, where looking would stop the device,
+        the loss is NaN.
     """
-    check_objective(likelihood, activation, reduction, decoder_variance)
-    check_capacity(max_capacity, capacity_iters)
-    target = _check_loss_inputs(recon, target, kl)
-    if likelihood == "bernoulli":
-        _check_probabilities(target)
-    return reference.vae_loss(
-        recon,
-        target,
-        kl,
-        kl_weight=kl_weight,
-        step=None if step is None else _counter("step", step, recon.device),
-        max_capacity=max_capacity,
-        capacity_iters=capacity_iters,
-        likelihood=likelihood,
-        activation=activation,
-        reduction=reduction,
-        decoder_variance=decoder_variance,
+    objective: dict[str, Any] = {
+        "kl_weight": kl_weight,
+        "step": None if step is None else _counter("step", step, recon.device),
+        "max_capacity": max_capacity,
+        "capacity_iters": capacity_iters,
+        "likelihood": likelihood,
+        "activation": activation,
+        "reduction": reduction,
+        "decoder_variance": decoder_variance,
+    }
+    target = _check_loss(recon, target, kl, objective)
+    if launch.runs_triton(recon, target, kl):
+        with_slope = recon.requires_grad and torch.is_grad_enabled()
+        return LossTerms(*_run_kernel(recon, target, kl, objective, with_slope, as_gradient=False)[:4])
+    return reference.vae_loss(recon, target, kl, **objective)
+
+
+def vae_loss_and_grads(
+    recon: Tensor, target: Tensor, kl: Tensor, **objective: Any
+) -> tuple[LossTerms, Tensor, Tensor]:
+    """`vae_loss`, and the loss's gradients by recon and kl from the same pass, without a backward launch.
+
+    The backward pass then starts there: `torch.autograd.backward((recon, kl), (grad_recon, grad_kl))`. The
+    terms are not differentiable. A float16 gradient of a mean underflows: there, use `vae_loss` and a gradient
+    scaler.
+
+    Args:
+        recon, target, kl, objective: those of `vae_loss`.
+
+    Returns:
+        The terms; the gradient of loss by recon, in its dtype, and by kl, `[B]` in its dtype.
+    """
+    objective = {**_OBJECTIVE_DEFAULTS, **objective}
+    if objective["step"] is not None:
+        objective["step"] = _counter("step", objective["step"], recon.device)
+    target = _check_loss(recon, target, kl, objective)
+    if launch.runs_triton(recon, target, kl):
+        *scalars, grad_recon = _run_kernel(
+            recon.detach(), target, kl.detach(), objective, with_slope=True, as_gradient=True
+        )
+        return LossTerms(*scalars[:4]), grad_recon, scalars[4].to(kl.dtype).expand(kl.shape)
+    with torch.enable_grad():
+        recon, kl = recon.detach().requires_grad_(), kl.detach().requires_grad_()
+        terms = reference.vae_loss(recon, target, kl, **objective)
+        grad_recon, grad_kl = torch.autograd.grad(terms.loss, (recon, kl))
+    return LossTerms(*(term.detach() for term in terms)), grad_recon, grad_kl
+
+
+_OBJECTIVE_DEFAULTS: dict[str, Any] = vae_loss.__kwdefaults__ or {}
+
+
+def _run_kernel(
+    recon: Tensor,
+    target: Tensor,
+    kl: Tensor,
+    objective: dict[str, Any],
+    with_slope: bool,
+    as_gradient: bool,
+) -> tuple[Tensor, ...]:
+    """The loss kernel's outputs: the four terms, kl's slope and recon's."""
+    low, _ = reference.pixel_range(objective["likelihood"], objective["activation"])
+    return loss_kernel.forward(
+        recon, target, kl, **objective, pixel_low=low, with_slope=with_slope, as_gradient=as_gradient
     )

@@ -50,7 +50,7 @@ def scale_pixels(images: Tensor, low: float = -1.0) -> Tensor:
 def reparam_kl(
     mu: Tensor, log_var: Tensor, eps: Tensor, *, clamp: tuple[float, float] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A sample of N(mu, exp(log_var)) and its KL divergence to N(0, I): Kingma and Welling (2014), appendix B.
+    """A sample of N(mu, exp(log_var)), and its KL divergence to N(0, I): Kingma and Welling (2014).
 
         z  = mu + exp(log_var / 2) * eps
         KL = 0.5 * (mu^2 + exp(log_var) - 1 - log_var)
@@ -73,7 +73,7 @@ def reparam_kl(
 
 
 def capacity_at(step: Tensor, max_capacity: float, capacity_iters: int) -> Tensor:
-    """C = clamp(max_capacity / capacity_iters * step, 0, max_capacity) in nats: Burgess et al. (2018), section 5."""
+    """C = clamp(max_capacity / capacity_iters * step, 0, max_capacity), nats: Burgess et al. (2018)."""
     return (step.float() * (max_capacity / capacity_iters)).clamp(0.0, max_capacity)
 
 

@@ -1,24 +1,30 @@
 """Standard normal noise as a pure function of (seed, step, sample, element): Philox 4x32-10 and Box-Muller.
 
-Philox is the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-Element `j` of sample `b` takes word `j % 4` of the block with
+Philox is the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
+(SC 2011). Element `j` of sample `b` takes word `j % 4` of the block with
 
     key     = (low, high) 32 bits of seed
     counter = (j // 4, b, low 32 bits of step, high 32 bits of step)
 
-so that the noise depends on logical indices alone: not on strides, block sizes, devices or dtypes, nor on how many
-samples stand beside this one. `j` counts the elements of one sample in row-major order of its logical shape.
+so that the noise depends on logical indices alone: not on strides, block sizes, devices or dtypes, nor on
+how many samples stand beside this one. `j` counts the elements of one sample in row-major order.
 
-Every function stands here twice, once for torch and once for Triton, line by line the same arithmetic. The integers
-are equal; the normals are equal to 2 ulp, because `log`, and the compiler's choice of fused multiply-adds, round
-differently from one machine to the next. The cosine and sine are polynomials after an exact reduction of the angle
-in integers, so no library's trigonometry enters.
+Every function stands here twice, once for torch and once for Triton, line by line the same arithmetic. The
+integers are equal. The normals are equal to 2 ulp: `log` and the compilers' fused multiply-adds round
+differently from one machine to the next. Cosine and sine are polynomials after an exact reduction of the
+angle in integers, so no library's trigonometry enters.
 """
 
 import math
 
 import torch
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton has no build for this platform: the torch half serves
+    triton = None
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -52,8 +58,9 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 def normal_pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent standard normals (float32) from two 32-bit words: Box and Muller (1958).
 
-    The radius is sqrt(-2 log u) with u in [2**-33, 1], at most 6.77. The angle's word is split into the nearest
-    quarter turn and a rest within an eighth of a turn, where Taylor's series to x**10 are exact to float32.
+    The radius is sqrt(-2 log u) with u in [2**-33, 1], at most 6.77. The angle's word is split into the
+    nearest quarter turn and a rest within an eighth of a turn, where Taylor's series to x**10 are exact to
+    float32.
     """
     u = radius.float() * 2.0**-32 + 2.0**-33
     r = torch.sqrt(-2.0 * torch.log(u))
@@ -85,3 +92,59 @@ def normal(shape: torch.Size | tuple[int, ...], seed: Tensor, step: Tensor | Non
     w0, w1, w2, w3 = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
     noise = torch.stack((*normal_pair(w0, w1), *normal_pair(w2, w3)), dim=-1)
     return noise.flatten(1)[:, :elements].reshape(shape)
+
+
+if triton is not None:
+
+    @triton.jit
+    def philox_words(c0, c1, c2, c3, k0, k1):
+        """`philox` on uint32 blocks."""
+        for _ in tl.static_range(10):
+            high_0 = tl.umulhi(c0, 0xD2511F53)
+            high_1 = tl.umulhi(c2, 0xCD9E8D57)
+            low_0 = c0 * 0xD2511F53
+            low_1 = c2 * 0xCD9E8D57
+            c0 = high_1 ^ c1 ^ k0
+            c1 = low_1
+            c2 = high_0 ^ c3 ^ k1
+            c3 = low_0
+            k0 = k0 + 0x9E3779B9
+            k1 = k1 + 0xBB67AE85
+        return c0, c1, c2, c3
+
+    @triton.jit
+    def normals_of_words(radius, angle):
+        """`normal_pair` on uint32 blocks."""
+        u = radius.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+        r = tl.sqrt_rn(-2.0 * tl.log(u))
+        turned = angle + 0x20000000
+        quarter = turned >> 30
+        rest = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32)
+        x = rest * 1.4629180792671596e-09
+        x2 = x * x
+        cos = 1.0 + x2 * (-1 / 2 + x2 * (1 / 24 + x2 * (-1 / 720 + x2 * (1 / 40320 + x2 * (-1 / 3628800)))))
+        sin = x * (1.0 + x2 * (-1 / 6 + x2 * (1 / 120 + x2 * (-1 / 5040 + x2 * (1 / 362880)))))
+        odd = (quarter & 1) == 1
+        first = tl.where(odd, sin, cos)
+        second = tl.where(odd, cos, sin)
+        first = tl.where((quarter == 1) | (quarter == 2), -first, first)
+        second = tl.where(quarter >= 2, -second, second)
+        return r * first, r * second
+
+    @triton.jit
+    def four_normals(group, sample, seed, step):
+        """The normals 4 * group to 4 * group + 3 of each sample, as four blocks.
+
+        `group` and `sample` are int32 or int64 blocks that broadcast together; seed and step int64 scalars.
+        """
+        zero = (group + sample).to(tl.uint32) * 0  # gives every word the blocks' common shape
+        c0 = group.to(tl.uint32) + zero
+        c1 = sample.to(tl.uint32) + zero
+        c2 = (step & 0xFFFFFFFF).to(tl.uint32) + zero
+        c3 = ((step >> 32) & 0xFFFFFFFF).to(tl.uint32) + zero
+        k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+        k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        w0, w1, w2, w3 = philox_words(c0, c1, c2, c3, k0, k1)
+        n0, n1 = normals_of_words(w0, w1)
+        n2, n3 = normals_of_words(w2, w3)
+        return n0, n1, n2, n3

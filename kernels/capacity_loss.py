@@ -1,0 +1,397 @@
+"""recon, target, KL, step -> the loss terms, and the gradient of recon in the same pass.
+
+    error = (activation(recon) - target)^2                  gaussian
+          = BCE(sigmoid(recon), target)                     bernoulli: recon are logits
+    loss  = error_scale * sum(error) + kl_weight * kld            kld = mean(KL)
+          = error_scale * sum(error) + kl_weight * |kld - C|      C = clamp(ratio * step, 0, max_capacity)
+
+recon's gradient does not depend on the sum, so the pass that reads recon and target for the loss also writes
+
+    slope = (activation(recon) - target) * activation'(recon)    gaussian:  gradient = slope * 2 * error_scale
+          = sigmoid(recon) - target                              bernoulli: gradient = slope * error_scale
+
+and each element is read once: 5 bytes of traffic for bfloat16 and uint8. The slope is stored without its
+factor, which for a mean is below float16's smallest number; the backward pass multiplies by it and by the
+incoming gradient. Programs leave partial sums; the last one to finish adds them in a fixed order, so equal
+inputs give equal bits.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from bvae.kernels.launch import Launch, cdiv, collapse, power_of_two, tickets
+from bvae.kernels.tile import last_to_arrive, offsets
+from torch import Tensor
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x in [0, 1]: the rounding of 1 + x is divided out again (Kahan)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def _tanh(x):
+    e = tl.exp(-2.0 * tl.abs(x))  # never overflows
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _error_and_slope(x, y, BERNOULLI: tl.constexpr, ACTIVATION: tl.constexpr):
+    """An element's reconstruction error, and its slope as the module's docstring has it."""
+    if BERNOULLI:
+        log_sigmoid = tl.where(x < 0, x, 0.0) - _log1p(tl.exp(-tl.abs(x)))
+        error = (1.0 - y) * x - log_sigmoid
+        slope = _sigmoid(x) - y
+    else:
+        v = x
+        derivative = tl.full(x.shape, 1.0, tl.float32)
+        if ACTIVATION == "tanh":
+            v = _tanh(x)
+            derivative = 1.0 - v * v
+        if ACTIVATION == "sigmoid":
+            v = _sigmoid(x)
+            derivative = v * (1.0 - v)
+        error = (v - y) * (v - y)
+        slope = (v - y) * derivative
+    return error, slope
+
+
+@triton.jit
+def _forward_kernel(
+    recon,  # [rows, row_length] in 1 + DIMS dimensions, as target and slope
+    target,  # floating point, or uint8
+    kl,  # [batch]
+    step,  # 0-d int64, or None: no capacity
+    loss_out,  # the outputs: 0-d float32
+    recon_out,
+    kld_out,
+    capacity_out,
+    kl_slope_out,  # the gradient of loss by each element of kl
+    slope,  # in recon's dtype, or None
+    partial_sums,  # [programs] float32
+    ticket,  # int32 zero
+    rows,
+    row_length,
+    batch,
+    error_scale,
+    slope_scale,
+    kl_weight,
+    capacity_ratio,  # nats per step
+    max_capacity,
+    pixel_shift,  # a uint8 pixel p is (p - shift) * scale
+    pixel_scale,
+    kl_stride,
+    sizes,
+    recon_row_stride,
+    recon_strides,
+    target_row_stride,
+    target_strides,
+    slope_row_stride,
+    slope_strides,
+    DIMS: tl.constexpr,
+    BERNOULLI: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PROGRAMS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks_per_row = tl.cdiv(row_length, BLOCK)
+    error_sum = tl.zeros((BLOCK,), tl.float32)
+    for block in range(tl.program_id(0), rows * blocks_per_row, tl.num_programs(0)):
+        row = (block // blocks_per_row).to(tl.int64)
+        start = (block % blocks_per_row).to(tl.int64) * BLOCK
+        column = start + tl.arange(0, BLOCK)
+        mask = column < row_length
+        if DIMS > 1:  # a row of an image: spare the divisions 64 bits
+            column = column.to(tl.int32)
+        recon_at = recon + row * recon_row_stride + offsets(column, sizes, recon_strides, DIMS)
+        target_at = target + row * target_row_stride + offsets(column, sizes, target_strides, DIMS)
+        x = tl.load(recon_at, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(target_at, mask=mask, other=0).to(tl.float32)
+        if target.dtype.element_ty == tl.uint8:
+            y = (y - pixel_shift) * pixel_scale
+        elif BERNOULLI:  # not a probability: make the loss say so
+            y = tl.where((y < 0.0) | (y > 1.0), float("nan"), y)
+        error, element_slope = _error_and_slope(x, y, BERNOULLI, ACTIVATION)
+        error_sum += tl.where(mask, error, 0.0)
+        if slope is not None:
+            slope_at = slope + row * slope_row_stride + offsets(column, sizes, slope_strides, DIMS)
+            tl.store(slope_at, (element_slope * slope_scale).to(slope.dtype.element_ty), mask=mask)
+    tl.store(partial_sums + tl.program_id(0), tl.sum(error_sum, 0))
+    if last_to_arrive(ticket, tl.num_programs(0)):
+        part = tl.arange(0, PROGRAMS_PADDED)
+        parts_at = partial_sums + part
+        parts = tl.load(parts_at, mask=part < tl.num_programs(0), other=0.0, cache_modifier=".cg")
+        recon_term = tl.sum(parts, 0) * error_scale
+        kl_sum = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, batch, BLOCK):
+            image = first + tl.arange(0, BLOCK)
+            kl_at = kl + image.to(tl.int64) * kl_stride
+            kl_sum += tl.load(kl_at, mask=image < batch, other=0.0).to(tl.float32)
+        kld = tl.sum(kl_sum, 0) / batch
+        if step is None:
+            capacity = tl.zeros((), tl.float32)
+            kl_term = kl_weight * kld
+            kl_slope = tl.zeros((), tl.float32) + kl_weight / batch
+        else:
+            capacity = tl.load(step).to(tl.float32) * capacity_ratio
+            capacity = tl.where(
+                capacity < 0.0, 0.0, tl.where(capacity > max_capacity, max_capacity, capacity)
+            )
+            excess = kld - capacity
+            kl_term = kl_weight * tl.abs(excess)
+            sign = tl.where(excess > 0.0, 1.0, tl.where(excess < 0.0, -1.0, 0.0))  # 0 at C, as torch's abs
+            kl_slope = kl_weight * sign / batch
+        tl.store(loss_out, recon_term + kl_term)
+        tl.store(recon_out, recon_term)
+        tl.store(kld_out, kld)
+        tl.store(capacity_out, capacity)
+        tl.store(kl_slope_out, kl_slope)
+
+
+@triton.jit
+def _backward_kernel(
+    slope,  # [elements], dense, or None
+    kl_slope,  # 0-d float32
+    grad_loss,  # 0-d each, or None
+    grad_recon_term,
+    grad_kld,
+    grad_recon,  # [elements] in slope's order, or None
+    grad_kl,  # [batch]
+    elements,
+    batch,
+    gain,  # the factor that slope lacks
+    BLOCK: tl.constexpr,
+):
+    d_loss = tl.zeros((), tl.float32)
+    d_recon_term = tl.zeros((), tl.float32)
+    d_kld = tl.zeros((), tl.float32)
+    if grad_loss is not None:
+        d_loss = tl.load(grad_loss).to(tl.float32)
+    if grad_recon_term is not None:
+        d_recon_term = tl.load(grad_recon_term).to(tl.float32)
+    if grad_kld is not None:
+        d_kld = tl.load(grad_kld).to(tl.float32)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = start + tl.arange(0, BLOCK)
+    if slope is not None:
+        s = tl.load(slope + index, mask=index < elements, other=0.0).to(tl.float32)
+        d_recon = s * (gain * (d_loss + d_recon_term))
+        tl.store(grad_recon + index, d_recon.to(grad_recon.dtype.element_ty), mask=index < elements)
+    if start < batch:
+        d_kl = d_loss * tl.load(kl_slope) + d_kld / batch
+        tl.store(grad_kl + index, tl.zeros((BLOCK,), tl.float32) + d_kl, mask=index < batch)
+
+
+_BLOCK, _WARPS = 2048, 8  # 8 elements a thread: 16 bytes of bfloat16, 8 of uint8
+_PROGRAMS = 1024  # enough to fill the largest GPU; each loops over its share
+
+
+def _error_scale(recon: Tensor, likelihood: str, reduction: str, decoder_variance: float) -> float:
+    """The factor of the summed error in the loss."""
+    terms = recon.numel() if reduction == "mean" else recon.shape[0]
+    return 1.0 / terms if likelihood == "bernoulli" else 1.0 / (2.0 * decoder_variance * terms)
+
+
+def _gain(recon: Tensor, likelihood: str, reduction: str, decoder_variance: float) -> float:
+    """The factor that makes the slope recon's gradient."""
+    scale = _error_scale(recon, likelihood, reduction, decoder_variance)
+    return scale if likelihood == "bernoulli" else 2.0 * scale
+
+
+def _layout(*tensors: Tensor) -> tuple[dict[str, Any], list[tuple[int, tuple[int, ...]]]]:
+    """The kernel arguments that describe the rows, and each tensor's row stride and strides within a row.
+
+    Elements are visited in the first tensor's order in memory: the sum does not mind. Tensors that share it
+    are one row; others have a row per image.
+    """
+    order = sorted(range(tensors[0].dim()), key=lambda d: -tensors[0].stride(d))
+    in_memory_order = [t.permute(order) for t in tensors]
+    sizes, strides = collapse(tuple(in_memory_order[0].shape), *(t.stride() for t in in_memory_order))
+    rows, row_strides = 1, [0] * len(tensors)
+    if len(sizes) > 1:
+        rows, row_strides = in_memory_order[0].shape[0], [t.stride(0) for t in in_memory_order]
+        sizes, strides = collapse(
+            tuple(in_memory_order[0].shape[1:]), *(t.stride()[1:] for t in in_memory_order)
+        )
+    layout = {"rows": rows, "row_length": math.prod(sizes), "sizes": sizes, "DIMS": len(sizes)}
+    return layout, list(zip(row_strides, strides, strict=True))
+
+
+def plan_forward(
+    recon: Tensor,
+    target: Tensor,
+    kl: Tensor,
+    step: Tensor | None,
+    kl_weight: float,
+    max_capacity: float,
+    capacity_iters: int,
+    likelihood: str,
+    activation: str | None,
+    reduction: str,
+    decoder_variance: float,
+    pixel_low: float,
+    with_slope: bool,
+    as_gradient: bool,
+) -> tuple[Launch, list[Tensor]]:
+    """The forward launch, and the outputs it fills: loss, recon, kld, capacity, kl_slope and slope."""
+    outputs = *terms, slope = _outputs(recon, with_slope)
+    layout, strides = _layout(recon, target, slope if with_slope else recon)
+    programs = min(layout["rows"] * cdiv(layout["row_length"], _BLOCK), _PROGRAMS)
+    objective = (recon, likelihood, reduction, decoder_variance)
+    args = {
+        "recon": recon,
+        "target": target,
+        "kl": kl,
+        "step": step,
+        **dict(zip(("loss_out", "recon_out", "kld_out", "capacity_out", "kl_slope_out"), terms, strict=True)),
+        "slope": slope if with_slope else None,
+        "partial_sums": recon.new_empty(programs, dtype=torch.float32),
+        "ticket": tickets(1, recon.device),
+        "batch": recon.shape[0],
+        "error_scale": _error_scale(*objective),
+        "slope_scale": _gain(*objective) if as_gradient else 1.0,
+        "kl_weight": kl_weight,
+        "capacity_ratio": max_capacity / capacity_iters,
+        "max_capacity": max_capacity,
+        "pixel_shift": 0.0 if pixel_low == 0.0 else 127.5,
+        "pixel_scale": 1 / 255 if pixel_low == 0.0 else 1 / 127.5,
+        "kl_stride": kl.stride(0),
+        "BERNOULLI": likelihood == "bernoulli",
+        "ACTIVATION": activation,
+        "PROGRAMS_PADDED": power_of_two(programs),
+        "BLOCK": _BLOCK,
+        **layout,
+    }
+    for name, (row_stride, inner) in zip(("recon", "target", "slope"), strides, strict=True):
+        args[f"{name}_row_stride"], args[f"{name}_strides"] = row_stride, inner
+    return Launch(_forward_kernel, programs, args, _WARPS), outputs
+
+
+def plan_backward(
+    slope: Tensor,
+    kl: Tensor,
+    kl_slope: Tensor,
+    grad_loss: Tensor | None,
+    grad_recon_term: Tensor | None,
+    grad_kld: Tensor | None,
+    gain: float,
+) -> tuple[Launch, list[Tensor]]:
+    """The backward launch, and the outputs it fills: the gradients of recon (empty as slope is) and of kl."""
+    outputs = grad_recon, grad_kl = [torch.empty_like(slope), torch.empty_like(kl)]
+    has_slope = slope.numel() > 0
+    args = {
+        "slope": slope if has_slope else None,
+        "kl_slope": kl_slope,
+        "grad_loss": grad_loss,
+        "grad_recon_term": grad_recon_term,
+        "grad_kld": grad_kld,
+        "grad_recon": grad_recon if has_slope else None,
+        "grad_kl": grad_kl,
+        "elements": slope.numel(),
+        "batch": kl.numel(),
+        "gain": gain,
+        "BLOCK": _BLOCK,
+    }
+    return Launch(_backward_kernel, cdiv(max(slope.numel(), kl.numel()), _BLOCK), args, _WARPS), outputs
+
+
+def _outputs(recon: Tensor, with_slope: bool) -> list[Tensor]:
+    """Unfilled loss, recon, kld, capacity, kl_slope (0-d float32), and slope, like recon or empty."""
+    slope = torch.empty_like(recon) if with_slope else recon.new_empty(0)
+    return [recon.new_empty((), dtype=torch.float32) for _ in range(5)] + [slope]
+
+
+@torch.library.custom_op("bvae::vae_loss", mutates_args=())
+def forward(
+    recon: Tensor,
+    target: Tensor,
+    kl: Tensor,
+    step: Tensor | None,
+    kl_weight: float,
+    max_capacity: float,
+    capacity_iters: int,
+    likelihood: str,
+    activation: str | None,
+    reduction: str,
+    decoder_variance: float,
+    pixel_low: float,
+    with_slope: bool,
+    as_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, recon, kld, capacity; the loss's slope in each kl; its slope in recon, like recon, or empty.
+
+    The arguments down to decoder_variance are those of `bvae.ops.vae_loss`, checked there. A uint8 target is
+    scaled to [pixel_low, 1]. `with_slope` asks for the last output; `as_gradient` includes its factor.
+    """
+    launch, outputs = plan_forward(
+        recon,
+        target,
+        kl,
+        step,
+        kl_weight,
+        max_capacity,
+        capacity_iters,
+        likelihood,
+        activation,
+        reduction,
+        decoder_variance,
+        pixel_low,
+        with_slope,
+        as_gradient,
+    )
+    launch.run(recon.device)
+    return tuple(outputs)
+
+
+@forward.register_fake
+def _(recon, target, kl, *options):
+    return tuple(_outputs(recon, with_slope=options[-2]))
+
+
+@torch.library.custom_op("bvae::vae_loss_backward", mutates_args=())
+def backward(
+    slope: Tensor,
+    kl: Tensor,
+    kl_slope: Tensor,
+    grad_loss: Tensor | None,
+    grad_recon_term: Tensor | None,
+    grad_kld: Tensor | None,
+    gain: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of recon, in its dtype or empty as slope is, and of kl, in its dtype."""
+    launch, outputs = plan_backward(slope, kl, kl_slope, grad_loss, grad_recon_term, grad_kld, gain)
+    launch.run(kl.device)
+    return tuple(outputs)
+
+
+@backward.register_fake
+def _(slope, kl, kl_slope, grad_loss, grad_recon_term, grad_kld, gain):
+    return torch.empty_like(slope), torch.empty_like(kl)
+
+
+def _save(ctx, inputs, output):
+    recon, _, kl, *_ = inputs
+    likelihood, _, reduction, decoder_variance, _, ctx.with_slope, as_gradient = inputs[7:]
+    ctx.save_for_backward(output[5], kl, output[4])
+    ctx.gain = 1.0 if as_gradient else _gain(recon, likelihood, reduction, decoder_variance)
+    ctx.mark_non_differentiable(output[3], output[4], output[5])
+    ctx.set_materialize_grads(False)  # a term that nobody used costs no zeros
+
+
+def _differentiate(ctx, grad_loss, grad_recon_term, grad_kld, *_):
+    grad_recon, grad_kl = backward(*ctx.saved_tensors, grad_loss, grad_recon_term, grad_kld, ctx.gain)
+    return grad_recon if ctx.with_slope else None, None, grad_kl, *[None] * 11
+
+
+forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,28 @@
+"""What the kernels share on the device: where a position lies in memory, and who is the last to finish."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def offsets(index, sizes, strides, DIMS: tl.constexpr):
+    """The int64 offsets of positions `index` in dimensions of `sizes`, the last running fastest."""
+    rest = index
+    offsets = tl.zeros_like(index).to(tl.int64)
+    for d in tl.static_range(DIMS - 1, 0, -1):
+        offsets += (rest % sizes[d]).to(tl.int64) * strides[d]
+        rest = rest // sizes[d]
+    return offsets + rest.to(tl.int64) * strides[0]
+
+
+@triton.jit
+def last_to_arrive(ticket, arrivals):
+    """Whether this program is the last of `arrivals` at `ticket`, whose stores it can then read.
+
+    The barrier puts all of this program's stores before the release. The last one resets the ticket.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == arrivals - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
