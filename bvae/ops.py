@@ -82,7 +82,7 @@ def reparam_kl(
         seed: 0-d int64 tensor on mu's device, or an int, which a captured graph freezes. None draws one from
             torch's generator, so that `torch.manual_seed` reproduces and each call differs.
         step: 0-d int64 tensor on mu's device, or an int: another step of one seed is other noise. None is 0.
-        clamp: (low, high) bounds of log_var, outside which its gradient is zero; diffusers uses (-30, 20).
+        clamp: (low, high) bounds of log_var, at and outside which its gradient is zero; diffusers: (-30, 20).
         per_dim: also return the batch's mean KL of each dimension.
 
     Returns:
@@ -261,9 +261,8 @@ def vae_loss_and_grads(
 ) -> tuple[LossTerms, Tensor, Tensor]:
     """`vae_loss`, and the loss's gradients by recon and kl from the same pass, without a backward launch.
 
-    The backward pass then starts there: `torch.autograd.backward((recon, kl), (grad_recon, grad_kl))`. The
-    terms are not differentiable. A float16 gradient of a mean underflows: there, use `vae_loss` and a gradient
-    scaler.
+    The backward pass then starts with `torch.autograd.backward((recon, kl), (grad_recon, grad_kl))`. The
+    terms are not differentiable. A float16 gradient of a mean underflows: use `vae_loss` and a scaler.
 
     Args:
         recon, target, kl, objective: those of `vae_loss`.

@@ -58,15 +58,17 @@ def reparam_kl(
     Args:
         mu, log_var: `[B, ...]`, of one shape.
         eps: standard normal noise of that shape.
-        clamp: bounds of log_var; its gradient outside them is zero, as diffusers' posterior has it.
+        clamp: bounds of log_var; its gradient at and outside them is zero. Diffusers' posterior has one.
 
     Returns:
         z in mu's shape and dtype; the KL per sample, `[B]`, nats; the batch's mean KL per dimension, nats.
     """
     dtype = compute_dtype(mu, log_var)
     mean, log_variance = mu.to(dtype), log_var.to(dtype)
-    if clamp is not None:
-        log_variance = log_variance.clamp(*clamp)
+    if clamp is not None:  # torch.clamp's gradient at the bounds themselves depends on torch's version
+        low, high = clamp
+        inside = (log_variance > low) & (log_variance < high)
+        log_variance = torch.where(inside, log_variance, log_variance.detach().clamp(low, high))
     z = mean + torch.exp(0.5 * log_variance) * eps
     kl = 0.5 * (mean * mean + torch.exp(log_variance) - 1 - log_variance)
     return z.to(mu.dtype), kl.flatten(1).sum(1), kl.mean(0)

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from bvae.kernels.launch import Launch, cdiv, collapse, power_of_two, tickets
 from bvae.kernels.tile import last_to_arrive, offsets
-from torch import Tensor
 
 
 @triton.jit

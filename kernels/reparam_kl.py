@@ -6,7 +6,7 @@
 with eps from `noise`, drawn in the forward pass, and again, not stored, in the backward pass:
 
     d_mu      = d_z + d_KL * mu
-    d_log_var = d_z * eps * exp(log_var / 2) / 2 + d_KL * (exp(log_var) - 1) / 2      (0 outside the clamp)
+    d_log_var = d_z * eps * exp(log_var / 2) / 2 + d_KL * (exp(log_var) - 1) / 2     (0 at, outside the clamp)
 
 A sample is a row. Many short rows share a program; a long row is split among programs, whose partial sums the
 last one to finish adds in a fixed order, so equal inputs give equal bits.
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from bvae.kernels.launch import Launch, cdiv, collapse, power_of_two, tickets
 from bvae.kernels.noise import four_normals
 from bvae.kernels.tile import last_to_arrive, offsets
-from torch import Tensor
 
 
 @triton.jit
@@ -189,7 +190,7 @@ def _backward_kernel(
         d_mu += d_dim * m
         d_log_var += d_dim * (0.5 * (tl.exp(v) - 1))
     if CLAMP:
-        d_log_var = tl.where((raw >= low) & (raw <= high), d_log_var, 0.0)
+        d_log_var = tl.where((raw > low) & (raw < high), d_log_var, 0.0)
     grad_mu_at = grad_mu + rows * grad_mu_row_stride + offsets(columns, sizes, grad_mu_strides, DIMS)
     grad_log_var_at = (
         grad_log_var + rows * grad_log_var_row_stride + offsets(columns, sizes, grad_log_var_strides, DIMS)

@@ -1,0 +1,514 @@
+"""The losses: kernels and reference against float64 and the textbook; layouts, capacity, modules, misuse."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import DTYPES, assert_as_good_as_torch, same_places
+from torch import Tensor
+from torch.library import opcheck
+
+from bvae import ops, reference
+from bvae.kernels import capacity_loss
+from bvae.losses import BetaLoss, CapacityLoss, LossTerms
+
+SHAPE = (5, 3, 12, 20)
+OBJECTIVES = {
+    "mse": {},
+    "tanh": {"activation": "tanh"},
+    "sigmoid": {"activation": "sigmoid"},
+    "tanh, sum, variance 0.1": {"activation": "tanh", "reduction": "sum", "decoder_variance": 0.1},
+    "bernoulli": {"likelihood": "bernoulli"},
+    "bernoulli, sum": {"likelihood": "bernoulli", "reduction": "sum"},
+    "capacity": {"step": 3000, "activation": "tanh"},
+    "capacity over the KL": {"step": 10_000, "activation": "tanh"},
+}
+
+
+def decoder_output(dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    """What a channels_last decoder gives."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return x.to(memory_format=torch.channels_last).requires_grad_()
+
+
+def pixels(device: torch.device, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    """uint8 images `[B, C, H, W]` that lie in memory as `[B, H, W, C]`."""
+    n, c, h, w = shape
+    data = torch.randint(256, (n, h, w, c), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return data.to(device).permute(0, 3, 1, 2)
+
+
+def divergence(device: torch.device, batch: int = 5) -> Tensor:
+    """KL per image, nats, around 15: above C at step 3000, below it at step 10000."""
+    return (
+        (10 + 10 * torch.rand(batch, generator=torch.Generator().manual_seed(2))).to(device).requires_grad_()
+    )
+
+
+def plain(
+    recon: Tensor, target: Tensor, kl: Tensor, *, kl_weight: float, step: int | None = None, **options
+) -> list:
+    """The objective as people write it, in the dtype of recon."""
+    bernoulli = options.get("likelihood") == "bernoulli"
+    unit_range = bernoulli or options.get("activation") == "sigmoid"
+    target = target.to(recon.dtype) / 255 if unit_range else target.to(recon.dtype) / 127.5 - 1
+    x = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, None: lambda x: x}[options.get("activation")](recon)
+    error = F.binary_cross_entropy_with_logits if bernoulli else F.mse_loss
+    term = error(x, target, reduction=options.get("reduction", "mean"))
+    if options.get("reduction") == "sum":
+        term = term / len(recon)
+    if not bernoulli:
+        term = term / (2 * options.get("decoder_variance", 0.5))
+    kld = kl.mean()
+    capacity = (
+        torch.zeros_like(kld) if step is None else torch.full_like(kld, min(25.0 / 10_000 * step, 25.0))
+    )
+    return [term + kl_weight * (kld if step is None else (kld - capacity).abs()), term, kld, capacity]
+
+
+def values_and_gradients(terms, recon: Tensor, kl: Tensor) -> list[Tensor]:
+    """The terms, and gradients of something that uses all three and is not the loss itself."""
+    loss, recon_term, kld, capacity = terms
+    (2 * loss + 0.5 * recon_term + 3 * kld + 1).backward()
+    return [x.detach().cpu() for x in (loss, recon_term, kld, capacity, recon.grad, kl.grad)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_terms_and_gradients_are_as_good_as_torchs(backend, objective, dtype):
+    def run(function, recon: Tensor, kl: Tensor, target: Tensor) -> list[Tensor]:
+        return values_and_gradients(function(recon, target, kl, kl_weight=0.3, **objective), recon, kl)
+
+    cpu = torch.device("cpu")
+    ours = run(ops.vae_loss, decoder_output(dtype, backend), divergence(backend), pixels(backend))
+    torchs = run(plain, decoder_output(dtype, cpu), divergence(cpu), pixels(cpu))
+    exact_inputs = [
+        x.detach().double().requires_grad_() for x in (decoder_output(dtype, cpu), divergence(cpu))
+    ]
+    exact = run(plain, *exact_inputs, pixels(cpu))
+    assert [x.dtype for x in ours] == [torch.float32] * 4 + [dtype, torch.float32]
+    for name, *triple in zip((*LossTerms._fields, "d recon", "d kl"), ours, torchs, exact, strict=True):
+        assert_as_good_as_torch(*triple, what=name)
+
+
+LAYOUTS = {
+    "NHWC shape": (lambda r: r, lambda t: t.permute(0, 2, 3, 1)),
+    "both NCHW": (lambda r: r.contiguous(), lambda t: t.contiguous()),
+    "recon NCHW": (lambda r: r.contiguous(), lambda t: t),
+    "target NCHW": (lambda r: r, lambda t: t.contiguous()),
+    "cropped": (lambda r: r[..., 1:-1, 2:-2], lambda t: t[..., 1:-1, 2:-2]),
+    "flipped twice": (lambda r: r.transpose(2, 3), lambda t: t.transpose(2, 3)),
+    "float target": (lambda r: r, lambda t: reference.scale_pixels(t)),
+    "one target for all": (lambda r: r, lambda t: t[:1].expand(t.shape)),
+}
+
+
+@pytest.mark.parametrize(("recon_layout", "target_layout"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_change_nothing(kernels, recon_layout, target_layout):
+    recon = recon_layout(decoder_output(torch.float32, kernels).detach()).requires_grad_()
+    target = target_layout(pixels(kernels))
+    terms = ops.vae_loss(recon, target, divergence(kernels), activation="tanh")
+    (gradient,) = torch.autograd.grad(terms.loss, recon)
+    same = recon.detach().cpu().requires_grad_()
+    same_target = target.cpu() if target.shape == recon.shape else target.cpu().permute(0, 3, 1, 2)
+    expected = reference.vae_loss(same, same_target, divergence(torch.device("cpu")), activation="tanh")
+    torch.testing.assert_close(terms.loss.cpu(), expected.loss)
+    torch.testing.assert_close(gradient.cpu(), torch.autograd.grad(expected.loss, same)[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 41), (3, 127), (1, 1271), (9, 2500)], ids=str)
+def test_odd_sizes(kernels, shape):
+    recon, target = torch.randn(shape, device=kernels, requires_grad=True), torch.randn(shape, device=kernels)
+    terms = ops.vae_loss(recon, target, torch.ones(shape[0], device=kernels))
+    terms.recon.backward()
+    torch.testing.assert_close(terms.recon, F.mse_loss(recon, target))
+    torch.testing.assert_close(recon.grad, 2 * (recon - target).detach() / recon.numel())
+
+
+def test_equal_inputs_give_equal_bits(backend):
+    recon, target, kl = decoder_output(torch.bfloat16, backend), pixels(backend), divergence(backend)
+    results = []
+    for _ in range(2):
+        terms = ops.vae_loss(recon, target, kl, step=7, activation="tanh")
+        results.append((*terms, *torch.autograd.grad(terms.loss, (recon, kl))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_default_is_the_mean_squared_error(backend):
+    recon, target = decoder_output(torch.float32, backend), torch.rand(SHAPE, device=backend)
+    terms = BetaLoss(beta=4.0, kl_weight=0.25)(recon, target, divergence(backend))
+    torch.testing.assert_close(terms.recon, F.mse_loss(recon, target))
+    torch.testing.assert_close(terms.kld, divergence(backend).mean())
+    torch.testing.assert_close(terms.loss, terms.recon + terms.kld)
+
+
+def test_sum_and_mean_differ_by_the_size_of_an_image(backend):
+    arguments = decoder_output(torch.float32, backend), pixels(backend), divergence(backend)
+    for options in ({"activation": "tanh"}, {"likelihood": "bernoulli"}):
+        mean, total = (BetaLoss(kl_weight=1.0, reduction=r, **options)(*arguments) for r in ("mean", "sum"))
+        torch.testing.assert_close(total.recon, mean.recon * (3 * 12 * 20))
+
+
+@pytest.mark.parametrize("low", [-1.0, 0.0])
+def test_pixels_are_scaled_to_the_whole_range(low):
+    scaled = reference.scale_pixels(torch.arange(256, dtype=torch.uint8), low)
+    assert (scaled[0], scaled[-1]) == (low, 1.0)
+    torch.testing.assert_close(scaled, torch.linspace(low, 1.0, 256))
+
+
+RANGES = {
+    "none": ({}, (-1.0, 1.0)),
+    "tanh": ({"activation": "tanh"}, (-1.0, 1.0)),
+    "sigmoid": ({"activation": "sigmoid"}, (0.0, 1.0)),
+    "bernoulli": ({"likelihood": "bernoulli"}, (0.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), RANGES.values(), ids=RANGES)
+def test_uint8_targets_are_scaled_to_the_decoders_range(backend, options, expected):
+    loss = BetaLoss(kl_weight=1.0, **options)
+    assert loss.pixel_range == expected
+    recon, target, kl = decoder_output(torch.float32, backend), pixels(backend), divergence(backend)
+    scaled = reference.scale_pixels(target, expected[0])
+    torch.testing.assert_close(loss(recon, target, kl).loss, loss(recon, scaled, kl).loss)
+
+
+def test_a_mean_of_float16_has_a_gradient_that_a_scaler_can_save(backend):
+    shape = (16, 3, 64, 64)
+    recon, target = decoder_output(torch.float16, backend, shape), pixels(backend, shape)
+    terms = ops.vae_loss(recon, target, torch.zeros(16, device=backend), activation="tanh")
+    (gradient,) = torch.autograd.grad(terms.loss * 65536, recon)
+    exact = recon.detach().double().requires_grad_()
+    loss = F.mse_loss(torch.tanh(exact), reference.scale_pixels(target).double())
+    (expected,) = torch.autograd.grad(loss * 65536, exact)
+    torch.testing.assert_close(gradient.double(), expected, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_the_gradients_of_the_forward_pass_are_those_of_the_backward_pass(backend, objective):
+    recon, target, kl = decoder_output(torch.float32, backend), pixels(backend), divergence(backend)
+    expected = ops.vae_loss(recon, target, kl, kl_weight=0.3, **objective)
+    terms, *gradients = ops.vae_loss_and_grads(recon, target, kl, kl_weight=0.3, **objective)
+    assert not terms.loss.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(terms, expected, strict=True))
+    for a, b in zip(gradients, torch.autograd.grad(expected.loss, (recon, kl)), strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b)
+
+
+# the capacity
+
+
+def test_capacity_rises_linearly_and_stays(backend):
+    kl = torch.tensor([8.0, 12.0], device=backend)
+    images = torch.zeros(2, 3, 4, 4, device=backend)
+    for step, capacity in {0: 0.0, 1: 0.0025, 4000: 10.0, 9999: 24.9975, 10_000: 25.0, 10**12: 25.0}.items():
+        for number in (step, torch.tensor(step, device=backend)):
+            terms = ops.vae_loss(images, images, kl, kl_weight=2.0, step=number)
+            assert float(terms.capacity) == pytest.approx(capacity)
+            assert float(terms.loss) == pytest.approx(2 * abs(10 - capacity), abs=1e-5)
+
+
+@pytest.mark.parametrize(("kl_value", "slope"), [(24.0, -1.0), (25.0, 0.0), (26.0, 1.0)])
+def test_the_kls_gradient_is_the_sign_of_its_distance(backend, kl_value, slope):
+    kl = torch.full((4,), kl_value, device=backend, requires_grad=True)
+    images = torch.zeros(4, 3, 4, 4, device=backend)
+    ops.vae_loss(images, images, kl, kl_weight=3.0, step=10_000).loss.backward()
+    assert kl.grad.tolist() == [3.0 * slope / 4] * 4
+
+
+def test_no_capacity_is_the_absolute_kl(backend):
+    images, kl = torch.zeros(4, 3, 4, 4, device=backend), divergence(backend, 4)
+    terms = ops.vae_loss(images, images, kl, step=5, max_capacity=0.0)
+    assert float(terms.capacity) == 0.0
+    torch.testing.assert_close(terms.loss, kl.mean())
+
+
+def test_the_counter_advances_in_training_alone_and_is_saved(backend):
+    loss = CapacityLoss(kl_weight=1.0, max_capacity=10.0, capacity_iters=10).to(backend)
+    arguments = decoder_output(torch.float32, backend), pixels(backend), divergence(backend)
+    assert [float(loss(*arguments).capacity) for _ in range(3)] == [1.0, 2.0, 3.0]
+    loss.eval()
+    assert [float(loss(*arguments).capacity) for _ in range(2)] == [3.0, 3.0]
+    resumed = CapacityLoss(kl_weight=1.0, max_capacity=10.0, capacity_iters=10).to(backend)
+    resumed.load_state_dict(loss.state_dict())
+    assert float(resumed(*arguments).capacity) == 4.0
+    assert (resumed.step.dtype, resumed.step.shape) == (torch.int64, ())
+
+
+# the modules
+
+
+MODULES = {
+    "beta": lambda: BetaLoss(beta=4.0, activation="tanh"),
+    "capacity": lambda: CapacityLoss(max_capacity=10.0, activation="tanh"),
+}
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_mu_and_log_var_instead_of_the_kl(backend, make):
+    both = torch.randn(5, 20, device=backend, requires_grad=True)
+    mu, log_var = both.chunk(2, 1)
+    recon, target = decoder_output(torch.float32, backend), pixels(backend)
+    terms = make().to(backend)(recon, target, mu, log_var)
+    kl = -0.5 * (1 + log_var - mu**2 - log_var.exp()).sum(1)
+    options = {"beta": 4.0} if isinstance(make(), BetaLoss) else {"max_capacity": 10.0}
+    by_number = type(make())(kl_weight=10 / (12 * 20), activation="tanh", **options).to(backend)
+    expected = by_number(recon, target, kl)
+    for ours, theirs in zip(terms, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(t.loss, both, retain_graph=True)[0] for t in (terms, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_modules_copy_and_pickle(make):
+    loss = make()
+    arguments = decoder_output(torch.float32, torch.device("cpu")), pixels(torch.device("cpu"))
+    latents = torch.randn(5, 10), torch.randn(5, 10)
+    loss(*arguments, *latents)
+    copies = copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))
+    expected = loss(*arguments, *latents)
+    for other in copies:
+        assert repr(other) == repr(loss)
+        assert other(*arguments, *latents).loss == expected.loss
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_modules_compile(backend, make):
+    def train_step(loss, decoder, x: Tensor, target: Tensor, both: Tensor):
+        z, kl = ops.reparam_kl(*both.chunk(2, 1), seed=SEED, step=STEP)
+        return loss(decoder(x) + z.sum(), target, *both.chunk(2, 1)), kl
+
+    SEED = torch.tensor(1, device=backend)
+    STEP = torch.tensor(2, device=backend)
+    results = []
+    for compile_it in (False, True):
+        torch.manual_seed(3)
+        loss, decoder = make().to(backend), torch.nn.Conv2d(3, 3, 1).to(backend)
+        x, both = torch.randn(SHAPE, device=backend), torch.randn(5, 20, device=backend, requires_grad=True)
+        function = torch.compile(train_step, fullgraph=True) if compile_it else train_step
+        for _ in range(2):
+            terms, _ = function(loss, decoder, x, pixels(backend), both)
+            terms.loss.backward()
+        results.append((*terms, both.grad, decoder.weight.grad))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_distributed_data_parallel(backend, tmp_path):
+    if backend.type == "cuda" or torch.distributed.is_initialized():
+        pytest.skip("one process group a process; gloo runs on the CPU")
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 20))
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        images = torch.rand(6, 3, 4, 4)
+        mu, log_var = model(images).chunk(2, 1)
+        z, kl = ops.reparam_kl(mu, log_var)
+        CapacityLoss(kl_weight=1.0)(images * z.mean(), images, kl).loss.backward()
+        assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_autocast_leaves_the_terms_in_float32(backend):
+    decoder = torch.nn.Conv2d(3, 3, 1).to(backend)
+    with torch.autocast(backend.type, dtype=torch.bfloat16):
+        recon = decoder(torch.randn(SHAPE, device=backend))
+        terms = BetaLoss(kl_weight=1.0, activation="tanh")(recon, pixels(backend), divergence(backend))
+    assert recon.dtype == torch.bfloat16
+    assert all(t.dtype == torch.float32 and t.shape == () for t in terms)
+    terms.loss.backward()
+    assert decoder.weight.grad.isfinite().all()
+
+
+def test_without_gradients_nothing_is_stored(kernels):
+    recon = decoder_output(torch.float32, kernels)
+    arguments = 1.0, 25.0, 1, "gaussian", "tanh", "mean", 0.5, -1.0, False, False
+    *_, slope = capacity_loss.forward(recon, pixels(kernels), divergence(kernels), None, *arguments)
+    assert slope.numel() == 0
+    with torch.no_grad():
+        assert not ops.vae_loss(recon, pixels(kernels), divergence(kernels)).loss.requires_grad
+
+
+def test_a_fixed_decoder_still_trains_the_encoder(backend):
+    kl = divergence(backend)
+    recon = decoder_output(torch.float32, backend).detach()
+    ops.vae_loss(recon, pixels(backend), kl, kl_weight=2.0).loss.backward()
+    assert kl.grad.tolist() == pytest.approx([2.0 / 5] * 5)
+
+
+# registration, numerics
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_opcheck(kernels, likelihood, dtype):
+    recon, target, kl = (
+        decoder_output(dtype, kernels, (2, 3, 5, 7)),
+        pixels(kernels, (2, 3, 5, 7)),
+        divergence(kernels, 2),
+    )
+    activation = None if likelihood == "bernoulli" else "tanh"
+    for step, with_slope in ((None, True), (torch.tensor(3, device=kernels), recon.requires_grad)):
+        options = 0.3, 25.0, 100, likelihood, activation, "mean", 0.5, -1.0, with_slope, False
+        opcheck(capacity_loss.forward, (recon, target, kl, step, *options))
+    one = torch.ones((), device=kernels)
+    opcheck(capacity_loss.backward, (recon.detach(), kl.detach(), one, one, None, one, 0.5))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_gradcheck_of_the_reference_path(objective):
+    generator = torch.Generator().manual_seed(4)
+    recon = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=generator).requires_grad_()
+    kl = (14 + torch.rand(2, dtype=torch.float64, generator=generator)).requires_grad_()
+    target = torch.rand(2, 3, 2, 2, generator=generator)
+
+    def function(recon: Tensor, kl: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ops.vae_loss(recon, target, kl, **objective)[:3])
+
+    assert all(t.dtype == torch.float64 for t in function(recon, kl))
+    assert torch.autograd.gradcheck(function, (recon, kl))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_extremes_stand_where_the_reference_has_them(kernels, objective):
+    values = [0.0, 1e-30, 20.0, -20.0, 100.0, -100.0, 1e4, -1e4, 1e18, torch.inf, -torch.inf, torch.nan]
+    for kl_value in (0.0, 1e4, torch.inf, torch.nan):
+        for value in values:
+            results = []
+            for function, device in ((ops.vae_loss, kernels), (reference.vae_loss, torch.device("cpu"))):
+                recon = torch.full((1, 2), value, device=device, requires_grad=True)
+                kl = torch.tensor([kl_value], device=device, requires_grad=True)
+                target = torch.tensor([[0.0, 1.0]], device=device)
+                step = {"step": torch.tensor(objective["step"], device=device)} if "step" in objective else {}
+                terms = function(recon, target, kl, **{**objective, **step})
+                terms.loss.backward()
+                results.append([x.detach().cpu() for x in (*terms, recon.grad, kl.grad)])
+            for a, b in zip(*results, strict=True):
+                assert same_places(a, b), (value, kl_value)
+                torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_batch(backend):
+    recon = torch.zeros(0, 3, 8, 8, device=backend, requires_grad=True)
+    for loss in (BetaLoss(kl_weight=1.0), CapacityLoss(kl_weight=1.0).to(backend)):
+        terms = loss(recon, torch.zeros(0, 8, 8, 3, dtype=torch.uint8, device=backend), recon.sum((1, 2, 3)))
+        assert terms.loss.isnan()
+        terms.loss.backward()
+        assert recon.grad.shape == recon.shape
+
+
+# misuse
+
+
+def images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape or (2, 3, 8, 8), dtype=dtype)
+
+
+KL = torch.ones(2)
+MISUSE = {
+    "target's shape": (
+        (images(), images(2, 3, 8, 9), KL),
+        {},
+        ValueError,
+        r"target must have .*\[2, 3, 8, 9\]",
+    ),
+    "target's device": (
+        (images(), images().to("meta"), KL),
+        {},
+        ValueError,
+        r"target must be on .*cpu.*meta",
+    ),
+    "target's dtype": (
+        (images(), images(dtype=torch.int32), KL),
+        {},
+        TypeError,
+        r"target must be uint8.*int32",
+    ),
+    "recon's dtype": (
+        (images(dtype=torch.uint8), images(), KL),
+        {},
+        TypeError,
+        r"recon must be float.*uint8 \[2",
+    ),
+    "kl's shape": ((images(), images(), torch.ones(3)), {}, ValueError, r"kl must be \[2\].*float32 \[3\]"),
+    "kl a number": ((images(), images(), torch.ones(())), {}, ValueError, r"kl must be \[2\].*\[\]"),
+    "no probability": (
+        (images(), images() * 1.5, KL),
+        {"likelihood": "bernoulli"},
+        ValueError,
+        r"target of a bernoulli .* \[0, 1\].*\[2, 3, 8, 8\].*1.5",
+    ),
+    "activated logits": (
+        (images(), images(), KL),
+        {"likelihood": "bernoulli", "activation": "sigmoid"},
+        ValueError,
+        "logits",
+    ),
+    "likelihood": (
+        (images(), images(), KL),
+        {"likelihood": "laplace"},
+        ValueError,
+        "likelihood must be .*'laplace'",
+    ),
+    "activation": (
+        (images(), images(), KL),
+        {"activation": "relu"},
+        ValueError,
+        "activation must be .*'relu'",
+    ),
+    "reduction": ((images(), images(), KL), {"reduction": "none"}, ValueError, "reduction must be .*'none'"),
+    "variance": (
+        (images(), images(), KL),
+        {"decoder_variance": 0.0},
+        ValueError,
+        "decoder_variance must be positive",
+    ),
+    "step": ((images(), images(), KL), {"step": torch.tensor(1.0)}, TypeError, "step must be an int64"),
+    "iterations": (
+        (images(), images(), KL),
+        {"capacity_iters": 0},
+        ValueError,
+        "capacity_iters must be at least 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("args", "options", "error", "message"), MISUSE.values(), ids=MISUSE)
+def test_misuse_says_what_was_expected(args, options, error, message):
+    with pytest.raises(error, match=message):
+        ops.vae_loss(*args, **options)
+
+
+def test_where_nobody_can_look_a_wrong_probability_makes_the_loss_nan(kernels):
+    arguments = 1.0, 25.0, 1, "bernoulli", None, "mean", 0.5, 0.0, False, False
+    target = torch.full((2, 8), 0.5, device=kernels)
+    target[1, 3] = 1.5
+    loss, *_ = capacity_loss.forward(
+        torch.zeros_like(target), target, torch.ones(2, device=kernels), None, *arguments
+    )
+    assert loss.isnan()
+    assert reference.vae_loss(
+        torch.zeros_like(target), target, KL.to(kernels), likelihood="bernoulli"
+    ).loss.isnan()
+
+
+CONSTRUCTORS = {
+    "beta": (lambda: BetaLoss(beta=-1.0), "beta must be at least 0, got -1"),
+    "gamma": (lambda: CapacityLoss(gamma=-1.0), "gamma must be at least 0, got -1"),
+    "capacity": (lambda: CapacityLoss(max_capacity=-25.0), "max_capacity must be at least 0 nats, got -25"),
+    "iterations": (lambda: CapacityLoss(capacity_iters=0), "capacity_iters must be at least 1 step, got 0"),
+    "weight": (lambda: BetaLoss(kl_weight="n_over_m"), "kl_weight must be 'm_over_n' or a number.*n_over_m"),
+    "M over N of a KL": (lambda: BetaLoss()(images(), images(), KL), "needs mu and log_var.*give a number"),
+}
+
+
+@pytest.mark.parametrize(("build", "message"), CONSTRUCTORS.values(), ids=CONSTRUCTORS)
+def test_modules_say_what_was_expected(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
