@@ -1,0 +1,192 @@
+"""The network: shapes, sizes, saving, and PyTorch-VAE's checkpoints."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from bvae.model import BetaVAE
+from bvae.pytorch_vae import export_state
+
+
+class Seed(nn.Module):
+    """PyTorch-VAE's network as reference.md's table of its layers states it, under its parameter names."""
+
+    def __init__(self, channels=3, latent_dim=128, hidden_dims=(32, 64, 128, 256, 512)):
+        super().__init__()
+        stages, width = [], channels
+        for out in hidden_dims:
+            stages.append(
+                nn.Sequential(nn.Conv2d(width, out, 3, 2, 1), nn.BatchNorm2d(out), nn.LeakyReLU(0.01))
+            )
+            width = out
+        self.encoder = nn.Sequential(*stages)
+        self.fc_mu, self.fc_var = nn.Linear(4 * width, latent_dim), nn.Linear(4 * width, latent_dim)
+        self.decoder_input = nn.Linear(latent_dim, 4 * width)
+        backwards = hidden_dims[::-1]
+        self.decoder = nn.Sequential(*(self.up(a, b) for a, b in pairwise(backwards)))
+        self.final_layer = nn.Sequential(
+            *self.up(hidden_dims[0], hidden_dims[0]),
+            nn.Conv2d(hidden_dims[0], channels, 3, padding=1),
+            nn.Tanh(),
+        )
+        self.width = width
+
+    @staticmethod
+    def up(a, b):
+        return nn.Sequential(
+            nn.ConvTranspose2d(a, b, 3, 2, 1, output_padding=1), nn.BatchNorm2d(b), nn.LeakyReLU(0.01)
+        )
+
+    def encode(self, x):
+        h = self.encoder(x).flatten(1)
+        return self.fc_mu(h), self.fc_var(h)
+
+    def decode(self, z):
+        return self.final_layer(self.decoder(self.decoder_input(z).view(-1, self.width, 2, 2)))
+
+
+def trained_seed(**kwargs):
+    """Weights with every part away from its initial value: biases and running statistics too."""
+    torch.manual_seed(0)
+    seed = Seed(**kwargs)
+    for parameter in seed.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    for module in seed.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            module.num_batches_tracked.fill_(7)
+    return seed.eval()
+
+
+def test_parameters_are_the_seeds_less_the_dead_biases():
+    dead = sum(module.bias.numel() for module in _before_batchnorm(Seed()))
+    assert sum(p.numel() for p in Seed().parameters()) == 3_937_635
+    assert sum(p.numel() for p in BetaVAE().parameters()) == 3_937_635 - dead
+
+
+def _before_batchnorm(seed):
+    for block in [*seed.encoder, *seed.decoder, seed.final_layer]:
+        yield block[0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [32, 50, 64, 96, 127, 256])
+def test_any_size_and_channels(channels, size):
+    widths = [4, 6, 8]
+    model = BetaVAE(channels, 5, widths, size).eval()
+    x = torch.rand(2, channels, size, size) * 2 - 1
+    out = model(x)
+    assert out.recon.shape == x.shape
+    assert out.input is x
+    assert out.mu.shape == out.log_var.shape == (2, 5)
+    assert out.recon.abs().max() <= 1
+    assert model.sample(3).shape == (3, channels, size, size)
+    assert widths == [4, 6, 8]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7])
+def test_any_depth(depth):
+    model = BetaVAE(3, 2, [4] * depth, 32)
+    assert model(torch.zeros(2, 3, 32, 32)).recon.shape == (2, 3, 32, 32)
+
+
+def test_sigmoid_gives_probabilities():
+    recon = BetaVAE(1, 2, [4, 8], 32, activation="sigmoid").eval().sample(4)
+    assert recon.min() >= 0
+    assert recon.max() <= 1
+
+
+def test_decoders_gradient_reaches_the_encoder():
+    model = BetaVAE(3, 4, [4, 8], 32)
+    model(torch.rand(2, 3, 32, 32)).recon.sum().backward()
+    assert model.encoder[0][0].weight.grad.abs().sum() > 0
+
+
+def test_reconstruct_decodes_the_posterior_mean():
+    model = BetaVAE(3, 4, [4, 8], 32).eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model.reconstruct(x), model.decode(model.encode(x)[0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"latent_dim": 0}, "latent_dim must be at least 1, got 0"),
+        ({"in_channels": 4}, "in_channels must be 1 .* got 4"),
+        ({"hidden_dims": []}, "hidden_dims must be one or more"),
+        ({"hidden_dims": [8, 0]}, "hidden_dims must be one or more"),
+        ({"image_size": 16}, "image_size must be 32 to 256 pixels, got 16"),
+        ({"activation": "relu"}, "activation must be one of tanh, sigmoid"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BetaVAE(**arguments)
+
+
+def test_wrong_input_shape_is_named():
+    with pytest.raises(ValueError, match=r"x must be \[N, 3, 64, 64\], got \[2, 64, 64, 3\]"):
+        BetaVAE(hidden_dims=[4])(torch.zeros(2, 64, 64, 3))
+
+
+def test_pretrained_round_trip(tmp_path):
+    model = BetaVAE(1, 3, [4, 8], 40, activation="sigmoid").eval()
+    model.save_pretrained(tmp_path / "new")
+    again = BetaVAE.from_pretrained(tmp_path / "new")
+    x = torch.rand(2, 1, 40, 40)
+    assert torch.equal(model.reconstruct(x), again.reconstruct(x))
+    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+        BetaVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["bare", "lightning"])
+def test_pytorch_vae_checkpoint_gives_the_same_outputs(tmp_path, form):
+    seed = trained_seed(latent_dim=12, hidden_dims=(8, 16, 24, 32, 40))
+    state = seed.state_dict()
+    if form == "lightning":
+        state = {"epoch": 3, "state_dict": {f"model.{name}": value for name, value in state.items()}}
+    torch.save(state, tmp_path / "last.ckpt")
+    model = BetaVAE.from_pytorch_vae(tmp_path / "last.ckpt")
+    x = torch.rand(3, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        for ours, theirs in zip(model.encode(x), seed.encode(x), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        z = torch.randn(3, 12)
+        torch.testing.assert_close(model.decode(z), seed.decode(z), atol=1e-5, rtol=0)
+
+
+def test_pytorch_vae_export_gives_the_same_outputs():
+    torch.manual_seed(0)
+    model = BetaVAE(1, 12, (8, 16, 24, 32, 40))
+    model(torch.rand(8, 1, 64, 64))  # moves the running statistics
+    seed = Seed(1, 12, (8, 16, 24, 32, 40))
+    seed.load_state_dict(export_state(model.state_dict()))
+    model.eval(), seed.eval()
+    x = torch.rand(3, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.reconstruct(x), seed.decode(seed.encode(x)[0]), atol=1e-5, rtol=0)
+
+
+def test_files_that_are_no_pytorch_vae_checkpoints(tmp_path):
+    (tmp_path / "text.ckpt").write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read with torch.load"):
+        BetaVAE.from_pytorch_vae(tmp_path / "text.ckpt")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="is not a PyTorch-VAE BetaVAE checkpoint"):
+        BetaVAE.from_pytorch_vae(tmp_path / "other.ckpt")
+    with pytest.raises(FileNotFoundError):
+        BetaVAE.from_pytorch_vae(tmp_path / "absent.ckpt")
+
+
+def test_pickled_code_in_a_checkpoint_does_not_run(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "created"), "w"))
+
+    torch.save({"state_dict": Hostile()}, tmp_path / "hostile.ckpt")
+    with pytest.raises(ValueError, match="weights_only"):
+        BetaVAE.from_pytorch_vae(tmp_path / "hostile.ckpt")
+    assert not (tmp_path / "created").exists()
