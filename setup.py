@@ -14,10 +14,10 @@ setup(
     package_data={"bvae": ["presets/*.yaml"]},
     install_requires=[
         "torch>=2.11",  # the model, autograd and torch.compile; 2.11 is the oldest release tested
-        "torchvision>=0.26",  # JPEG and PNG decoding, antialiased resizing; the release that goes with torch 2.11
-        "triton>=3.6; sys_platform == 'linux'",  # the fused kernels; the release that goes with torch 2.11
-        "numpy>=1.26",  # the batched image writer and TensorBoard speak it
-        "pillow>=10",  # decodes what torchvision refuses (CMYK, palettes); writes PNG grids, labels and GIFs
+        "torchvision>=0.26",  # decodes JPEG and PNG, antialiased resizing; goes with torch 2.11
+        "triton>=3.6; sys_platform == 'linux'",  # the fused kernels; goes with torch 2.11
+        "numpy>=1.26",  # TensorBoard and Pillow speak it
+        "pillow>=10",  # writes the pictures: grids with labels, GIFs
         "pyyaml>=6",  # run configurations and the PyTorch-VAE dialect
         "tyro>=1.0",  # one dataclass gives the command line, its types and its help
         "tensorboard>=2.16",  # the event writer behind torch.utils.tensorboard

@@ -1,0 +1,278 @@
+"""A run's configuration: dataclasses, their YAML, and the checks that come before any work.
+
+tyro turns the dataclasses into the command line (types, help and defaults from one place); PyYAML reads and
+writes the files. A file may be ours, or PyTorch-VAE's in either dialect (`pytorch_vae.py`).
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from tyro.conf import arg
+
+from bvae import pytorch_vae
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they become pixels."""
+
+    name: Annotated[Literal["faces", "celeba", "folder"], arg(name="data")] = "faces"
+    """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
+    folder: any tree of JPEG and PNG files."""
+    root: Annotated[Path | None, arg(name="data-root")] = None
+    """Folder of the images (faces: data/faces unless given)."""
+    crop: int | None = None
+    """Side of the centred square that is cut out, in pixels. None: 148 for celeba and faces, the largest
+    square for folder."""
+    image_size: int = 64
+    """Side of the images that the model sees, 32 to 256 pixels."""
+    channels: Literal[1, 3] = 3
+    """1: grey, 3: RGB."""
+    flip: bool = True
+    """Mirror training images at random."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network of PyTorch-VAE's BetaVAE."""
+
+    latent_dim: int = 128
+    """Dimensions of z."""
+    hidden_dims: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Channels of the encoder's stages; the decoder runs them backwards."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss. VAE: recon + kl_weight KL. H: recon + beta kl_weight KL (Higgins et al. 2017).
+    B: recon + gamma kl_weight |KL - C|, C rising to max_capacity (Burgess et al. 2018)."""
+
+    loss_type: Literal["VAE", "H", "B"] = "B"
+    """VAE, H (beta) or B (capacity)."""
+    beta: float = 4.0
+    """Weight of the KL in H."""
+    gamma: float = 10.0
+    """Weight of |KL - C| in B."""
+    max_capacity: float = 25.0
+    """Highest C in B, in nats."""
+    capacity_iters: int | Literal["auto"] = "auto"
+    """Training steps until C is max_capacity. auto: half the run."""
+    recon: Literal["mean", "sum"] = "mean"
+    """mean: over pixels (the seed's mean-squared error). sum: over pixels, as in the papers."""
+    kl_weight: float | Literal["m_over_n"] | None = None
+    """M_N, a factor on the KL. m_over_n: latent dimensions over pixels, M / (H W).
+    None: m_over_n with recon mean, 1 with recon sum."""
+    likelihood: Literal["gaussian", "bernoulli"] = "gaussian"
+    """gaussian: squared error, tanh, pixels in [-1, 1]. bernoulli: cross-entropy, sigmoid, pixels
+    in [0, 1]."""
+    decoder_variance: float = 0.5
+    """Variance s of the gaussian likelihood, (x - recon)^2 / (2 s). 0.5 is the plain squared error."""
+
+    @property
+    def weight_on_kl(self) -> float:
+        """The factor on the KL, or on |KL - C|, of a resolved objective."""
+        factor = {"VAE": 1.0, "H": self.beta, "B": self.gamma}[self.loss_type]
+        return factor * float(self.kl_weight)  # type: ignore[arg-type]  # resolve() made it a number
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The run: Adam with an exponential schedule."""
+
+    batch_size: int = 144
+    """Images a step."""
+    lr: float = 5e-4
+    """Adam's learning rate in the first epoch."""
+    lr_gamma: float = 0.95
+    """Factor on the learning rate after each epoch."""
+    weight_decay: float = 0.0
+    """Adam's L2 penalty."""
+    epochs: int = 50
+    """Passes over the training images."""
+    max_steps: int | None = None
+    """End after this many steps, if the epochs have not ended before."""
+    seed: int = 1265
+    """Everything random is a function of it: weights, order, flips, noise."""
+    amp: bool = False
+    """Mixed precision: bfloat16 where the device has it, else float16 with a scaler on a GPU. A CPU without
+    bfloat16 arithmetic stays in float32 (autocast would be 15 times slower there)."""
+    compile: bool = True
+    """torch.compile. It takes about a minute once and gives it back in runs of more than some minutes."""
+    log_every: int = 50
+    """Steps between two lines of the log."""
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Steps in the whole run."""
+        steps = self.epochs * steps_per_epoch
+        return min(steps, self.max_steps or steps)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a run depends on: what `config.yaml` holds."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def check(self) -> None:
+        """Raise ValueError for the first value out of its range."""
+        for name in _POSITIVE:
+            _require(self, name, lambda value: value > 0, "positive")
+        for name in _NOT_NEGATIVE:
+            _require(self, name, lambda value: value >= 0, "0 or more")
+        _require(self, "data.image_size", lambda size: 32 <= size <= 256, "32 to 256 pixels")
+        _require(self, "training.seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1")
+        if not self.model.hidden_dims or min(self.model.hidden_dims) < 1:
+            raise ValueError(f"model.hidden_dims must be positive widths, got {list(self.model.hidden_dims)}")
+
+    def resolve(self, steps_per_epoch: int) -> "Config":
+        """The same run with its objective in numbers: no 'auto', no 'm_over_n', no None."""
+        objective = self.objective
+        iters, weight = objective.capacity_iters, objective.kl_weight
+        if iters == "auto":
+            iters = max(1, self.training.steps(steps_per_epoch) // 2)
+        if weight is None:
+            weight = "m_over_n" if objective.recon == "mean" else 1.0
+        if weight == "m_over_n":
+            weight = self.model.latent_dim / self.data.image_size**2
+        objective = dataclasses.replace(objective, capacity_iters=iters, kl_weight=weight)
+        return dataclasses.replace(self, objective=objective)
+
+    def to_yaml(self) -> str:
+        """YAML that `read` turns into this configuration again."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+
+
+_POSITIVE = (
+    "data.crop",
+    "model.latent_dim",
+    "objective.capacity_iters",
+    "objective.decoder_variance",
+    "training.batch_size",
+    "training.lr",
+    "training.lr_gamma",
+    "training.epochs",
+    "training.max_steps",
+    "training.log_every",
+)
+_NOT_NEGATIVE = (
+    "objective.beta",
+    "objective.gamma",
+    "objective.max_capacity",
+    "objective.kl_weight",
+    "training.weight_decay",
+)
+
+
+def _require(config: Config, name: str, in_range: Callable[[Any], bool], expected: str) -> None:
+    section, key = name.split(".")
+    value = getattr(getattr(config, section), key)
+    if isinstance(value, int | float) and not (math.isfinite(value) and in_range(value)):
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def unknown_key(key: str, known: Iterable[str]) -> ValueError:
+    """The error for a mistyped key; it names the nearest one."""
+    known = list(known)
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return ValueError(
+        f"unknown key '{key}'"
+        + (f", did you mean '{nearest[0]}'?" if nearest else f"; known: {', '.join(known)}")
+    )
+
+
+def preset_or_path(name: str | Path) -> Path:
+    """The file of a preset by its name, or the path as it is."""
+    preset = PRESETS / f"{name}.yaml"
+    return preset if preset.is_file() else Path(name)
+
+
+def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
+    """A YAML configuration, ours or PyTorch-VAE's.
+
+    Returns:
+        the configuration; keys of the file that have no counterpart here; the run folder it names, if any.
+
+    Raises:
+        FileNotFoundError: neither a file nor a preset.
+        ValueError: not a YAML mapping, an unknown key or a value of the wrong type; names file and key.
+    """
+    path = preset_or_path(path)
+    if not path.is_file():
+        presets = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
+        raise FileNotFoundError(f"no configuration at {path}; presets: {presets}")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(loaded, dict):
+            raise ValueError("not a YAML mapping of sections")
+        unused: list[str] = []
+        out = None
+        if pytorch_vae.is_dialect(loaded):
+            loaded, unused, out = pytorch_vae.translate(loaded)
+        return from_mapping(Config, loaded), unused, out
+    except (ValueError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def from_mapping(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """A dataclass from a mapping, nested dataclasses from nested mappings; ValueError names the key."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where.rstrip('.')} must be a section of keys, got {values!r}")
+    types = get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        name = f"{where}{key}"
+        if key not in types:
+            raise unknown_key(name, [f"{where}{known}" for known in types])
+        if dataclasses.is_dataclass(types[key]):
+            arguments[key] = from_mapping(types[key], value or {}, f"{name}.")
+            continue
+        try:
+            arguments[key] = _convert(types[key], value)
+        except TypeError:
+            kind = types[key].__name__ if isinstance(types[key], type) else str(types[key])
+            undefined = "Undefined loss type. " if key == "loss_type" else ""
+            raise ValueError(f"{undefined}{name} must be {kind}, got {value!r}") from None
+    return cls(**arguments)
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """A YAML value as a field's type; TypeError if it is none."""
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for choice in choices:
+            with contextlib.suppress(TypeError):
+                return _convert(choice, value)
+    elif origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in choices):
+            return value
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_convert(choices[0], item) for item in value)
+    elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)  # text too: YAML 1.1 reads 5e-4 as text
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    elif type(value) is kind:
+        return value
+    raise TypeError

@@ -1,0 +1,127 @@
+"""Configurations: ours, PyTorch-VAE's two dialects, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from bvae import config
+from bvae.config import Config
+
+OLD_DIALECT = """
+model_params: {name: BetaVAE, in_channels: 3, latent_dim: 128, loss_type: B, gamma: 10.0, max_capacity: 25,
+               Capacity_max_iter: 10000}
+exp_params: {dataset: celeba, data_path: /images, img_size: 64, batch_size: 144, LR: 0.0005,
+             weight_decay: 0.0, scheduler_gamma: 0.95}
+trainer_params: {gpus: 1, max_nb_epochs: 50, max_epochs: 50}
+logging_params: {save_dir: "logs/", name: "BetaVAE_B", manual_seed: 1265}
+"""
+NEW_DIALECT = """
+model_params: {name: 'BetaVAE', in_channels: 3, latent_dim: 64, loss_type: 'H', beta: 6.}
+data_params: {data_path: "Data/", train_batch_size: 32, val_batch_size: 64, patch_size: 96, num_workers: 4}
+exp_params: {LR: 5e-3, weight_decay: 0.0, scheduler_gamma: 0.9, kld_weight: 0.00025, manual_seed: 7}
+trainer_params: {gpus: [1], max_epochs: 10}
+logging_params: {save_dir: "logs/", name: "BetaVAE"}
+"""
+
+
+def read(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return config.read(path)
+
+
+def test_old_dialect(tmp_path):
+    ours, unused, out = read(tmp_path, OLD_DIALECT)
+    assert (ours.data.name, ours.data.root, ours.data.image_size) == ("celeba", Path("/images"), 64)
+    assert (ours.model.latent_dim, ours.data.channels) == (128, 3)
+    objective = ours.objective
+    assert (objective.loss_type, objective.gamma, objective.max_capacity) == ("B", 10.0, 25.0)
+    assert objective.capacity_iters == 10_000
+    assert ours.resolve(1130).objective.kl_weight == 128 / 64**2
+    training = ours.training
+    assert (training.batch_size, training.lr, training.lr_gamma) == (144, 5e-4, 0.95)
+    assert (training.epochs, training.seed) == (50, 1265)
+    assert unused == ["trainer_params.gpus"]
+    assert out == Path("logs/BetaVAE_B")
+
+
+def test_new_dialect(tmp_path):
+    ours, unused, out = read(tmp_path, NEW_DIALECT)
+    assert (ours.data.name, ours.data.root, ours.data.image_size) == ("celeba", Path("Data/"), 96)
+    assert (ours.objective.loss_type, ours.objective.beta, ours.objective.kl_weight) == ("H", 6.0, 0.00025)
+    assert (ours.training.batch_size, ours.training.lr, ours.training.epochs) == (32, 5e-3, 10)
+    assert ours.training.seed == 7
+    assert set(unused) == {"data_params.val_batch_size", "data_params.num_workers", "trainer_params.gpus"}
+    assert out == Path("logs/BetaVAE")
+
+
+def test_vanilla_vae_is_the_vae_loss(tmp_path):
+    assert read(tmp_path, "model_params: {name: VanillaVAE}")[0].objective.loss_type == "VAE"
+
+
+def test_yaml_round_trip(tmp_path):
+    before = Config().resolve(100)
+    assert read(tmp_path, before.to_yaml())[0] == before
+
+
+def test_presets_can_be_read():
+    presets = sorted(file.stem for file in config.PRESETS.glob("*.yaml"))
+    assert "faces_cpu" in presets
+    for name in presets:
+        config.read(name)[0].check()
+
+
+def test_text_that_is_a_number(tmp_path):
+    ours = read(tmp_path, "training: {lr: 5e-4}\nobjective: {kl_weight: 1e-3}")[0]
+    assert (ours.training.lr, ours.objective.kl_weight) == (5e-4, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("recon", "given", "weight"),
+    [("mean", None, 32 / 64**2), ("sum", None, 1.0), ("sum", "m_over_n", 32 / 64**2), ("mean", 0.5, 0.5)],
+)
+def test_kl_weight(recon, given, weight):
+    mapping = {"model": {"latent_dim": 32}, "objective": {"recon": recon, "kl_weight": given}}
+    assert config.from_mapping(Config, mapping).resolve(10).objective.kl_weight == weight
+
+
+def test_capacity_fits_the_run():
+    training = {"epochs": 3, "max_steps": 100}
+    assert config.from_mapping(Config, {"training": training}).resolve(80).objective.capacity_iters == 50
+    assert Config().resolve(80).objective.capacity_iters == 50 * 80 // 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("objective: {gama: 3}", r"unknown key 'objective.gama', did you mean 'objective.gamma'\?"),
+        ("modle: {latent_dim: 3}", r"unknown key 'modle', did you mean 'model'\?"),
+        ("exp_params: {LRR: 1}", r"unknown key 'exp_params.LRR', did you mean 'exp_params.LR'\?"),
+        ("model_params: {}\ntraining: {lr: 1}", "unknown key 'training'"),
+        ("model_params: {name: WAE}", "WAE is not trained here"),
+        ("objective: {loss_type: TC}", "Undefined loss type. objective.loss_type must be"),
+        ("model_params: {loss_type: TC}", "Undefined loss type."),
+        ("training: {lr: fast}", "training.lr must be float, got 'fast'"),
+        ("training: {amp: 1}", "training.amp must be bool, got 1"),
+        ("training: {epochs: 2.5}", "training.epochs must be int, got 2.5"),
+        ("training: [1]", "training must be a section of keys"),
+        ("just text", "not a YAML mapping"),
+        ("a: [", "run.yaml"),
+        ("training: {lr: -1}", "training.lr must be positive, got -1"),
+        ("training: {lr: .nan}", "training.lr must be positive, got nan"),
+        ("training: {lr: .inf}", "training.lr must be positive, got inf"),
+        ("model: {latent_dim: 0}", "model.latent_dim must be positive, got 0"),
+        ("model: {hidden_dims: [8, -1]}", "model.hidden_dims must be positive widths"),
+        ("objective: {gamma: -1}", "objective.gamma must be 0 or more"),
+        ("objective: {capacity_iters: 0}", "objective.capacity_iters must be positive"),
+        ("data: {image_size: 20}", "data.image_size must be 32 to 256"),
+    ],
+)
+def test_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, text)[0].check()
+
+
+def test_missing_file_names_the_presets():
+    with pytest.raises(FileNotFoundError, match="presets: .*faces_cpu"):
+        config.read("absent.yaml")
