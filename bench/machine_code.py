@@ -1,0 +1,264 @@
+"""What the compiler makes of the kernels, without a GPU: `python bench/machine_code.py [sm_90 ...]`.
+
+Each case is a launch that training makes, planned on meta tensors by the launcher itself, and compiled as its
+first call on the device would compile it. Prints a Markdown table.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bvae.kernels import capacity_loss, reparam_kl
+from bvae.kernels.launch import Launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def _latents(
+    *shape: int, channels_last: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, ...]:
+    """mu, log_var as an encoder's heads give them: halves of one tensor, `shape` each."""
+    both = torch.empty(shape[0], 2 * shape[1], *shape[2:], dtype=dtype, device="meta")
+    if channels_last:
+        both = both.to(memory_format=torch.channels_last)
+    return both.chunk(2, 1)
+
+
+def _scalar(dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty((), dtype=dtype, device="meta")
+
+
+def _sample(latents: tuple[Tensor, ...], per_dim: bool = False) -> Launch:
+    return reparam_kl.plan_forward(*latents, _scalar(), _scalar(), None, per_dim)[0]
+
+
+def _sample_backward(latents: tuple[Tensor, ...]) -> Launch:
+    mu, log_var = latents
+    grad_kl = torch.empty(mu.shape[0], device="meta")
+    key = torch.empty(2, dtype=torch.int64, device="meta")
+    return reparam_kl.plan_backward(mu, log_var, key, torch.empty_like(mu), grad_kl, None, None)[0]
+
+
+def _images(dtype: torch.dtype, channels_last: bool = True, batch: int = 144) -> Tensor:
+    images = torch.empty(batch, 3, 64, 64, dtype=dtype, device="meta")
+    return images.to(memory_format=torch.channels_last) if channels_last else images
+
+
+def _loss(recon: Tensor, target: Tensor, likelihood: str, activation: str | None, with_slope: bool) -> Launch:
+    options = (0.3, 25.0, 10_000, likelihood, activation, "mean", 0.5, -1.0, with_slope, False)
+    kl = torch.empty(recon.shape[0], device="meta")
+    return capacity_loss.plan_forward(recon, target, kl, _scalar(), *options)[0]
+
+
+def _loss_backward(recon: Tensor) -> Launch:
+    kl, one = torch.empty(recon.shape[0], device="meta"), _scalar(torch.float32)
+    return capacity_loss.plan_backward(torch.empty_like(recon), kl, one, one, None, None, 1.0)[0]
+
+
+BF16, U8 = torch.bfloat16, torch.uint8
+CASES: dict[str, Callable[[], Launch]] = {
+    "sample, [144, 128]": lambda: _sample(_latents(144, 128)),
+    "sample, [144, 128], backward": lambda: _sample_backward(_latents(144, 128)),
+    "sample, [144, 128], per dimension": lambda: _sample(_latents(144, 128), per_dim=True),
+    "sample, [64, 4, 64, 64]": lambda: _sample(_latents(64, 4, 64, 64)),
+    "sample, [64, 4, 64, 64], backward": lambda: _sample_backward(_latents(64, 4, 64, 64)),
+    "sample, [64, 4, 64, 64], channels last": lambda: _sample(_latents(64, 4, 64, 64, channels_last=True)),
+    "loss, tanh": lambda: _loss(_images(BF16), _images(U8), "gaussian", "tanh", True),
+    "loss, tanh, evaluation": lambda: _loss(_images(BF16), _images(U8), "gaussian", "tanh", False),
+    "loss, bernoulli": lambda: _loss(_images(BF16), _images(U8), "bernoulli", None, True),
+    "loss, tanh, recon NCHW": lambda: _loss(_images(BF16, False), _images(U8), "gaussian", "tanh", True),
+    "loss, backward": lambda: _loss_backward(_images(BF16)),
+}
+
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+def _specialise(value: object) -> tuple[str, bool]:
+    """A launch argument's type in the kernel's signature, and whether it is known to be a multiple of 16."""
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+    if value is None or (value == 1 and not isinstance(value, float)):
+        return "constexpr", False
+    if isinstance(value, float):
+        return "fp32", False
+    return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    """The kernel of `launch`, specialised to its arguments as Triton would on `target`."""
+    signature: dict[str, object] = {}
+    constants: dict[tuple[int, ...], object] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+
+    def specialise(path: tuple[int, ...], value: object) -> str:
+        kind, aligned = _specialise(value)
+        if kind == "constexpr":
+            constants[path] = value
+        elif aligned:
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.args[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[index,] = "constexpr", value
+        elif isinstance(value, tuple):
+            signature[parameter.name] = tuple(specialise((index, i), leaf) for i, leaf in enumerate(value))
+        else:
+            signature[parameter.name] = specialise((index,), value)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options={"num_warps": launch.num_warps, **launch.OPTIONS})
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What one kernel became on one target. Widths are counted in its main loop, if it has one."""
+
+    registers: int  # per thread; VGPRs on AMD
+    spilled: int  # bytes of local memory per thread on NVIDIA, registers on AMD
+    shared: int  # bytes per program
+    loads: dict[int, int]  # instructions by bytes each loads from global memory
+    stores: dict[int, int]
+    bytes_per_element: float | None  # that the main loop loads and stores
+
+
+# An instruction that reads or writes global memory, its label, its jump: SASS, and AMD's assembly
+_SASS = {
+    "access": re.compile(r"\b(LDG|STG)\.E((?:\.\w+)*)"),
+    "label": re.compile(r"^(\.L_x_\d+):"),
+    "jump": re.compile(r"\bBRA\b.*\((\.L_x_\d+)\)"),
+}
+_AMDGCN = {
+    "access": re.compile(r"\b(?:global|buffer)_(load|store)_(\w+)"),
+    "label": re.compile(r"^(\.LBB\d+_\d+):"),
+    "jump": re.compile(r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)"),
+}
+_AMD_WIDTHS = {
+    "dwordx4": 16,
+    "dwordx3": 12,
+    "dwordx2": 8,
+    "dword": 4,
+    "ushort": 2,
+    "short": 2,
+    "ubyte": 1,
+    "byte": 1,
+}
+
+
+def _width(modifiers: str) -> int:
+    """The bytes that a memory instruction moves per thread."""
+    if modifiers.startswith("."):  # SASS: .U8, .S16, .64, .128, .256; 32 bits if none is named
+        bits = re.search(r"\.[US]?(8|16|64|128|256)\b", modifiers)
+        return int(bits[1]) // 8 if bits else 4
+    return next((w for name, w in _AMD_WIDTHS.items() if modifiers.startswith(name)), 4)
+
+
+def _main_loop(lines: list[str], syntax: dict[str, re.Pattern[str]]) -> list[str] | None:
+    """The first loop that touches global memory, without the loops inside it."""
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := syntax["label"].search(line))}
+    jumps = [(i, labels.get(m[1], i)) for i, line in enumerate(lines) if (m := syntax["jump"].search(line))]
+    loops = sorted((start, -end) for end, start in jumps if start < end)
+    for start, minus_end in loops:
+        inner = [(s, -e) for s, e in loops if s > start and -e < -minus_end]
+        body = [i for i in range(start, 1 - minus_end) if not any(s <= i <= e for s, e in inner)]
+        if any(syntax["access"].search(lines[i]) for i in body):
+            return [lines[i] for i in body]
+    return None
+
+
+def _accesses(lines: Iterable[str], syntax: dict[str, re.Pattern[str]]) -> tuple[Counter[int], Counter[int]]:
+    """How many loads and how many stores of each width."""
+    loads, stores = Counter[int](), Counter[int]()
+    for line in lines:
+        if match := syntax["access"].search(line):
+            (stores if match[1] in ("STG", "store") else loads)[_width(match[2] or ".")] += 1
+    return loads, stores
+
+
+def _nvidia(kernel: triton.compiler.CompiledKernel) -> tuple[list[str], int, int]:
+    """SASS, registers, bytes of local memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+
+        def run(tool: str, option: str) -> str:
+            command = [getattr(triton.knobs.nvidia, tool).path, option, str(path)]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", run("cuobjdump", "--dump-resource-usage")))
+        return (
+            run("nvdisasm", "-c").splitlines(),
+            int(usage["REG"]),
+            int(usage["STACK"]) + int(usage["LOCAL"]),
+        )
+
+
+def _amd(kernel: triton.compiler.CompiledKernel) -> tuple[list[str], int, int]:
+    """Assembly, vector registers, spilled registers."""
+    assembly = kernel.asm["amdgcn"]
+    numbers = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s*(\d+)", assembly))
+    spilled = int(numbers["vgpr_spill_count"]) + int(numbers["sgpr_spill_count"])
+    return assembly.splitlines(), int(numbers["vgpr_count"]), spilled
+
+
+def inspect(case: str, target: str) -> MachineCode:
+    """Compile one of CASES for one of TARGETS and read the result."""
+    launch = CASES[case]()
+    kernel = compile_launch(launch, TARGETS[target])
+    amd = TARGETS[target].backend == "hip"
+    lines, registers, spilled = _amd(kernel) if amd else _nvidia(kernel)
+    syntax = _AMDGCN if amd else _SASS
+    loop = _main_loop(lines, syntax) if "scf.for" in kernel.asm["ttgir"] else None
+    loads, stores = _accesses(lines if loop is None else loop, syntax)
+    per_element = None
+    if loop is not None:
+        tile = (
+            launch.args["BLOCK"] if "BLOCK" in launch.args else launch.args["ROWS"] * launch.args["COLUMNS"]
+        )
+        threads = launch.num_warps * TARGETS[target].warp_size
+        per_element = sum(w * n for w, n in (loads + stores).items()) * threads / tile
+    return MachineCode(registers, spilled, kernel.metadata.shared, dict(loads), dict(stores), per_element)
+
+
+def _widths(counts: dict[int, int]) -> str:
+    return ", ".join(f"{n} x {width}" for width, n in sorted(counts.items(), reverse=True)) or "none"
+
+
+def main(targets: list[str]) -> None:
+    """Print the table of all cases for `targets`, by default all."""
+    print(
+        "| kernel | target | registers | spills | shared | loads x bytes | stores x bytes | bytes/element |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for case in CASES:
+        for target in targets or TARGETS:
+            code = inspect(case, target)
+            moved = "" if code.bytes_per_element is None else f"{code.bytes_per_element:.1f}"
+            cells = (case, target, code.registers, code.spilled, code.shared)
+            print("|", *(f"{c} |" for c in (*cells, _widths(code.loads), _widths(code.stores), moved)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,84 @@
+"""What the compiler makes of the kernels: no spills, wide loads and stores, the bytes that the model says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+SURVEY = """
+import dataclasses, json, sys
+import machine_code
+codes = {case: dataclasses.asdict(machine_code.inspect(case, sys.argv[1])) for case in machine_code.CASES}
+json.dump(codes, sys.stdout)
+"""
+
+
+def survey(target: str) -> dict[str, dict]:
+    """Every case's MachineCode on `target`, from a process where kernels are compiled and not interpreted."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(BENCH), str(BENCH.parent)))}
+    command = [sys.executable, "-c", SURVEY, target]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=BENCH.parent, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def sm_90() -> dict[str, dict]:
+    return survey("sm_90")
+
+
+def test_nothing_spills_on_sm_90(sm_90):
+    assert {case: code["spilled"] for case, code in sm_90.items()} == dict.fromkeys(sm_90, 0)
+
+
+# bfloat16 latents and images whose rows are contiguous; uint8 pixels come eight to a load
+@pytest.mark.parametrize(
+    ("case", "loads", "stores", "bytes_per_element"),
+    [
+        ("sample, [144, 128]", {"16": 2}, {"16": 1}, 6),
+        ("sample, [64, 4, 64, 64]", {"16": 2}, {"16": 1}, 6),
+        ("loss, tanh", {"16": 1, "8": 1}, {"16": 1}, 5),
+        ("loss, bernoulli", {"16": 1, "8": 1}, {"16": 1}, 5),
+        ("loss, tanh, evaluation", {"16": 1, "8": 1}, {}, 3),
+    ],
+)
+def test_the_main_loop_moves_what_the_model_says(sm_90, case, loads, stores, bytes_per_element):
+    code = sm_90[case]
+    assert (code["loads"], code["stores"]) == (loads, stores)
+    assert code["bytes_per_element"] == bytes_per_element
+
+
+@pytest.mark.parametrize(
+    ("case", "loads", "stores"),
+    [
+        ("sample, [144, 128], backward", 3, 2),
+        ("sample, [64, 4, 64, 64], backward", 3, 2),
+        ("loss, backward", 1, 1),
+    ],
+)
+def test_the_backward_passes_are_16_bytes_wide(sm_90, case, loads, stores):
+    assert sm_90[case]["loads"]["16"] == loads
+    assert sm_90[case]["stores"]["16"] >= stores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_every_kernel_compiles_without_spills(target):
+    codes = survey(target)
+    assert {case: code["spilled"] for case, code in codes.items()} == dict.fromkeys(codes, 0)
+
+
+@pytest.mark.slow
+def test_the_table_has_a_row_for_every_case():
+    command = [sys.executable, str(BENCH / "machine_code.py"), "sm_90"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    header, _, *rows = table
+    assert header.startswith("| kernel | target | registers | spills |")
+    assert [row.split(" | ")[1] for row in rows] == ["sm_90"] * len(rows)
+    assert any(row.startswith("| loss, tanh | sm_90 | ") and row.endswith(" | 5.0 |") for row in rows)
