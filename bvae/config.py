@@ -30,7 +30,7 @@ class DataConfig:
     """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
     folder: any tree of JPEG and PNG files."""
     root: Annotated[Path | None, arg(name="data-root")] = None
-    """Folder of the images (faces: data/faces unless given)."""
+    """Folder of the images. None: data/faces, for faces alone."""
     crop: int | None = None
     """Side of the centred square that is cut out, in pixels. None: 148 for celeba and faces, the largest
     square for folder."""

@@ -24,11 +24,14 @@ def open_data(
     Raises:
         FileNotFoundError, ValueError: no such data, damaged images, or fewer images than a batch.
     """
-    root = config.root or (DRAWN_ROOT if config.name == "faces" else None)
-    if root is None:
+    root = config.root
+    if root is None and config.name != "faces":
         raise ValueError(f"--data {config.name} needs --data-root, the folder that holds the images")
-    if config.name == "faces" and not root.exists():
-        faces.write(root, n=DRAWN, seed=0)
+    if root is None:
+        root = DRAWN_ROOT
+        if not root.exists():
+            print(f"drawing {DRAWN} faces into {root}, once", flush=True)
+            faces.write(root, n=DRAWN, seed=0)
     source = folder if config.name == "folder" else celeba
     train, valid = source.files(root, "train"), source.files(root, "valid")
     if not valid:

@@ -1,0 +1,164 @@
+"""What a run shows: a live bar or lines, metrics.jsonl, TensorBoard, and pictures of what was learned."""
+
+import json
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from bvae.model import BetaVAE
+from bvae.validation import Validation
+
+# ---- numbers -----------------------------------------------------------------------------------------------
+
+METRICS = "metrics.jsonl"
+
+
+class Report:
+    """Progress of a run: one live bar on a terminal, else a line each `log`; records in the run folder."""
+
+    def __init__(self, out: Path, steps: int, done: int) -> None:
+        if done:
+            _drop_lines_after(out / METRICS, done)
+        self._steps = steps
+        self._metrics = open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._tensorboard = SummaryWriter(str(out), purge_step=done + 1)
+        self._bar = tqdm(
+            total=steps,
+            initial=done,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+            bar_format="{bar:10} step {n}/{total}, ETA {remaining}{postfix}",
+        )
+
+    def advance(self) -> None:
+        """Count one step."""
+        self._bar.update()
+
+    def log(
+        self, step: int, epoch: int, values: dict[str, float], images_per_s: float, batch_size: int
+    ) -> None:
+        """Write one record of training."""
+        self._write("train", step, epoch, {**values, "images_per_s": round(images_per_s, 1)})
+        shown = (
+            f"epoch {epoch}, loss {values['loss']:.4f}, KL {values['kld']:.2f}, C {values['capacity']:.2f}, "
+            f"{images_per_s:.0f} images/s"
+        )
+        self._bar.set_postfix_str(shown)
+        if self._bar.disable:
+            eta = (self._steps - step) * batch_size / images_per_s if images_per_s else 0
+            self.line(f"step {step}/{self._steps}, ETA {timedelta(seconds=round(eta))}, {shown}")
+
+    def validation(self, step: int, epoch: int, result: Validation) -> None:
+        """Write one record of validation."""
+        self._write("valid", step, epoch, {k: v for k, v in result._asdict().items() if k != "kl_per_dim"})
+        self.line(
+            f"epoch {epoch}: validation mse {result.mse:.4f}, KL {result.kld:.2f} nats, "
+            f"explained variance {result.explained_variance:.2f}"
+        )
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._metrics.close()
+        self._tensorboard.close()
+
+    def _write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
+        record = {"split": split, "step": step, "epoch": epoch, **values}
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """A resumed run writes the steps after its checkpoint again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+MARGIN = 2  # pixels between pictures
+LABEL = 92  # pixels for a row's text
+FRAMES = 10  # of the GIF, one way
+FACES = 4  # side by side in the GIF
+COLOURS = 64  # of a frame of the GIF: it stays under a megabyte
+
+
+def to_uint8(images: Tensor, activation: str) -> Tensor:
+    """Images [N, C, H, W] in the decoder's range to uint8 RGB [N, H, W, 3] on the CPU."""
+    unit = (images.float() + 1) / 2 if activation == "tanh" else images.float()
+    pixels = (unit.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    return pixels.expand(-1, -1, -1, 3)
+
+
+def grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> Image.Image:
+    """Rows of uint8 images [N, H, W, 3] as one picture, with a text at the left of each row."""
+    height, width = rows[0].shape[1:3]
+    left = LABEL if labels else 0
+    columns = max(len(row) for row in rows)
+    size = (left + columns * (width + MARGIN) - MARGIN, len(rows) * (height + MARGIN) - MARGIN)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, row in enumerate(rows):
+        top = i * (height + MARGIN)
+        if labels:
+            draw.multiline_text(
+                (4, top + height // 2 - 14), labels[i], fill="black", font=ImageFont.load_default(12)
+            )
+        for j, image in enumerate(row):
+            canvas.paste(Image.fromarray(image.numpy()), (left + j * (width + MARGIN), top))
+    return canvas
+
+
+@torch.no_grad()
+def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: Path, rows: int = 10) -> None:
+    """Write reconstructions.png, samples.png, traversals.png and traversals.gif.
+
+    Args:
+        x: validation images [N, C, H, W] in the decoder's range; the traversals start from the first.
+        kl_per_dim: nats per latent; the `rows` latents with the highest are traversed, highest first.
+    """
+    was_training = model.training
+    model.eval()
+    activation = model.activation
+    pairs = [to_uint8(part, activation) for x8 in x[:32].split(8) for part in (x8, model.reconstruct(x8))]
+    grid(pairs, ["input", "reconstruction"] * (len(pairs) // 2)).save(out / "reconstructions.png")
+    generator = torch.Generator(x.device).manual_seed(0)
+    samples = to_uint8(model.sample(64, generator), activation)
+    grid(samples.split(8)).save(out / "samples.png")
+
+    latents = sorted(range(model.latent_dim), key=lambda i: -kl_per_dim[i])[:rows]
+    labels = [f"latent {i}\nKL {kl_per_dim[i]:.2f} nats" for i in latents]
+    z = model.encode(x[:FACES])[0]
+    grid([traversal(model, z[:1], i, 11).squeeze(1) for i in latents], labels).save(out / "traversals.png")
+
+    swing = [traversal(model, z, i, FRAMES) for i in latents]
+    there_and_back = [*range(FRAMES), *range(FRAMES - 2, 0, -1)]
+    frames = [
+        grid([row[t] for row in swing], labels).quantize(COLOURS, dither=Image.Dither.NONE)
+        for t in there_and_back
+    ]
+    frames[0].save(out / "traversals.gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
+    model.train(was_training)
+
+
+def traversal(model: BetaVAE, z: Tensor, latent: int, steps: int) -> Tensor:
+    """Decode z [N, latent_dim] with one latent from -3 to 3: uint8 [steps, N, H, W, 3]."""
+    values = torch.linspace(-3, 3, steps, device=z.device)
+    zs = z.repeat(steps, 1)
+    zs[:, latent] = values.repeat_interleave(len(z))
+    return to_uint8(model.decode(zs), model.activation).unflatten(0, (steps, len(z)))

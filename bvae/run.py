@@ -1,0 +1,192 @@
+"""The parts of a training run: built from a configuration, saved and restored."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bvae import __version__, checkpoint
+from bvae.arguments import Arguments, choose_device
+from bvae.config import Config, ObjectiveConfig
+from bvae.data import open_data
+from bvae.losses import BetaLoss, CapacityLoss
+from bvae.model import BetaVAE
+from bvae.pipelines.resident import Resident
+from bvae.step import TrainingStep, autocast_dtype
+
+ACTIVE = 0.01  # nats; a latent whose KL is above it is in use
+
+
+def build_loss(objective: ObjectiveConfig) -> BetaLoss | CapacityLoss:
+    """The loss of a resolved objective; it takes the decoder's raw output."""
+    options: dict[str, Any] = {
+        "kl_weight": objective.kl_weight,
+        "reduction": objective.recon,
+        "likelihood": objective.likelihood,
+        "activation": "tanh" if objective.likelihood == "gaussian" else None,
+        "decoder_variance": objective.decoder_variance,
+    }
+    if objective.loss_type == "B":
+        assert objective.capacity_iters != "auto"
+        return CapacityLoss(objective.gamma, objective.max_capacity, objective.capacity_iters, **options)
+    return BetaLoss(1.0 if objective.loss_type == "VAE" else objective.beta, **options)
+
+
+def free_run_folder(config: Config) -> Path:
+    """The first runs/<data>-<loss>-<number> that does not exist."""
+    number = 1
+    while (out := Path("runs") / f"{config.data.name}-{config.objective.loss_type}-{number}").exists():
+        number += 1
+    return out
+
+
+@dataclass
+class Run:
+    """Everything that training needs, ready to go."""
+
+    config: Config  # resolved
+    out: Path
+    model: BetaVAE
+    loss: BetaLoss | CapacityLoss
+    optimizer: torch.optim.Optimizer
+    step: TrainingStep
+    train: Resident
+    valid: Resident
+    done: int = 0  # steps
+
+    @property
+    def steps(self) -> int:
+        """Steps in the whole run."""
+        return self.config.training.steps(len(self.train))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step: a function of its epoch."""
+        training = self.config.training
+        return training.lr * training.lr_gamma ** (self.done // len(self.train))
+
+    def advance(self, images: Tensor) -> None:
+        """One training step on uint8 images [B, H, W, C]."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.step(images)
+        self.done += 1
+
+    def metrics(self) -> dict[str, float]:
+        """What the last step's log record says of the objective; waits for the device.
+
+        Raises:
+            FloatingPointError: a loss since the last call is not finite; names its step.
+        """
+        scalars = self.step.read(self.done)
+        n_pixels = math.prod(self.model.input_shape)
+        objective = self.config.objective
+        # The papers' beta weighs the KL against a reconstruction summed over pixels.
+        beta = objective.weight_on_kl * (n_pixels if objective.recon == "mean" else 1)
+        kl_per_dim = self.step.kl_per_dim
+        return {
+            **scalars,
+            "recon_nats": scalars["recon"] * (n_pixels if objective.recon == "mean" else 1),
+            "beta_norm": beta * self.model.latent_dim / n_pixels,  # Higgins et al. 2017: beta M / N
+            "active_units": int((kl_per_dim > ACTIVE).sum()),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def save(self) -> Path:
+        """Write a checkpoint, unless the weights or the last losses are not finite.
+
+        Raises:
+            FloatingPointError: they are not; the checkpoints before stay as they are.
+            OSError: it cannot be written; the same.
+        """
+        self.step.read(self.done)
+        for name, value in self.model.state_dict().items():
+            if not value.isfinite().all():
+                raise FloatingPointError(f"{name} is not finite after step {self.done}")
+        state = {
+            "model": self.model.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "step": self.done,
+            "images": len(self.train.images),
+            "config": self.config.to_yaml(),
+            "versions": {"bvae": __version__, "torch": str(torch.__version__)},
+        }
+        return checkpoint.save(self.out / checkpoint.FOLDER, self.done, state)
+
+    def restore(self) -> None:
+        """Go back to the newest checkpoint of the run folder.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, it is damaged, or the data have changed.
+        """
+        state = checkpoint.load_newest(self.out / checkpoint.FOLDER, self.step.step.device)
+        if state["images"] != len(self.train.images):
+            raise ValueError(
+                f"{self.out} was trained on {state['images']} images, the data now hold "
+                f"{len(self.train.images)}: the run cannot go on as it would have"
+            )
+        self.model.load_state_dict(state["model"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step.scaler.load_state_dict(state["scaler"])
+        self.done = state["step"]
+        self.step.restore(self.done)
+
+
+def prepare(arguments: Arguments) -> Run:
+    """Open the data, build the parts, make the run folder or restore its newest checkpoint."""
+    config = arguments.settings
+    out = arguments.resume or arguments.out or free_run_folder(config)
+    if out.exists() and not arguments.resume:
+        raise FileExistsError(
+            f"{out} exists: name another folder with --out, or continue with --resume {out}"
+        )
+    device = choose_device(arguments.device)
+    training = config.training
+    train, valid = open_data(config.data, training.batch_size, training.seed, device)
+    config = config.resolve(len(train))
+
+    torch.manual_seed(training.seed)
+    model = BetaVAE(
+        config.data.channels,
+        config.model.latent_dim,
+        config.model.hidden_dims,
+        config.data.image_size,
+        "tanh" if config.objective.likelihood == "gaussian" else "sigmoid",
+    ).to(device)
+    model.to(memory_format=torch.channels_last)  # what tensor cores want; faster on a CPU too
+    loss = build_loss(config.objective).to(device)
+    optimizer = torch.optim.Adam(
+        model.parameters(), training.lr, weight_decay=training.weight_decay, fused=True
+    )
+    dtype, precision = autocast_dtype(device, training.amp)
+    step = TrainingStep(
+        model,
+        loss,
+        optimizer,
+        seed=training.seed,
+        dtype=dtype,
+        compile=training.compile,
+        history=training.log_every,
+    )
+    run = Run(config, out, model, loss, optimizer, step, train, valid)
+    if arguments.resume:
+        run.restore()
+    else:
+        out.mkdir(parents=True)
+        (out / "config.yaml").write_text(config.to_yaml())
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{len(train.images)} training and {len(valid.images)} validation images; {where}; {precision}; "
+        f"{'torch.compile' if training.compile else 'eager'}; steps {run.done} to {run.steps}; "
+        f"run folder {out}",
+        flush=True,
+    )
+    return run

@@ -1,0 +1,60 @@
+"""What a model is worth on images that it was not trained on."""
+
+from typing import NamedTuple
+
+import torch
+
+from bvae.losses import BetaLoss, CapacityLoss
+from bvae.model import BetaVAE
+from bvae.ops import reparam_kl
+from bvae.pipelines.resident import Resident
+from bvae.reference import scale_pixels
+from bvae.step import pixel_mse
+
+
+class Validation(NamedTuple):
+    """Averages over all validation images."""
+
+    loss: float  # the training objective, with C as in the last training step
+    mse: float  # per pixel and channel, posterior samples, in the decoder's range
+    kld: float  # nats per image
+    explained_variance: float  # 1 - squared error of the posterior means' reconstructions / pixel variance
+    kl_per_dim: list[float]  # nats per latent
+
+
+@torch.no_grad()
+def validate(
+    model: BetaVAE, loss: BetaLoss | CapacityLoss, data: Resident, seed: int, dtype: torch.dtype | None
+) -> Validation:
+    """Run the model in evaluation mode over the data, unflipped, with the same loss weights as in training.
+
+    The pixel variance is taken around the data's mean image, so that a model which always answers with that
+    image explains 0, and a perfect one 1. The noise is a function of (seed, batch): each call draws the same.
+    """
+    model.eval(), loss.eval()
+    device = data.images.device
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    kl_per_dim = torch.zeros(model.latent_dim, dtype=torch.float64, device=device)
+    error = torch.zeros((), dtype=torch.float64, device=device)
+    pixels = torch.zeros(model.input_shape, dtype=torch.float64, device=device)
+    squares = torch.zeros_like(pixels)
+    for number, (images, _) in enumerate(data.epoch(0)):
+        target = images.permute(0, 3, 1, 2)
+        x = scale_pixels(target, loss.pixel_range[0])
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            mu, log_var = model.encode(x)
+            z, kl, kl_dim = reparam_kl(mu, log_var, seed=seed, step=-1 - number, per_dim=True)
+            raw, mean = model.decode_raw(z), model.decode(mu)
+        terms = loss(raw, target, kl)
+        n = len(images)
+        totals += n * torch.stack([terms.loss, pixel_mse(loss, terms, raw, target), terms.kld])
+        kl_per_dim += n * kl_dim
+        error += (mean - x).double().square().sum()
+        pixels += x.double().sum(0)
+        squares += x.double().square().sum(0)
+    model.train(), loss.train()
+
+    count = len(data.images)
+    variance = (squares - pixels.square() / count).sum()
+    loss_mean, mse, kld = (totals / count).tolist()
+    return Validation(loss_mean, mse, kld, 1 - (error / variance).item(), (kl_per_dim / count).tolist())

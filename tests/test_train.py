@@ -1,0 +1,363 @@
+"""`python -m bvae.train` as a user runs it: the run folder, resuming, and what it says of bad input."""
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from bvae import checkpoint, step
+from bvae.pipelines import faces
+from bvae.train import main
+
+TINY = [
+    *("--image-size", "32", "--hidden-dims", "4", "8", "8", "--latent-dim", "3"),
+    *("--batch-size", "16", "--log-every", "5", "--no-compile"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """150 drawn faces: 120 to train on, 7 steps an epoch."""
+    return faces.write(tmp_path_factory.mktemp("data") / "faces", n=150, seed=0, progress=False)
+
+
+def run(data, out, *options):
+    return main(["--data-root", str(data), "--out", str(out), *TINY, *map(str, options)])
+
+
+def metrics(out, split="train"):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if k != "images_per_s"} for r in records if r["split"] == split]
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def assert_same_run(a, b):
+    assert metrics(a) == metrics(b)
+    assert metrics(a, "valid") == metrics(b, "valid")
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_run_folder(data, tmp_path, capsys):
+    out = tmp_path / "runs" / "first"
+    assert run(data, out, "--epochs", 2) == 0
+    names = {path.name for path in out.iterdir() if "tfevents" not in path.name}
+    assert names == {
+        *("config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "config.json"),
+        *("reconstructions.png", "samples.png", "traversals.png", "traversals.gif"),
+    }
+    assert list(out.glob("events.out.tfevents.*"))
+    assert [path.name for path in (out / "checkpoints").iterdir()]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-4].startswith("explained variance: ")
+    assert printed[-3].startswith("validation: MSE ")
+    assert printed[-2].startswith("speed: ")
+    assert str(out) in printed[-1]
+
+    last = metrics(out)[-1]
+    assert {"loss", "mse", "kld", "capacity", "beta_norm", "active_units", "lr", "recon_nats"} <= last.keys()
+    assert [record["step"] for record in metrics(out)] == [5, 10]
+    assert [record["step"] for record in metrics(out, "valid")] == [7, 14]
+    with Image.open(out / "traversals.gif") as gif:
+        assert gif.n_frames > 8
+    with Image.open(out / "traversals.png") as png:
+        assert png.height > 3 * 32
+
+
+def test_config_yaml_repeats_the_run(data, tmp_path):
+    assert run(data, tmp_path / "a", "--epochs", 1) == 0
+    assert main(["--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")]) == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_seed_matters(data, tmp_path):
+    run(data, tmp_path / "a", "--max-steps", 5)
+    run(data, tmp_path / "b", "--max-steps", 5, "--seed", 3)
+    assert metrics(tmp_path / "a") != metrics(tmp_path / "b")
+
+
+def test_resume_continues_bit_for_bit(data, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(data, whole, "--epochs", 6, "--max-steps", 40, "--capacity-iters", 30) == 0
+    assert run(data, parts, "--epochs", 6, "--max-steps", 20, "--capacity-iters", 30) == 0
+    assert main(["--resume", str(parts), "--max-steps", "40"]) == 0
+    # The first part also validated at its end, in the middle of an epoch.
+    extra = [record for record in metrics(parts, "valid") if record["step"] != 20]
+    assert extra == metrics(whole, "valid")
+    assert metrics(parts) == metrics(whole)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(parts)[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_is_the_run_never_stopped(data, tmp_path, monkeypatch, capsys, number):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(data, whole, "--max-steps", 20) == 0
+
+    original = step.TrainingStep.__call__
+
+    def signalled(self, images):
+        original(self, images)
+        if int(self.step) == 11:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(step.TrainingStep, "__call__", signalled)
+    assert run(data, stopped, "--max-steps", 20) == 0
+    said = f"stopped at step 11 of 20; go on with: python -m bvae.train --resume {stopped}"
+    assert said in capsys.readouterr().out
+    assert not (stopped / "model.safetensors").exists()
+    monkeypatch.undo()
+
+    # A crash between a log line and its checkpoint leaves records of steps that will come again.
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write('{"split": "train", "step": 15, "loss": 0}\n{"split": "tra')
+    assert main(["--resume", str(stopped)]) == 0
+    assert_same_run(whole, stopped)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--loss-type VAE",
+        "--loss-type H --beta 4",
+        "--loss-type B --gamma 5 --max-capacity 10",
+        "--loss-type H --recon sum --likelihood bernoulli",
+        "--loss-type B --recon sum --gamma 1000",
+        "--likelihood bernoulli --channels 1 --no-flip",
+        "--kl-weight 0.001 --decoder-variance 1",
+        "--image-size 50 --crop 100 --weight-decay 0.1 --lr-gamma 1",
+    ],
+)
+def test_every_objective_trains(data, tmp_path, options):
+    assert run(data, tmp_path / "run", "--max-steps", 30, *options.split()) == 0
+    losses = [record["loss"] for record in metrics(tmp_path / "run")]
+    mse = [record["mse"] for record in metrics(tmp_path / "run")]
+    assert all(value == value for value in losses)
+    assert mse[-1] < mse[0]
+
+
+def test_conventions_agree(data, tmp_path):
+    """The seed's mean with weight w is the papers' sum with weight w D: the same training, other units."""
+    weight, pixels = 0.01, 3 * 32 * 32
+    run(data, tmp_path / "mean", "--max-steps", 5, "--loss-type", "VAE", "--kl-weight", weight)
+    run(
+        *(data, tmp_path / "sum", "--max-steps", 5, "--loss-type", "VAE"),
+        *("--recon", "sum", "--kl-weight", weight * pixels),
+    )
+    (mean,), (sums,) = metrics(tmp_path / "mean"), metrics(tmp_path / "sum")
+    assert sums["loss"] == pytest.approx(pixels * mean["loss"], rel=1e-3)
+    for name in ("mse", "kld", "recon_nats", "beta_norm"):
+        assert sums[name] == pytest.approx(mean[name], rel=1e-3), name
+    assert mean["beta_norm"] == pytest.approx(weight * pixels * 3 / pixels)
+
+
+def test_folder_of_images(data, tmp_path):
+    images = data / "img_align_celeba"
+    assert run(images, tmp_path / "run", "--data", "folder", "--max-steps", 5) == 0
+
+
+SEED_YAML = """
+model_params: {name: BetaVAE, in_channels: 3, latent_dim: 128, loss_type: B, gamma: 10.0, max_capacity: 25,
+               Capacity_max_iter: 10000}
+exp_params: {dataset: celeba, data_path: DATA, img_size: 64, batch_size: 24, LR: 0.0005, weight_decay: 0.0,
+             scheduler_gamma: 0.95}
+trainer_params: {gpus: 1, max_nb_epochs: 50, max_epochs: 50}
+logging_params: {save_dir: SAVE, name: BetaVAE_B, manual_seed: 1265}
+"""
+
+
+def test_the_seeds_configuration_runs_as_written(data, tmp_path, capsys):
+    text = SEED_YAML.replace("DATA", str(data)).replace("SAVE", str(tmp_path / "logs"))
+    (tmp_path / "bbvae.yaml").write_text(text)
+    assert main(["--config", str(tmp_path / "bbvae.yaml"), "--max-steps", "2", "--no-compile"]) == 0
+    out = tmp_path / "logs" / "BetaVAE_B"
+    written = yaml.safe_load((out / "config.yaml").read_text())
+    assert written["model"]["hidden_dims"] == [32, 64, 128, 256, 512]
+    assert written["objective"]["kl_weight"] == 128 / 64**2
+    assert "trainer_params.gpus" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [["--data-root", "/absent"], ["--max-steps", "0"]])
+def test_command_line_overrides_the_file(data, tmp_path, capsys, value):
+    (tmp_path / "run.yaml").write_text(f"data: {{root: {data}}}\ntraining: {{max_steps: 2}}")
+    assert main(["--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), *value]) == 2
+    assert value[1] in capsys.readouterr().err
+
+
+def test_amp_on_this_cpu_says_what_it_does(data, tmp_path, capsys):
+    assert run(data, tmp_path / "run", "--max-steps", 2, "--amp", "--device", "cpu") == 0
+    dtype, line = step.autocast_dtype(torch.device("cpu"), True)
+    assert line in capsys.readouterr().out
+    assert dtype is torch.bfloat16 or "no bfloat16 arithmetic" in line
+
+
+@pytest.mark.slow
+def test_compiled_run(data, tmp_path):
+    """--compile trains the same model, up to the rounding of fused kernels."""
+    run(data, tmp_path / "eager", "--max-steps", 5)
+    run(data, tmp_path / "compiled", "--max-steps", 5, "--compile")
+    (eager,), (compiled,) = metrics(tmp_path / "eager"), metrics(tmp_path / "compiled")
+    for name in ("loss", "mse", "kld"):
+        assert compiled[name] == pytest.approx(eager[name], rel=1e-3)
+
+
+# ---- bad input: a message, a status, no traceback, nothing overwritten -------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--data-root /absent/faces --data celeba", "no folder at /absent/faces"),
+        ("--data folder --data-root {empty}", "no image (.jpg, .jpeg, .png) under"),
+        ("--data celeba --data-root {empty}", "holds no img_align_celeba/ folder"),
+        ("--batch-size 1000", "holds 120 training images, fewer than a batch of 1000"),
+        ("--crop 200", "120 of 120 images cannot be used"),
+        ("--latent-dim 0", "model.latent_dim must be positive, got 0"),
+        ("--lr -1", "training.lr must be positive, got -1.0"),
+        ("--config /absent.yaml", "no configuration at /absent.yaml"),
+        ("--resume /absent", "/absent is not a run folder"),
+        ("--resume {empty} --config x.yaml", "leave --config out"),
+    ],
+)
+def test_usage_errors(data, tmp_path, capsys, options, message):
+    (tmp_path / "empty").mkdir()
+    arguments = options.format(empty=tmp_path / "empty").split()
+    if "--resume" not in arguments:
+        arguments = ["--data-root", str(data), *TINY, "--out", str(tmp_path / "run"), *arguments]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [["--latnt-dim", "3"], ["--lr", "fast"], ["--data", "mnist"]])
+def test_unreadable_options(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(options)
+    assert stopped.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys):
+    assert main(["--device", "cuda"]) == 2
+    assert "PyTorch sees no GPU" in capsys.readouterr().err
+
+
+def test_existing_run_folder_is_left_alone(data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    assert run(data, tmp_path / "run") == 2
+    assert f"{tmp_path / 'run'} exists: name another folder with --out" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_resume_refuses_another_model(data, tmp_path, capsys):
+    run(data, tmp_path / "run", "--max-steps", 2)
+    assert main(["--resume", str(tmp_path / "run"), "--latent-dim", "4"]) == 2
+    assert "--resume cannot change model.latent_dim from 3 to 4" in capsys.readouterr().err
+
+
+def test_resume_refuses_other_data(data, tmp_path, capsys):
+    run(data, tmp_path / "run", "--max-steps", 2)
+    other = faces.write(tmp_path / "other", n=100, seed=0, progress=False)
+    assert main(["--resume", str(tmp_path / "run"), "--data-root", str(other)]) == 2
+    assert "trained on 120 images, the data now hold 80" in capsys.readouterr().err
+
+
+def test_damaged_checkpoint_is_named(data, tmp_path, capsys):
+    run(data, tmp_path / "run", "--epochs", 2)
+    older, newest = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert main(["--resume", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert newest.name in error
+    assert f"remove it to go on from {older.name}" in error
+
+
+def test_nan_stops_the_run_and_names_the_step(data, tmp_path, monkeypatch, capsys):
+    original = step.TrainingStep.__call__
+
+    def poisoned(self, images):
+        if int(self.step) == 12:  # the 13th step's loss is the first to see it
+            next(self.model.parameters()).data.fill_(float("nan"))
+        original(self, images)
+
+    monkeypatch.setattr(step.TrainingStep, "__call__", poisoned)
+    assert run(data, tmp_path / "run", "--max-steps", 40) == 1
+    error = capsys.readouterr().err
+    assert "the loss is nan at step 13" in error
+    assert "step-00000007.pt" in error
+    kept = checkpoint.load_newest(tmp_path / "run" / "checkpoints", torch.device("cpu"))
+    assert kept["step"] == 7
+    assert all(value.isfinite().all() for value in kept["model"].values())
+
+
+def test_full_disk_keeps_the_last_checkpoint(data, tmp_path, capsys):
+    assert run(data, tmp_path / "run", "--max-steps", 7) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-00000014.tmp").symlink_to("/dev/full")  # every write to it fails with ENOSPC
+    assert main(["--resume", str(tmp_path / "run"), "--max-steps", "14"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["step-00000007.pt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_read_only_folder(data, tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert run(data, tmp_path / "run") == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
+# ---- in a process of its own -------------------------------------------------------------------------------
+
+
+def test_help_teaches():
+    shown = subprocess.run([sys.executable, "-m", "bvae.train", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    text = " ".join(shown.stdout.replace("│", " ").split())
+    for part in ("--data celeba --data-root DIR --amp", "--resume", "--loss-type", "Higgins et al. 2017"):
+        assert part in text
+
+
+def test_a_terminal_gets_one_live_bar(data, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "bvae.train",
+        "--data-root",
+        str(data),
+        "--out",
+        str(tmp_path / "run"),
+        *TINY,
+    ]
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))  # rows, columns
+    subprocess.run([*command, "--max-steps", "10"], stdout=terminal, stderr=terminal, check=True)
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(screen, 65536)
+        except OSError:  # the end of a terminal whose writers are gone
+            break
+    assert b"\r" in shown
+    assert b"step 10/10" in shown
+    assert b"explained variance" in shown
+    assert b"ETA 0:00:00" not in shown  # the lines that stand in for the bar elsewhere
