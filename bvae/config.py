@@ -133,6 +133,7 @@ class Config:
         for name in _NOT_NEGATIVE:
             _require(self, name, lambda value: value >= 0, "0 or more")
         _require(self, "data.image_size", lambda size: 32 <= size <= 256, "32 to 256 pixels")
+        _require(self, "training.batch_size", lambda size: size >= 2, "2 or more, for BatchNorm's sake")
         _require(self, "training.seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1")
         if not self.model.hidden_dims or min(self.model.hidden_dims) < 1:
             raise ValueError(f"model.hidden_dims must be positive widths, got {list(self.model.hidden_dims)}")
@@ -160,7 +161,6 @@ _POSITIVE = (
     "model.latent_dim",
     "objective.capacity_iters",
     "objective.decoder_variance",
-    "training.batch_size",
     "training.lr",
     "training.lr_gamma",
     "training.epochs",

@@ -15,7 +15,7 @@ from bvae.data import open_data
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
 from bvae.pipelines.resident import Resident
-from bvae.step import TrainingStep, autocast_dtype
+from bvae.step import TrainingStep, autocast_dtype, compiles
 
 ACTIVE = 0.01  # nats; a latent whose KL is above it is in use
 
@@ -165,13 +165,14 @@ def prepare(arguments: Arguments) -> Run:
         model.parameters(), training.lr, weight_decay=training.weight_decay, fused=True
     )
     dtype, precision = autocast_dtype(device, training.amp)
+    compiled, execution = compiles(device, training.compile)
     step = TrainingStep(
         model,
         loss,
         optimizer,
         seed=training.seed,
         dtype=dtype,
-        compile=training.compile,
+        compile=compiled,
         history=training.log_every,
     )
     run = Run(config, out, model, loss, optimizer, step, train, valid)
@@ -185,8 +186,7 @@ def prepare(arguments: Arguments) -> Run:
     )
     print(
         f"{len(train.images)} training and {len(valid.images)} validation images; {where}; {precision}; "
-        f"{'torch.compile' if training.compile else 'eager'}; steps {run.done} to {run.steps}; "
-        f"run folder {out}",
+        f"{execution}; steps {run.done} to {run.steps}; run folder {out}",
         flush=True,
     )
     return run

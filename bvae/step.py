@@ -1,6 +1,8 @@
 """One training step: scale, encode, draw z, decode, loss, gradient, Adam."""
 
 import math
+import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -27,6 +29,15 @@ def autocast_dtype(device: torch.device, amp: bool) -> tuple[torch.dtype | None,
         None,
         "float32 (--amp has no effect: this CPU has no bfloat16 arithmetic, autocast would be slower)",
     )
+
+
+def compiles(device: torch.device, wanted: bool) -> tuple[bool, str]:
+    """Whether to use torch.compile on a device, and a line that says which and why."""
+    if not wanted:
+        return False, "eager"
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        return False, "eager (torch.compile needs a C++ compiler on a CPU: install g++)"
+    return True, "torch.compile"
 
 
 def pixel_mse(loss: BetaLoss | CapacityLoss, terms: LossTerms, raw: Tensor, target: Tensor) -> Tensor:

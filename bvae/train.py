@@ -9,6 +9,7 @@
 Results are in runs/NAME: traversals.gif, model.safetensors, metrics.jsonl and more.
 """
 
+import errno
 import signal
 import sys
 import time
@@ -109,39 +110,37 @@ def finish(run: Run, result: Validation, images_per_s: float) -> None:
     save_pictures(run.model, scale_pixels(first, run.loss.pixel_range[0]), result.kl_per_dim, run.out)
     print(f"explained variance: {result.explained_variance:.2f}")
     print(f"validation: MSE {result.mse:.4f} per pixel, KL {result.kld:.2f} nats per image")
-    print(f"speed: {images_per_s:.0f} images/s in training")
+    if images_per_s:  # a finished run that is resumed trains no more
+        print(f"speed: {images_per_s:.0f} images/s in training")
     print(f"results: {run.out}/ (see traversals.gif, traversals.png, reconstructions.png, samples.png)")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done or stopped on request, 1 the run failed, 2 it could not start as asked for."""
-    out: Path | None = None
+    out: Path | None = None  # until the run is ready
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv, __doc__)
-        run = prepare(arguments)
+        run = prepare(parse(sys.argv[1:] if argv is None else argv, __doc__))
         out = run.out
         outcome = train(run)
-        if outcome is None:
-            print(
-                f"stopped at step {run.done} of {run.steps}; go on with: python -m bvae.train --resume {out}"
-            )
-        else:
+        if outcome:
             finish(run, *outcome)
+        else:
+            print(f"stopped at step {run.done} of {run.steps}; ", end="")
+            print(f"go on with: python -m bvae.train --resume {out}")
         return 0
     except KeyboardInterrupt:
-        print("stopped before the first step; nothing was trained", file=sys.stderr)
+        print(f"stopped. {_last_good(out)}", file=sys.stderr)
         return 130
     except FloatingPointError as error:
         print(f"error: {error}. {_last_good(out)}. Try a lower --lr", file=sys.stderr)
     except torch.OutOfMemoryError as error:
-        print(
-            f"error: out of memory ({error}). {_last_good(out)}. Try a smaller --batch-size", file=sys.stderr
-        )
+        print(f"error: {error}. {_last_good(out)}. Try a smaller --batch-size", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if out is None and error.errno is None:
-            return 2
+        print(f"error: {error}. {_last_good(out)}", file=sys.stderr)
+        return 2 if out is None and error.errno != errno.ENOSPC else 1
     except ValueError as error:
+        if out:
+            raise  # not the user's input: a bug, to be seen whole
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 1
@@ -149,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _last_good(out: Path | None) -> str:
     found = checkpoint.checkpoints(out / checkpoint.FOLDER) if out else []
-    return f"Last good checkpoint: {found[-1]}" if found else "There is no checkpoint yet"
+    return f"Last good checkpoint: {found[-1]}" if found else "There is no checkpoint"
 
 
 if __name__ == "__main__":
