@@ -32,7 +32,7 @@ class Factor(NamedTuple):
 
 
 FACTORS = (
-    Factor("azimuth", "continuous", -50, 50, "degrees the head is turned, positive to the image's right"),
+    Factor("azimuth", "continuous", -36, 36, "degrees the head is turned, positive to the image's right"),
     Factor("smile", "continuous", -1, 1, "-1 corners down, 0 neutral, 1 laughs"),
     Factor("skin", "continuous", 0, 1, "melanin: 0 lightest, 1 darkest"),
     Factor("hair_colour", "continuous", 0, 1, "black, brown, auburn, copper, blond, white"),
