@@ -30,11 +30,9 @@ TARGETS = {
 }
 
 
-def _latents(
-    *shape: int, channels_last: bool = False, dtype: torch.dtype = torch.bfloat16
-) -> tuple[Tensor, ...]:
+def _latents(*shape: int, channels_last: bool = False) -> tuple[Tensor, ...]:
     """mu, log_var as an encoder's heads give them: halves of one tensor, `shape` each."""
-    both = torch.empty(shape[0], 2 * shape[1], *shape[2:], dtype=dtype, device="meta")
+    both = torch.empty(shape[0], 2 * shape[1], *shape[2:], dtype=torch.bfloat16, device="meta")
     if channels_last:
         both = both.to(memory_format=torch.channels_last)
     return both.chunk(2, 1)
@@ -55,8 +53,8 @@ def _sample_backward(latents: tuple[Tensor, ...]) -> Launch:
     return reparam_kl.plan_backward(mu, log_var, key, torch.empty_like(mu), grad_kl, None, None)[0]
 
 
-def _images(dtype: torch.dtype, channels_last: bool = True, batch: int = 144) -> Tensor:
-    images = torch.empty(batch, 3, 64, 64, dtype=dtype, device="meta")
+def _images(dtype: torch.dtype, channels_last: bool = True) -> Tensor:
+    images = torch.empty(144, 3, 64, 64, dtype=dtype, device="meta")
     return images.to(memory_format=torch.channels_last) if channels_last else images
 
 
@@ -124,6 +122,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.Compile
         value = launch.args[parameter.name]
         if parameter.is_constexpr:
             signature[parameter.name], constants[index,] = "constexpr", value
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = "i32"
         elif isinstance(value, tuple):
             signature[parameter.name] = tuple(specialise((index, i), leaf) for i, leaf in enumerate(value))
         else:

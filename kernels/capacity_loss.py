@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bvae.kernels.launch import Launch, cdiv, collapse, power_of_two, tickets
+from bvae.kernels.launch import Launch, cdiv, collapse, power_of_two
+from bvae.kernels.tickets import tickets
 from bvae.kernels.tile import last_to_arrive, offsets
 
 
@@ -68,7 +69,7 @@ def _error_and_slope(x, y, BERNOULLI: tl.constexpr, ACTIVATION: tl.constexpr):
     return error, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # the last batch of an epoch compiles nothing
 def _forward_kernel(
     recon,  # [rows, row_length] in 1 + DIMS dimensions, as target and slope
     target,  # floating point, or uint8
@@ -160,7 +161,7 @@ def _forward_kernel(
         tl.store(kl_slope_out, kl_slope)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # the last batch of an epoch compiles nothing
 def _backward_kernel(
     slope,  # [elements], dense, or None
     kl_slope,  # 0-d float32

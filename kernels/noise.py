@@ -106,7 +106,8 @@ def normal(shape: torch.Size | tuple[int, ...], seed: Tensor, step: Tensor | Non
     sample = torch.arange(samples, device=seed.device)[:, None]
     counter = (group, sample, step & _MASK, (step >> 32) & _MASK)
     w0, w1, w2, w3 = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
-    noise = torch.stack((*normal_pair(w0, w1), *normal_pair(w2, w3)), dim=-1)
+    pairs = normal_pair(torch.stack((w0, w2), dim=-1), torch.stack((w1, w3), dim=-1))
+    noise = torch.stack(pairs, dim=-1)
     return noise.flatten(1)[:, :elements].reshape(shape)
 
 

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bvae.kernels.launch import Launch, cdiv, collapse, power_of_two, tickets
+from bvae.kernels.launch import Launch, cdiv, collapse, power_of_two
 from bvae.kernels.noise import four_normals
+from bvae.kernels.tickets import tickets
 from bvae.kernels.tile import last_to_arrive, offsets
 
 
@@ -46,7 +47,7 @@ def _clamped(log_var, low, high):
     return tl.where(log_var < low, low, tl.where(log_var > high, high, log_var))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # the last batch of an epoch compiles nothing
 def _forward_kernel(
     mu,  # [batch, row_length] in 1 + DIMS dimensions, as log_var and z
     log_var,
@@ -92,7 +93,6 @@ def _forward_kernel(
     kl_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     for column_block in range(split, column_blocks, splits):
         rows, columns, mask = _tile(row_block, column_block, batch, row_length, ROWS, COLUMNS)
-
         mu_at = mu + rows * mu_row_stride + offsets(columns, sizes, mu_strides, DIMS)
         log_var_at = log_var + rows * log_var_row_stride + offsets(columns, sizes, log_var_strides, DIMS)
         m = tl.load(mu_at, mask=mask, other=0.0).to(tl.float32)
@@ -108,12 +108,14 @@ def _forward_kernel(
         if kl_per_dim is not None:
             column = column_block * COLUMNS + tl.arange(0, COLUMNS)
             in_row = column < row_length
-            tl.store(column_sums + row_block * row_length + column, tl.sum(kl_element, 0), mask=in_row)
+            sums_at = column_sums + row_block.to(tl.int64) * row_length + column
+            tl.store(sums_at, tl.sum(kl_element, 0), mask=in_row)
             if last_to_arrive(ticket + row_blocks + column_block, row_blocks):
                 total = tl.zeros((COLUMNS,), tl.float32)
-                for block in range(row_blocks):
-                    sums_at = column_sums + block * row_length + column
+                sums_at = column_sums + column.to(tl.int64)
+                for _ in range(row_blocks):
                     total += tl.load(sums_at, mask=in_row, other=0.0, cache_modifier=".cg")
+                    sums_at += row_length
                 tl.store(kl_per_dim + column, total / batch, mask=in_row)
     row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_sum = tl.sum(kl_sum, 1)
@@ -128,7 +130,7 @@ def _forward_kernel(
             tl.store(kl + row, tl.sum(parts, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # the last batch of an epoch compiles nothing
 def _backward_kernel(
     mu,  # [batch, row_length] in 1 + DIMS dimensions, as log_var and the gradients of both and of z
     log_var,
@@ -164,7 +166,6 @@ def _backward_kernel(
     row_block = tl.program_id(0) // column_blocks
     column_block = tl.program_id(0) % column_blocks
     rows, columns, mask = _tile(row_block, column_block, batch, row_length, ROWS, COLUMNS)
-
     mu_at = mu + rows * mu_row_stride + offsets(columns, sizes, mu_strides, DIMS)
     log_var_at = log_var + rows * log_var_row_stride + offsets(columns, sizes, log_var_strides, DIMS)
     m = tl.load(mu_at, mask=mask, other=0.0).to(tl.float32)

@@ -19,10 +19,12 @@ def offsets(index, sizes, strides, DIMS: tl.constexpr):
 def last_to_arrive(ticket, arrivals):
     """Whether this program is the last of `arrivals` at `ticket`, whose stores it can then read.
 
-    The barrier puts all of this program's stores before the release. The last one resets the ticket.
+    The barriers put all of this program's stores before the release, and its loads after the acquire. The
+    last one resets the ticket.
     """
     tl.debug_barrier()
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == arrivals - 1
+    tl.debug_barrier()
     if last:
         tl.store(ticket, 0)
     return last

@@ -9,7 +9,7 @@ from bvae.kernels.noise import normals_of_words, philox_words
 @triton.jit
 def philox_kernel(words, key, n, BLOCK: tl.constexpr):
     """Replace each counter, a column of `words` `[4, n]` uint32, by its Philox block; `key` `[2, n]`."""
-    i = tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     c0 = tl.load(words + i, mask=mask)
     c1 = tl.load(words + n + i, mask=mask)
@@ -27,7 +27,7 @@ def philox_kernel(words, key, n, BLOCK: tl.constexpr):
 @triton.jit
 def normal_kernel(words, normals, n, BLOCK: tl.constexpr):
     """Two normals `[2, n]` float32 from the words `[2, n]` uint32."""
-    i = tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     first, second = normals_of_words(tl.load(words + i, mask=mask), tl.load(words + n + i, mask=mask))
     tl.store(normals + i, first, mask=mask)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bvae.kernels import reparam_kl
-from bvae.kernels.launch import TicketOffice, collapse
+from bvae.kernels.launch import collapse
+from bvae.kernels.tickets import TicketOffice
 
 CPU = torch.device("cpu")
 

@@ -1,11 +1,9 @@
-"""The losses: kernels and reference against float64 and the textbook; layouts, capacity, modules, misuse."""
-
-import copy
-import pickle
+"""vae_loss: kernels and reference against float64 and the textbook; layouts, capacity, extremes, misuse."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import SHAPE, decoder_output, divergence, pixels
 from numerics import DTYPES, assert_as_good_as_torch, same_places
 from torch import Tensor
 from torch.library import opcheck
@@ -14,7 +12,6 @@ from bvae import ops, reference
 from bvae.kernels import capacity_loss
 from bvae.losses import BetaLoss, CapacityLoss, LossTerms
 
-SHAPE = (5, 3, 12, 20)
 OBJECTIVES = {
     "mse": {},
     "tanh": {"activation": "tanh"},
@@ -25,26 +22,6 @@ OBJECTIVES = {
     "capacity": {"step": 3000, "activation": "tanh"},
     "capacity over the KL": {"step": 10_000, "activation": "tanh"},
 }
-
-
-def decoder_output(dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    """What a channels_last decoder gives."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    return x.to(memory_format=torch.channels_last).requires_grad_()
-
-
-def pixels(device: torch.device, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    """uint8 images `[B, C, H, W]` that lie in memory as `[B, H, W, C]`."""
-    n, c, h, w = shape
-    data = torch.randint(256, (n, h, w, c), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return data.to(device).permute(0, 3, 1, 2)
-
-
-def divergence(device: torch.device, batch: int = 5) -> Tensor:
-    """KL per image, nats, around 15: above C at step 3000, below it at step 10000."""
-    return (
-        (10 + 10 * torch.rand(batch, generator=torch.Generator().manual_seed(2))).to(device).requires_grad_()
-    )
 
 
 def plain(
@@ -226,105 +203,6 @@ def test_no_capacity_is_the_absolute_kl(backend):
     torch.testing.assert_close(terms.loss, kl.mean())
 
 
-def test_the_counter_advances_in_training_alone_and_is_saved(backend):
-    loss = CapacityLoss(kl_weight=1.0, max_capacity=10.0, capacity_iters=10).to(backend)
-    arguments = decoder_output(torch.float32, backend), pixels(backend), divergence(backend)
-    assert [float(loss(*arguments).capacity) for _ in range(3)] == [1.0, 2.0, 3.0]
-    loss.eval()
-    assert [float(loss(*arguments).capacity) for _ in range(2)] == [3.0, 3.0]
-    resumed = CapacityLoss(kl_weight=1.0, max_capacity=10.0, capacity_iters=10).to(backend)
-    resumed.load_state_dict(loss.state_dict())
-    assert float(resumed(*arguments).capacity) == 4.0
-    assert (resumed.step.dtype, resumed.step.shape) == (torch.int64, ())
-
-
-# the modules
-
-
-MODULES = {
-    "beta": lambda: BetaLoss(beta=4.0, activation="tanh"),
-    "capacity": lambda: CapacityLoss(max_capacity=10.0, activation="tanh"),
-}
-
-
-@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
-def test_mu_and_log_var_instead_of_the_kl(backend, make):
-    both = torch.randn(5, 20, device=backend, requires_grad=True)
-    mu, log_var = both.chunk(2, 1)
-    recon, target = decoder_output(torch.float32, backend), pixels(backend)
-    terms = make().to(backend)(recon, target, mu, log_var)
-    kl = -0.5 * (1 + log_var - mu**2 - log_var.exp()).sum(1)
-    options = {"beta": 4.0} if isinstance(make(), BetaLoss) else {"max_capacity": 10.0}
-    by_number = type(make())(kl_weight=10 / (12 * 20), activation="tanh", **options).to(backend)
-    expected = by_number(recon, target, kl)
-    for ours, theirs in zip(terms, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    gradients = [torch.autograd.grad(t.loss, both, retain_graph=True)[0] for t in (terms, expected)]
-    torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
-def test_modules_copy_and_pickle(make):
-    loss = make()
-    arguments = decoder_output(torch.float32, torch.device("cpu")), pixels(torch.device("cpu"))
-    latents = torch.randn(5, 10), torch.randn(5, 10)
-    loss(*arguments, *latents)
-    copies = copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))
-    expected = loss(*arguments, *latents)
-    for other in copies:
-        assert repr(other) == repr(loss)
-        assert other(*arguments, *latents).loss == expected.loss
-
-
-@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
-def test_modules_compile(backend, make):
-    def train_step(loss, decoder, x: Tensor, target: Tensor, both: Tensor):
-        z, kl = ops.reparam_kl(*both.chunk(2, 1), seed=SEED, step=STEP)
-        return loss(decoder(x) + z.sum(), target, *both.chunk(2, 1)), kl
-
-    SEED = torch.tensor(1, device=backend)
-    STEP = torch.tensor(2, device=backend)
-    results = []
-    for compile_it in (False, True):
-        torch.manual_seed(3)
-        loss, decoder = make().to(backend), torch.nn.Conv2d(3, 3, 1).to(backend)
-        x, both = torch.randn(SHAPE, device=backend), torch.randn(5, 20, device=backend, requires_grad=True)
-        function = torch.compile(train_step, fullgraph=True) if compile_it else train_step
-        for _ in range(2):
-            terms, _ = function(loss, decoder, x, pixels(backend), both)
-            terms.loss.backward()
-        results.append((*terms, both.grad, decoder.weight.grad))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
-
-
-def test_distributed_data_parallel(backend, tmp_path):
-    if backend.type == "cuda" or torch.distributed.is_initialized():
-        pytest.skip("one process group a process; gloo runs on the CPU")
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 20))
-        model = torch.nn.parallel.DistributedDataParallel(model)
-        images = torch.rand(6, 3, 4, 4)
-        mu, log_var = model(images).chunk(2, 1)
-        z, kl = ops.reparam_kl(mu, log_var)
-        CapacityLoss(kl_weight=1.0)(images * z.mean(), images, kl).loss.backward()
-        assert all(p.grad.abs().sum() > 0 for p in model.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_autocast_leaves_the_terms_in_float32(backend):
-    decoder = torch.nn.Conv2d(3, 3, 1).to(backend)
-    with torch.autocast(backend.type, dtype=torch.bfloat16):
-        recon = decoder(torch.randn(SHAPE, device=backend))
-        terms = BetaLoss(kl_weight=1.0, activation="tanh")(recon, pixels(backend), divergence(backend))
-    assert recon.dtype == torch.bfloat16
-    assert all(t.dtype == torch.float32 and t.shape == () for t in terms)
-    terms.loss.backward()
-    assert decoder.weight.grad.isfinite().all()
-
-
 def test_without_gradients_nothing_is_stored(kernels):
     recon = decoder_output(torch.float32, kernels)
     arguments = 1.0, 25.0, 1, "gaussian", "tanh", "mean", 0.5, -1.0, False, False
@@ -496,19 +374,3 @@ def test_where_nobody_can_look_a_wrong_probability_makes_the_loss_nan(kernels):
     assert reference.vae_loss(
         torch.zeros_like(target), target, KL.to(kernels), likelihood="bernoulli"
     ).loss.isnan()
-
-
-CONSTRUCTORS = {
-    "beta": (lambda: BetaLoss(beta=-1.0), "beta must be at least 0, got -1"),
-    "gamma": (lambda: CapacityLoss(gamma=-1.0), "gamma must be at least 0, got -1"),
-    "capacity": (lambda: CapacityLoss(max_capacity=-25.0), "max_capacity must be at least 0 nats, got -25"),
-    "iterations": (lambda: CapacityLoss(capacity_iters=0), "capacity_iters must be at least 1 step, got 0"),
-    "weight": (lambda: BetaLoss(kl_weight="n_over_m"), "kl_weight must be 'm_over_n' or a number.*n_over_m"),
-    "M over N of a KL": (lambda: BetaLoss()(images(), images(), KL), "needs mu and log_var.*give a number"),
-}
-
-
-@pytest.mark.parametrize(("build", "message"), CONSTRUCTORS.values(), ids=CONSTRUCTORS)
-def test_modules_say_what_was_expected(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()

