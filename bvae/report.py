@@ -125,11 +125,12 @@ def grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> Image.Image:
 
 
 @torch.no_grad()
-def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: Path, rows: int = 10) -> None:
+def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: Path, rows: int = 8) -> None:
     """Write reconstructions.png, samples.png, traversals.png and traversals.gif.
 
     Args:
-        x: validation images [N, C, H, W] in the decoder's range; the traversals start from the first.
+        x: validation images [N, C, H, W] in the decoder's range. The traversals of the PNG start from the
+            most typical one, whose mu is the shortest; those of the GIF from the first ones.
         kl_per_dim: nats per latent; the `rows` latents with the highest are traversed, highest first.
     """
     was_training = model.training
@@ -143,10 +144,11 @@ def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: P
 
     latents = sorted(range(model.latent_dim), key=lambda i: -kl_per_dim[i])[:rows]
     labels = [f"latent {i}\nKL {kl_per_dim[i]:.2f} nats" for i in latents]
-    z = model.encode(x[:FACES])[0]
-    grid([traversal(model, z[:1], i, 11).squeeze(1) for i in latents], labels).save(out / "traversals.png")
+    mu = model.encode(x)[0]
+    typical = mu[mu.norm(dim=1).argmin()].unsqueeze(0)
+    grid([traversal(model, typical, i, 11).squeeze(1) for i in latents], labels).save(out / "traversals.png")
 
-    swing = [traversal(model, z, i, FRAMES) for i in latents]
+    swing = [traversal(model, mu[:FACES], i, FRAMES) for i in latents]
     there_and_back = [*range(FRAMES), *range(FRAMES - 2, 0, -1)]
     frames = [
         grid([row[t] for row in swing], labels).quantize(COLOURS, dither=Image.Dither.NONE)

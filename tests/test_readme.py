@@ -1,0 +1,102 @@
+"""Every command and snippet of the README runs, on small data and for few steps."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bvae.model import BetaVAE
+from bvae.pipelines import faces
+from bvae.pytorch_vae import export_state
+from bvae.train import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
+]
+TRAIN = ".venv/bin/python -m bvae.train "
+SHORT = "--max-steps 2 --no-compile --image-size 32 --hidden-dims 4 8 --latent-dim 3 --batch-size 8"
+
+
+def snippet(name: str) -> str:
+    """The code block that follows <!-- test: name -->."""
+    found = re.search(rf"<!-- test: {re.escape(name)} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found, f"README.md has no snippet {name}"
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return faces.write(tmp_path_factory.mktemp("data") / "faces", n=60, seed=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def run_folder(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "NAME"
+    assert main(["--data-root", str(data), "--out", str(out), *SHORT.split()]) == 0
+    return out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(TRAIN)])
+def test_training_command(command, data, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bbvae.yaml").write_text(snippet("bbvae.yaml"))
+    arguments = command.removeprefix(TRAIN).replace("DIR", str(data)).replace("runs/NAME", str(run_folder))
+    if "--help" in arguments:
+        with pytest.raises(SystemExit) as stopped:
+            main([arguments])
+        assert stopped.value.code == 0
+    elif "--resume" in arguments:
+        assert main(shlex.split(arguments)) == 0
+    else:
+        assert main([*shlex.split(arguments), *SHORT.split(), "--out", "run"]) == 0
+        assert (tmp_path / "run" / "traversals.gif").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_target(command, data, tmp_path):
+    target = shlex.split(command, comments=True)[1]
+    short = {
+        "train": f"ARGS=--data-root {data} --out {tmp_path / 'run'} {SHORT}",
+        "test": "ARGS=tests/test_model.py",
+        "lint": "ARGS=",
+    }
+    subprocess.run(["make", target, short[target]], cwd=ROOT, check=True)
+    assert target != "train" or (tmp_path / "run" / "traversals.gif").is_file()
+
+
+def test_every_command_is_run_by_a_test():
+    assert len(COMMANDS) > 5
+    assert [c for c in COMMANDS if not c.startswith((TRAIN, "make "))] == []
+
+
+def test_model_snippet(run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    import torch
+
+    torch.save(export_state(BetaVAE(hidden_dims=[4, 8]).state_dict()), "last.ckpt")
+    names: dict = {}
+    exec(snippet("model").replace("runs/NAME", str(run_folder)), names)
+    assert names["faces"].shape == (8, 3, 32, 32)
+    assert torch.equal(names["again"], names["model"].reconstruct(names["faces"]))
+    assert isinstance(names["old"], BetaVAE)
+
+
+def test_pictures_are_there():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_module_runs_without_an_install(tmp_path):
+    """A clone is enough for `python -m bvae.train`, wherever the package's parts are found."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "bvae.train", "--data", "celeba"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert shown.returncode == 2
+    assert "--data celeba needs --data-root" in shown.stderr
+    assert "Traceback" not in shown.stderr
