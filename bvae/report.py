@@ -93,9 +93,9 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 MARGIN = 2  # pixels between pictures
 LABEL = 92  # pixels for a row's text
-FRAMES = 10  # of the GIF, one way
+FRAMES = 8  # of the GIF, one way
 FACES = 4  # side by side in the GIF
-COLOURS = 64  # of a frame of the GIF: it stays under a megabyte
+COLOURS = 48  # of a frame of the GIF: it stays under a megabyte
 
 
 def to_uint8(images: Tensor, activation: str) -> Tensor:
