@@ -81,7 +81,7 @@ class BetaLoss(_Objective):
         decoder_variance: float = 0.5,
     ) -> None:
         super().__init__(kl_weight, likelihood, activation, reduction, decoder_variance)
-        if not (beta >= 0 and math.isfinite(beta)):
+        if not 0 <= beta < math.inf:
             raise ValueError(f"beta must be at least 0, got {beta}")
         self.beta = beta
 
@@ -131,7 +131,7 @@ class CapacityLoss(_Objective):
         decoder_variance: float = 0.5,
     ) -> None:
         super().__init__(kl_weight, likelihood, activation, reduction, decoder_variance)
-        if not (gamma >= 0 and math.isfinite(gamma)):
+        if not 0 <= gamma < math.inf:
             raise ValueError(f"gamma must be at least 0, got {gamma}")
         ops.check_capacity(max_capacity, capacity_iters)
         self.gamma = gamma

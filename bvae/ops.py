@@ -22,9 +22,13 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
-def _check_float(name: str, tensor: Tensor) -> None:
+def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    _check_tensor(name, tensor)
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_describe(tensor)}")
 
@@ -141,13 +145,13 @@ def check_objective(
         raise ValueError(f"a bernoulli likelihood takes logits: activation must be None, got {activation!r}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if not (decoder_variance > 0 and math.isfinite(decoder_variance)):
+    if not 0 < decoder_variance < math.inf:
         raise ValueError(f"decoder_variance must be positive, got {decoder_variance}")
 
 
 def check_capacity(max_capacity: float, capacity_iters: int) -> None:
     """Raise ValueError for a capacity schedule that divides by zero or shrinks below it."""
-    if not (max_capacity >= 0 and math.isfinite(max_capacity)):
+    if not 0 <= max_capacity < math.inf:
         raise ValueError(f"max_capacity must be at least 0 nats, got {max_capacity}")
     if capacity_iters < 1:
         raise ValueError(f"capacity_iters must be at least 1 step, got {capacity_iters}")
@@ -160,10 +164,13 @@ def _check_loss(recon: Tensor, target: Tensor, kl: Tensor, objective: dict[str, 
         likelihood, objective["activation"], objective["reduction"], objective["decoder_variance"]
     )
     check_capacity(objective["max_capacity"], objective["capacity_iters"])
+    if not isinstance(objective["kl_weight"], (int, float)):
+        raise TypeError(f"kl_weight must be a number, got {type(objective['kl_weight']).__name__}")
     _check_float("recon", recon)
     _check_float("kl", kl)
     if not 2 <= recon.dim() <= _MAX_DIMS:
         raise ValueError(f"recon must be [B, ...] with one to four more dimensions, got {_describe(recon)}")
+    _check_tensor("target", target)
     if target.dtype != torch.uint8 and target.dtype not in _FLOATS:
         raise TypeError(f"target must be uint8 or floating point, got {_describe(target)}")
     target = _as_recon(target, recon)

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from bvae.kernels import reparam_kl
+from bvae import ops
+from bvae.kernels import capacity_loss, reparam_kl
 from bvae.kernels.launch import collapse
 from bvae.kernels.tickets import TicketOffice
 
@@ -85,3 +86,19 @@ def test_where_no_counters_are_left_they_are_fresh_zeros():
     spare = [counters(office, "stream", capturing=True) for _ in range(2)]
     assert all(s.tolist() == [0] * 4 for s in spare)
     assert not same_memory(*spare)
+
+
+def test_a_launch_leaves_its_counters_at_zero(kernels, monkeypatch):
+    lent = []
+
+    def lend(count: int, device: torch.device) -> torch.Tensor:
+        lent.append(torch.zeros(count, dtype=torch.int32, device=device))
+        return lent[-1]
+
+    for module in (reparam_kl, capacity_loss):
+        monkeypatch.setattr(module, "tickets", lend)
+    latents, images = torch.randn(1, 5000, device=kernels), torch.randn(2, 5000, device=kernels)
+    ops.reparam_kl(latents, latents, seed=0, per_dim=True)
+    ops.vae_loss(images, images, torch.ones(2, device=kernels))
+    assert len(lent) == 2
+    assert all((counters == 0).all() for counters in lent)

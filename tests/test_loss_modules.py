@@ -81,6 +81,22 @@ def test_modules_compile(backend, make):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
+def test_one_compiled_loss_takes_other_shapes_and_weights(backend):
+    loss = BetaLoss(kl_weight=1.0, activation="tanh")
+    compiled = torch.compile(lambda *tensors: loss(*tensors), fullgraph=True, dynamic=True)
+    for shape, beta in {(4, 3, 8, 8): 1.0, (6, 3, 8, 8): 2.5, (2, 3, 12, 12): 4.0}.items():
+        loss.beta = beta
+        arguments = (
+            decoder_output(torch.float32, backend, shape),
+            pixels(backend, shape),
+            divergence(backend, shape[0]),
+        )
+        ours, expected = compiled(*arguments), loss(*arguments)
+        torch.testing.assert_close(ours.loss, expected.loss)
+        gradients = [torch.autograd.grad(terms.loss, arguments[0])[0] for terms in (ours, expected)]
+        torch.testing.assert_close(*gradients)
+
+
 def test_distributed_data_parallel(backend, tmp_path):
     if backend.type == "cuda" or torch.distributed.is_initialized():
         pytest.skip("one process group a process; gloo runs on the CPU")

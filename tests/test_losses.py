@@ -328,6 +328,13 @@ MISUSE = {
         ValueError,
         "logits",
     ),
+    "no tensor": ((images(), [1.0], KL), {}, TypeError, "target must be a tensor, got list"),
+    "weight": (
+        (images(), images(), KL),
+        {"kl_weight": KL},
+        TypeError,
+        "kl_weight must be a number, got Tensor",
+    ),
     "likelihood": (
         (images(), images(), KL),
         {"likelihood": "laplace"},
