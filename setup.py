@@ -28,6 +28,9 @@ setup(
         "dev": [
             "pytest>=8",  # the tests
             "scipy>=1.11",  # statistical tests of the noise
+            "diffusers>=0.35",  # the drop-in's test compares with its posterior
+            "transformers>=4.50",  # must still import beside us, and so must
+            "kernels>=0.5",  # this package, whose name is our folder's
             "ruff>=0.6",  # lint and format
             "mypy>=1.11",  # types of the public API
             "types-PyYAML",  # stubs for mypy
