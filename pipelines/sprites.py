@@ -1,0 +1,251 @@
+"""2D shapes with known factors: the images of dSprites (Matthey et al. 2017), drawn instead of downloaded.
+
+An image is named by five indices: shape (square, ellipse, heart), scale (0.5 to 1), orientation (0 to a full
+turn, both ends, so the last equals the first), x and y (left to right, top to bottom). A pixel is 1 if its
+centre lies inside the shape; nothing is antialiased.
+
+The shapes' sizes were fitted to 320 frames of the original, from which the drawing differs in 8 of 1 310 720
+pixels: one pixel and its mirror image, at the edge of one heart that is shown four times.
+"""
+
+import errno
+import math
+import os
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+FACTORS = ("shape", "scale", "orientation", "x", "y")
+SIZES = (3, 6, 40, 32, 32)  # values of each factor
+SHAPES = ("square", "ellipse", "heart")
+COUNT = math.prod(SIZES)  # images in the whole set
+TURN = SIZES[2] - 1  # orientations in a full turn
+SIDE = 64  # pixels of an image
+PACKED = SIDE * SIDE // 8  # bytes of an image of one bit a pixel
+FILE = "sprites-1.bin"  # the whole set, one bit a pixel, and a checksum; the number changes with the drawing
+CHECKSUM = 4  # bytes, CRC-32
+
+# At scale 1, in pixels.
+SQUARE = 9.598  # half the side
+ELLIPSE = (12.766, 7.2135)  # semi-axes: across and up, at orientation 0
+HEART = (9.5938, 0.6622, 1.4363)  # half the width, the stretch upwards, the shift upwards
+
+WINDOW = 28  # pixels: covers every shape, wherever between two pixels its centre lies
+CHUNK = 256  # images drawn at a time: what is computed for them stays in a core's cache
+BLOCK = 16 * CHUNK  # images that a worker draws at a time
+
+
+class Sprites(NamedTuple):
+    """Images and the indices that they were drawn from."""
+
+    images: Tensor  # uint8 [N, 64, 64] of 0 and 1
+    indices: Tensor  # int64 [N, 5], in the order of FACTORS
+
+
+# --- Names of images --------------------------------------------------------------------------------------
+def ravel(indices: Tensor) -> Tensor:
+    """Indices [N, 5] to the images' numbers [N] in the whole set, where y runs fastest."""
+    number = torch.zeros_like(indices[:, 0])
+    for column, size in zip(indices.unbind(1), SIZES, strict=True):
+        number = number * size + column
+    return number
+
+
+def unravel(number: Tensor) -> Tensor:
+    """Numbers [N] in the whole set to indices [N, 5]: the inverse of `ravel`."""
+    columns = []
+    for size in reversed(SIZES):
+        columns.append(number % size)
+        number = number // size
+    return torch.stack(columns[::-1], 1)
+
+
+# --- Drawing ----------------------------------------------------------------------------------------------
+def render(indices: Tensor) -> Tensor:
+    """Draw the images that integer indices [N, 5] name: uint8 [N, 64, 64] of 0 and 1, on their device.
+
+    Raises:
+        ValueError: not a tensor of that shape and type, or an index out of its range.
+    """
+    if indices.dim() != 2 or indices.shape[1] != len(SIZES) or indices.dtype not in _INTEGERS:
+        raise ValueError(
+            f"indices must be integers [N, {len(SIZES)}] ({', '.join(FACTORS)}), "
+            f"got {indices.dtype} {list(indices.shape)}"
+        )
+    sizes = torch.tensor(SIZES, device=indices.device)
+    outside = (indices < 0) | (indices >= sizes)
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"indices[{row}]: {FACTORS[column]} must be 0 to {SIZES[column] - 1}, got {indices[row, column]}"
+        )
+    images = torch.zeros(len(indices), SIDE * SIDE, dtype=torch.uint8, device=indices.device)
+    for shape, inside in enumerate((_in_square, _in_ellipse, _in_heart)):
+        rows = (indices[:, 0] == shape).nonzero().squeeze(1)
+        for chunk in rows.split(CHUNK):
+            drawn, where = _draw(inside, indices[chunk].long())
+            images[chunk] = torch.zeros_like(images[chunk]).scatter_(1, where, drawn)
+    return images.view(-1, SIDE, SIDE)
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _draw(inside: Callable[[Tensor, Tensor], Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
+    """One kind of shape: uint8 [N, WINDOW^2], and the pixels' places in the image, int64 [N, WINDOW^2]."""
+    _, scale, orientation, *position = indices.unbind(1)
+    # float64: the geometry meets pixels' centres to within 1e-3 pixels, and no device rounds them otherwise.
+    size = 0.5 + 0.1 * scale.double()
+    angle = orientation.remainder(TURN).double() * (2 * math.pi / TURN)
+    offset = torch.arange(WINDOW, device=indices.device)
+    (left, dx), (top, dy) = (_window(p, offset) for p in position)
+    # Into the shape's own coordinates: u to its right, v up, at scale 1.
+    cos, sin = (angle.cos() / size)[:, None, None], (angle.sin() / size)[:, None, None]
+    right, up = dx[:, None, :], -dy[:, :, None]
+    drawn = inside(cos * right + sin * up, cos * up - sin * right)
+    where = (top[:, None] + offset)[:, :, None] * SIDE + (left[:, None] + offset)[:, None, :]
+    return drawn.flatten(1).to(torch.uint8), where.flatten(1)
+
+
+def _window(position: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Along one axis: the window's first pixel [N], and its pixels' distances from the centre [N, WINDOW]."""
+    centre = 16 + 32 * position.double() / 31
+    start = centre.floor().long() - WINDOW // 2
+    return start, (start[:, None] + offset) + 0.5 - centre[:, None]
+
+
+def _in_square(u: Tensor, v: Tensor) -> Tensor:
+    return torch.maximum(u.abs(), v.abs()) < SQUARE
+
+
+def _in_ellipse(u: Tensor, v: Tensor) -> Tensor:
+    return (u / ELLIPSE[0]).square() + (v / ELLIPSE[1]).square() < 1
+
+
+def _in_heart(u: Tensor, v: Tensor) -> Tensor:
+    """The curve u = width sin^3 t, v = stretch (13 cos t - 5 cos 2t - 2 cos 3t - cos 4t) + shift.
+
+    Above each u it has two points, whose cosines x differ in sign. In powers of x, v is
+    stretch (19 x - 8 x^3 + 4 - 2 x^2 - 8 x^4) + shift: an odd part about an even one.
+    """
+    width, stretch, shift = HEART
+    x2 = 1 - (u.abs() / width).clamp(max=1).pow(2 / 3)
+    even = 4 - x2 * (2 + 8 * x2)
+    odd = x2.sqrt() * (19 - 8 * x2)
+    return (((v - shift) / stretch - even).abs() < odd) & (u.abs() < width)
+
+
+# --- The whole set ----------------------------------------------------------------------------------------
+def whole(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Tensor:
+    """All images in the order of `ravel`, uint8 [737 280, 64, 64] of 0 and 1 on a device: 3.0 GB.
+
+    They are drawn once and kept in the folder, 377 MB of one bit a pixel.
+
+    Raises:
+        OSError: the file cannot be written; nothing of it remains.
+    """
+    path = Path(folder) / FILE
+    try:
+        packed = _read(path)
+    except FileNotFoundError:
+        packed = _write(path)
+    except ValueError as damage:
+        print(f"{path} is damaged ({damage}): drawing again", flush=True)
+        packed = _write(path)
+    images = torch.empty(COUNT, PACKED, dtype=torch.int64, device=device)  # eight pixels in each
+    bits = torch.arange(256)[:, None] >> torch.arange(7, -1, -1) & 1
+    pixels = bits.to(torch.uint8).view(torch.int64).squeeze(1).to(device)  # of every byte
+    for part, eight in zip(packed.split(BLOCK), images.split(BLOCK), strict=True):
+        torch.index_select(pixels, 0, part.flatten().to(device).int(), out=eight.view(-1))
+    return images.view(torch.uint8).view(COUNT, SIDE, SIDE)
+
+
+def _write(path: Path) -> Tensor:
+    """Draw the whole set; the file takes its name when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(path.parent).free) < COUNT * PACKED:
+        raise OSError(
+            errno.ENOSPC,
+            f"the sprites take {COUNT * PACKED / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free: "
+            "make room or choose another folder",
+            str(path.parent),
+        )
+    packed = _draw_all()
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".sprites-", delete=False) as file:
+        try:
+            file.write(packed.data)
+            file.write(zlib.crc32(packed.data).to_bytes(CHECKSUM, "little"))
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    return torch.from_numpy(packed)
+
+
+def _draw_all() -> np.ndarray:
+    """uint8 [COUNT, PACKED], with a progress bar."""
+    packed = np.empty((COUNT, PACKED), np.uint8)
+
+    def draw(start: int) -> int:
+        numbers = torch.arange(start, min(start + BLOCK, COUNT))
+        packed[start : start + BLOCK] = np.packbits(render(unravel(numbers)).flatten(1).numpy(), axis=1)
+        return len(numbers)
+
+    # One thread of torch per worker: whole blocks in parallel scale better than each operation does.
+    pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+    with tqdm(total=COUNT, desc="sprites", unit=" images", disable=None) as bar:
+        try:
+            for done in pool.map(draw, range(0, COUNT, BLOCK)):
+                bar.update(done)
+        finally:  # after an error or Ctrl-C, do not draw the blocks that wait
+            pool.shutdown(cancel_futures=True)
+    return packed
+
+
+def _read(path: Path) -> Tensor:
+    """uint8 [COUNT, PACKED]. Raises FileNotFoundError, or ValueError if it is not what was written."""
+    expected, size = COUNT * PACKED + CHECKSUM, path.stat().st_size
+    if size != expected:
+        raise ValueError(f"{size} bytes instead of {expected}")
+    data = np.fromfile(path, np.uint8)
+    if zlib.crc32(data[:-CHECKSUM].data) != int.from_bytes(data[-CHECKSUM:].tobytes(), "little"):
+        raise ValueError("its checksum is not the one that was written")
+    return torch.from_numpy(data[:-CHECKSUM].reshape(COUNT, PACKED))
+
+
+# --- The original -----------------------------------------------------------------------------------------
+def read(path: str | os.PathLike[str]) -> Sprites:
+    """The images and indices of a user's own `dsprites_*.npz`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such a file; the message says what it lacks.
+    """
+    try:
+        with np.load(path) as file:
+            images, classes = file["imgs"], file["latents_classes"]
+    except (KeyError, ValueError, AttributeError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is not dSprites' npz of imgs and latents_classes: {error}") from None
+    if images.shape[1:] != (SIDE, SIDE) or images.dtype != np.uint8 or images.max(initial=0) > 1:
+        raise ValueError(
+            f"{path}: imgs must be uint8 [N, {SIDE}, {SIDE}] of 0 and 1, got {images.dtype} {images.shape}"
+        )
+    columns = len(SIZES) + 1  # the colour, which is white throughout, comes first
+    if classes.shape != (len(images), columns) or classes.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: latents_classes must be integers [{len(images)}, {columns}], "
+            f"got {classes.dtype} {classes.shape}"
+        )
+    return Sprites(torch.from_numpy(images), torch.from_numpy(classes[:, 1:].astype(np.int64)))

@@ -1,0 +1,200 @@
+"""Sprites: the drawing against frames of dSprites, the whole set's cache, and a user's own copy."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bvae.pipelines import sprites
+from bvae.pipelines.sprites import COUNT, FACTORS, SHAPES, SIZES, ravel, read, render, unravel, whole
+
+FRAMES = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "dsprites_gif_frames.npz"
+
+
+def draw(**chosen: int) -> torch.Tensor:
+    """One image [64, 64]: the largest upright square near the middle, but for the chosen indices."""
+    plain = {"shape": 0, "scale": 5, "orientation": 0, "x": 16, "y": 16}
+    return render(torch.tensor([[{**plain, **chosen}[name] for name in FACTORS]]))[0]
+
+
+def centre(image: torch.Tensor) -> tuple[float, float]:
+    """Of mass: x, y in pixels from the image's top left corner."""
+    rows, columns = image.nonzero().double().mean(0).tolist()
+    return columns + 0.5, rows + 0.5
+
+
+# --- Drawing ----------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not FRAMES.is_file(), reason="the frames of the original are not part of the project")
+def test_frames_of_the_original():
+    with np.load(FRAMES) as file:
+        frames = torch.from_numpy(np.unpackbits(file["frames"], axis=1)).view(-1, 64, 64)
+        indices = torch.from_numpy(file["latents"])
+    wrong = (render(indices) != frames).sum((1, 2))
+    per_shape = {name: int(wrong[indices[:, 0] == i].sum()) for i, name in enumerate(SHAPES)}
+    assert per_shape["square"] == per_shape["ellipse"] == 0
+    assert per_shape["heart"] <= 8
+
+
+@pytest.mark.parametrize(("shape", "area"), [(0, 4 * 9.598**2), (1, np.pi * 12.766 * 7.2135)])
+def test_area_grows_with_the_square_of_the_scale(shape, area):
+    for index, scale in enumerate(np.linspace(0.5, 1, 6)):
+        images = render(torch.tensor([[shape, index, o, o % 32, 3] for o in range(40)]))
+        assert images.sum((1, 2), dtype=torch.float64).mean() == pytest.approx(area * scale**2, rel=0.01)
+
+
+@pytest.mark.parametrize("shape", range(3))
+def test_positions_are_32_pixels_wide_and_start_at_the_top_left(shape):
+    left, right = draw(shape=shape, x=0, y=5), draw(shape=shape, x=31, y=5)
+    assert torch.equal(left[:, :32], right[:, 32:])
+    top, bottom = draw(shape=shape, y=0), draw(shape=shape, y=31)
+    assert torch.equal(top[:32], bottom[32:])
+    assert centre(draw(x=0, y=31)) == (16, 48)
+
+
+def test_turning_goes_counter_clockwise_and_closes_its_circle():
+    for shape in range(3):
+        assert torch.equal(draw(shape=shape, orientation=39), draw(shape=shape))
+    rising = draw(shape=1, orientation=4, x=0, y=0)  # 37 degrees: the ellipse's right end is up
+    assert rising[:16, 16:32].sum() > 1.9 * rising[16:32, 16:32].sum()
+
+
+def test_the_heart_stands_on_its_tip_and_is_symmetric():
+    heart = draw(shape=2, x=0, y=0)[:32, :32]
+    assert torch.equal(heart, heart.flip(1))
+    widths = heart.sum(1)[heart.bool().any(1)]
+    assert widths[-1] <= 2 < 10 < widths[2]
+
+
+def test_bytes_of_0_and_1_whatever_the_integer_type_and_the_company():
+    numbers = torch.tensor([0, COUNT - 1, 300_000, 500_000, 123_456])
+    images = render(unravel(numbers))
+    assert images.dtype == torch.uint8
+    assert images.unique().tolist() == [0, 1]
+    assert torch.equal(render(unravel(numbers).to(torch.int16)), images)
+    assert torch.equal(torch.cat([render(one[None]) for one in unravel(numbers)]), images)
+    assert render(torch.empty(0, 5, dtype=torch.long)).shape == (0, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (torch.zeros(3, 5), r"integers \[N, 5\].*got torch.float32 \[3, 5\]"),
+        (torch.zeros(3, 6, dtype=torch.long), r"got torch.int64 \[3, 6\]"),
+        (torch.tensor([[0, 0, 0, 0, 0], [0, 6, 0, 0, 0]]), r"indices\[1\]: scale must be 0 to 5, got 6"),
+        (torch.tensor([[-1, 0, 0, 0, 0]]), r"indices\[0\]: shape must be 0 to 2, got -1"),
+    ],
+)
+def test_indices_that_name_no_image(indices, message):
+    with pytest.raises(ValueError, match=message):
+        render(indices)
+
+
+# --- Names ------------------------------------------------------------------------------------------------
+def test_numbers_count_as_the_original_does():
+    numbers = torch.arange(COUNT)
+    indices = unravel(numbers)
+    assert torch.equal(ravel(indices), numbers)
+    assert torch.equal(indices[:4, 4], torch.arange(4))
+    expected = np.stack(np.unravel_index(numbers.numpy(), SIZES), 1)
+    assert np.array_equal(indices.numpy(), expected)
+
+
+# --- The whole set ----------------------------------------------------------------------------------------
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The set ends early, in the middle of a chunk: what is drawn and kept is 700 images."""
+    monkeypatch.setattr(sprites, "COUNT", 700)
+    monkeypatch.setattr(sprites, "BLOCK", 300)
+    return 700
+
+
+def test_the_cache_is_drawn_once(small, tmp_path, monkeypatch):
+    images = whole(tmp_path / "new")
+    assert torch.equal(images, render(unravel(torch.arange(small))))
+    (file,) = (tmp_path / "new").iterdir()
+    assert file.stat().st_size == small * 512 + 4
+    monkeypatch.setattr(sprites, "render", None)
+    assert torch.equal(whole(tmp_path / "new"), images)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "changed"])
+def test_a_damaged_cache_is_drawn_again(small, tmp_path, capsys, harm):
+    images = whole(tmp_path)
+    (file,) = tmp_path.iterdir()
+    data = bytearray(file.read_bytes())
+    data[1000] ^= 255
+    file.write_bytes(data if harm == "changed" else data[:-10])
+    assert torch.equal(whole(tmp_path), images)
+    assert f"{file} is damaged" in capsys.readouterr().out
+    whole(tmp_path)
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        whole(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_room_is_said_beforehand(small, tmp_path, monkeypatch):
+    usage = sprites.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(sprites, "render", None)
+    with pytest.raises(OSError, match="make room or choose another folder"):
+        whole(tmp_path)
+
+
+@pytest.mark.slow
+def test_all_737_280_images(tmp_path):
+    images = whole(tmp_path)
+    assert images.shape == (737_280, 64, 64)
+    numbers = torch.randint(COUNT, (2000,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(images[numbers], render(unravel(numbers)))
+    assert torch.equal(whole(tmp_path)[numbers], images[numbers])
+
+
+# --- The original -----------------------------------------------------------------------------------------
+def archive(path, **changed) -> Path:
+    """What a user's `dsprites_*.npz` holds, of twelve images; None leaves an array out."""
+    indices = unravel(torch.arange(0, COUNT, COUNT // 12)[:12])
+    arrays = {
+        "imgs": render(indices).numpy(),
+        "latents_classes": np.column_stack([np.zeros(12, np.int64), indices.numpy()]),
+        "metadata": np.array({"title": "dSprites"}, dtype=object),  # pickled, as in the original
+    }
+    np.savez_compressed(path, **{k: v for k, v in {**arrays, **changed}.items() if v is not None})
+    return path
+
+
+def test_a_users_own_file(tmp_path):
+    images, indices = read(archive(tmp_path / "dsprites_64x64.npz"))
+    assert indices.dtype == torch.int64
+    assert torch.equal(images, render(indices))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"imgs": None}, "not dSprites' npz.*imgs"),
+        ({"imgs": np.full((12, 64, 64), 255, np.uint8)}, "imgs must be uint8 .* of 0 and 1"),
+        ({"imgs": np.zeros((12, 32, 32), np.uint8)}, r"got uint8 \(12, 32, 32\)"),
+        ({"latents_classes": np.zeros((12, 5), int)}, r"latents_classes must be integers \[12, 6\]"),
+        ({"latents_classes": np.zeros((12, 6))}, "got float64"),
+    ],
+)
+def test_a_file_that_is_not_dsprites(tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        read(archive(tmp_path / "other.npz", **changed))
+
+
+def test_a_file_that_is_no_archive(tmp_path):
+    (tmp_path / "page.npz").write_text("<html>quota exceeded</html>")
+    with pytest.raises(ValueError, match="page.npz is not dSprites' npz"):
+        read(tmp_path / "page.npz")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "nothing.npz")
