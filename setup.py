@@ -9,7 +9,7 @@ setup(
     description="A fast beta-VAE trainer with fused Triton losses",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["bvae", "bvae.kernels", "bvae.pipelines"],
+    packages=["bvae", "bvae.kernels", "bvae.metrics", "bvae.pipelines"],
     package_dir={"bvae.kernels": "kernels", "bvae.pipelines": "pipelines"},
     package_data={"bvae": ["presets/*.yaml"]},
     install_requires=[
@@ -23,11 +23,12 @@ setup(
         "tensorboard>=2.16",  # the event writer behind torch.utils.tensorboard
         "safetensors>=0.4",  # weights without pickle
         "tqdm>=4.66",  # progress bars with rate and ETA
+        "scikit-learn>=1.4",  # the metrics' classifiers
+        "scipy>=1.11",  # ranks for the metrics; comes with scikit-learn
     ],
     extras_require={
         "dev": [
             "pytest>=8",  # the tests
-            "scipy>=1.11",  # statistical tests of the noise
             "diffusers>=0.35",  # the drop-in's test compares with its posterior
             "transformers>=4.50",  # must still import beside us, and so must
             "kernels>=0.5",  # this package, whose name is our folder's

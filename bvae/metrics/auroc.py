@@ -1,0 +1,30 @@
+"""How well each latent alone tells each attribute: for attributes that are not independent, as CelebA's."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import rankdata
+
+from bvae.metrics.inputs import check_codes
+
+
+def auroc(codes: ArrayLike, attributes: ArrayLike) -> np.ndarray:
+    """Area under the ROC curve of latent i for attribute j: [D, K]; 0.5 is chance, 0 and 1 are perfect.
+
+    That is the chance that an image with the attribute has the higher code; ties count half.
+
+    Args:
+        codes: [N, D] floats. attributes: [N, K] of two values; the higher one is the attribute's presence.
+
+    Raises:
+        ValueError: other shapes, codes that are not finite, or attributes without exactly two values.
+    """
+    codes, attributes = check_codes(codes), np.asarray(attributes)
+    if attributes.ndim != 2 or len(attributes) != len(codes):
+        raise ValueError(f"attributes must be [{len(codes)}, K], got {list(attributes.shape)}")
+    for j, column in enumerate(attributes.T):
+        if len(np.unique(column)) != 2:
+            raise ValueError(f"attribute {j} has {len(np.unique(column))} values: it must have two")
+    present = (attributes == attributes.max(0)).astype(np.float64)
+    positive = present.sum(0)
+    ranks = rankdata(codes, axis=0).T @ present  # the Mann-Whitney statistic
+    return (ranks - positive * (positive + 1) / 2) / (positive * (len(codes) - positive))

@@ -1,0 +1,42 @@
+"""The beta-VAE paper's metric (Higgins et al. 2017, section 3)."""
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from bvae.metrics.sampling import Encode, Sampler, groups
+
+
+def beta_vae(
+    encode: Encode,
+    sample: Sampler,
+    *,
+    seed: int = 0,
+    pairs: int = 64,
+    train: int = 10_000,
+    test: int = 5_000,
+    batch: int = 4096,
+) -> float:
+    """Accuracy with which a linear classifier tells the factor that pairs of observations share.
+
+    One point is the mean over `pairs` pairs of |z1 - z2|; all its pairs agree in the same factor, each in a
+    value of its own. Chance is 1 / number of factors.
+
+    Args:
+        encode: observations to posterior means [n, D].
+        sample: draws the observations; see `sampling`.
+        seed: of the draws.
+        train, test: points. A point takes 2 `pairs` observations.
+        batch: about how many observations `encode` gets at a time.
+
+    Raises:
+        ValueError: sizes that are not positive, or codes that are not finite [n, D].
+    """
+    if min(pairs, train, test, batch) < 1:
+        raise ValueError(f"pairs, train, test and batch must be positive: {pairs}, {train}, {test}, {batch}")
+    rng = np.random.default_rng(seed)
+    factor = rng.integers(sample.n_factors, size=train + test)
+    each = groups(encode, sample, np.repeat(factor, pairs), 2, rng, batch)
+    apart = np.concatenate([np.abs(codes[:, 0] - codes[:, 1]) for codes in each])
+    points = apart.reshape(train + test, pairs, -1).mean(1)
+    classifier = LogisticRegression().fit(points[:train], factor[:train])
+    return float(classifier.score(points[train:], factor[train:]))

@@ -1,0 +1,58 @@
+"""FactorVAE's metric (Kim & Mnih 2018, section 3)."""
+
+import numpy as np
+
+from bvae.metrics.sampling import Encode, Sampler, groups
+
+
+def factor_vae(
+    encode: Encode,
+    sample: Sampler,
+    *,
+    seed: int = 0,
+    size: int = 64,
+    train: int = 10_000,
+    test: int = 5_000,
+    variance_points: int = 10_000,
+    inactive: float = 0.05,
+    batch: int = 4096,
+) -> float:
+    """Accuracy with which the latent that varies least in a group tells the factor that the group shares.
+
+    Variances are taken over those of the whole data. The classifier is a vote: each latent stands for the
+    factor that it was most often right for in training. 0 where no latent is active.
+
+    Args:
+        encode: observations to posterior means [n, D].
+        sample: draws the observations; see `sampling`.
+        seed: of the draws.
+        size: observations in a group.
+        train, test: groups.
+        variance_points: observations that give the variances of the whole data.
+        inactive: latents whose standard deviation is below it do not take part.
+        batch: about how many observations `encode` gets at a time.
+
+    Raises:
+        ValueError: sizes that are not positive, a single observation to take a variance of, or codes that
+            are not finite [n, D].
+    """
+    if min(size, variance_points) < 2 or min(train, test, batch) < 1:
+        raise ValueError(
+            "size and variance_points must be at least 2, train, test and batch positive: "
+            f"{size}, {variance_points}, {train}, {test}, {batch}"
+        )
+    rng = np.random.default_rng(seed)
+    alone = np.zeros(variance_points, np.int64)  # groups of one share nothing
+    whole = np.concatenate([codes[:, 0] for codes in groups(encode, sample, alone, 1, rng, batch)])
+    variance = whole.var(0, ddof=1)
+    active = np.flatnonzero(np.sqrt(variance) >= inactive)
+    if not len(active):
+        return 0.0
+    factor = rng.integers(sample.n_factors, size=train + test)
+    each = groups(encode, sample, factor, size, rng, batch)
+    least = np.concatenate(
+        [(codes[:, :, active].var(1, ddof=1) / variance[active]).argmin(1) for codes in each]
+    )
+    votes = np.zeros((len(active), sample.n_factors), np.int64)
+    np.add.at(votes, (least[:train], factor[:train]), 1)
+    return float((votes.argmax(1)[least[train:]] == factor[train:]).mean())

@@ -1,0 +1,78 @@
+"""Codes and factors as every metric takes them: checked, and divided for training and testing."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Codes = NDArray[np.floating]  # [N, D]
+Factors = NDArray[np.int64]  # [N, K], each column 0, 1, ... without gaps
+
+
+class Split(NamedTuple):
+    """Points to fit an estimator on, and others to judge it by."""
+
+    codes: Codes
+    factors: Factors
+    test_codes: Codes
+    test_factors: Factors
+
+
+def check(codes: ArrayLike, factors: ArrayLike) -> tuple[Codes, Factors]:
+    """Codes [N, D >= 2] as float64, and factors [N, K >= 2] with their values renumbered from 0.
+
+    Raises:
+        ValueError: another shape or type, codes that are not finite, or a factor that does not vary.
+    """
+    codes, factors = check_codes(codes), np.asarray(factors)
+    if factors.ndim != 2 or factors.dtype.kind not in "iu" or factors.shape[1] < 2:
+        raise ValueError(
+            "factors must be integers [N, K] of at least 2 factors, "
+            f"got {factors.dtype} {list(factors.shape)}; continuous ones need bins"
+        )
+    if len(codes) != len(factors):
+        raise ValueError(f"codes hold {len(codes)} points and factors {len(factors)}: they must be the same")
+    renumbered = np.stack([np.unique(column, return_inverse=True)[1] for column in factors.T], 1)
+    check_variation(renumbered)
+    return codes, renumbered
+
+
+def check_codes(codes: ArrayLike) -> Codes:
+    """Codes [N, D >= 2] as float64.
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+    """
+    codes = np.asarray(codes, np.float64)
+    if codes.ndim != 2 or codes.shape[1] < 2:
+        raise ValueError(f"codes must be [N, D] of at least 2 latents, got {list(codes.shape)}")
+    if not np.isfinite(codes).all():
+        row, latent = np.argwhere(~np.isfinite(codes))[0]
+        raise ValueError(f"codes[{row}, {latent}] is {codes[row, latent]}: codes must be finite")
+    return codes
+
+
+def check_variation(factors: Factors) -> None:
+    """Raise ValueError for a factor that has one value only: nothing can be learned about it."""
+    for k, column in enumerate(factors.T):
+        if len(column) == 0 or column.min() == column.max():
+            raise ValueError(
+                f"factor {k} has no variation in {len(column)} points: leave it out or add points"
+            )
+
+
+def split(codes: Codes, factors: Factors, train: int, test: int, rng: np.random.Generator) -> Split:
+    """`train` and `test` points at random; of fewer points than both, two thirds and one third.
+
+    Raises:
+        ValueError: a size that is not positive, or too few points for a factor to vary.
+    """
+    if train < 1 or test < 1:
+        raise ValueError(f"train and test must be positive numbers of points, got {train} and {test}")
+    n = len(codes)
+    if n < train + test:
+        train = n * 2 // 3
+        test = n - train
+    first, second = np.split(rng.permutation(n)[: train + test], [train])
+    check_variation(factors[first])
+    return Split(codes[first], factors[first], codes[second], factors[second])

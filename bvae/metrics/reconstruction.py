@@ -1,0 +1,41 @@
+"""How close decoded images are to those that were encoded."""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy
+
+
+class Reconstruction(NamedTuple):
+    """Means over images."""
+
+    nats: float  # -log likelihood per image, without the Gaussian's constant
+    mse: float  # per pixel and channel, in the images' range
+    psnr: float  # dB; infinite where an image is exact
+
+
+def reconstruction(
+    mean: Tensor, target: Tensor, peak: float, variance: float | None = None
+) -> Reconstruction:
+    """Compare images [N, ...] with the decoder's means [N, ...].
+
+    Args:
+        peak: the range of the pixels, 1 for [0, 1] and 2 for [-1, 1].
+        variance: of the Gaussian likelihood. None: a Bernoulli's, for pixels in [0, 1].
+
+    Raises:
+        ValueError: different shapes, no images, or values outside [0, 1] with a Bernoulli.
+    """
+    if mean.shape != target.shape or not len(mean):
+        raise ValueError(f"means {list(mean.shape)} and images {list(target.shape)} must be equally many")
+    mean, target = mean.double().flatten(1), target.double().flatten(1)
+    squared = (mean - target).square()
+    if variance is not None:
+        nats = squared.sum(1) / (2 * variance)
+    elif min(mean.min(), target.min()) < 0 or max(mean.max(), target.max()) > 1:
+        raise ValueError("a Bernoulli's means and pixels must be in [0, 1]: give the Gaussian's variance")
+    else:
+        nats = binary_cross_entropy(mean, target, reduction="none").sum(1)
+    psnr = 20 * math.log10(peak) - 10 * squared.mean(1).log10()
+    return Reconstruction(nats.mean().item(), squared.mean().item(), psnr.mean().item())

@@ -1,0 +1,80 @@
+"""Ground truth to draw from: observations of which some agree in a factor."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bvae.metrics.inputs import Codes, check_codes
+
+Encode = Callable[[Any], ArrayLike]  # n observations to codes [n, D], the posterior means
+
+
+class Sampler(Protocol):
+    """Draws groups of observations; those in a group agree in one factor, and are independent otherwise."""
+
+    n_factors: int
+
+    def __call__(self, shared: NDArray[np.int64], size: int, rng: np.random.Generator) -> Any:
+        """G groups of `size` observations, [G * size, ...] group by group; group g agrees in `shared[g]`."""
+
+
+class Grid:
+    """Independent, uniform factors of given sizes; an observation is its row of indices [K]."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        if len(sizes) < 2 or min(sizes) < 2:
+            raise ValueError(f"sizes must be 2 or more factors of 2 or more values each, got {list(sizes)}")
+        self._sizes = np.array(sizes)
+        self.n_factors = len(sizes)
+
+    def __call__(self, shared: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        drawn = rng.integers(self._sizes, size=(len(shared), size, self.n_factors))
+        group = np.arange(len(shared))
+        drawn[group, :, shared] = drawn[group, 0, shared][:, None]
+        return drawn.reshape(-1, self.n_factors)
+
+
+class Table:
+    """A data set with its factors, integers [N, K]; an observation is the number of its row."""
+
+    def __init__(self, factors: ArrayLike) -> None:
+        factors = np.asarray(factors)
+        if factors.ndim != 2 or factors.dtype.kind not in "iu" or not len(factors):
+            raise ValueError(f"factors must be integers [N, K], got {factors.dtype} {list(factors.shape)}")
+        self.n_factors = factors.shape[1]
+        self._order = np.argsort(factors, 0)  # equal values lie together
+        ordered = np.take_along_axis(factors, self._order, 0)
+        # For each place in that order, where its value begins and ends.
+        columns = ordered.T
+        self._start = np.stack([np.searchsorted(c, c, "left") for c in columns], 1)
+        self._end = np.stack([np.searchsorted(c, c, "right") for c in columns], 1)
+
+    def __call__(self, shared: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        place = rng.integers(len(self._order), size=len(shared))
+        start, end = self._start[place, shared], self._end[place, shared]
+        drawn = rng.integers(start[:, None], end[:, None], size=(len(shared), size))
+        return self._order[drawn, shared[:, None]].reshape(-1)
+
+
+def groups(
+    encode: Encode,
+    sample: Sampler,
+    shared: NDArray[np.int64],
+    size: int,
+    rng: np.random.Generator,
+    batch: int,
+) -> Iterator[Codes]:
+    """Codes of the groups, [groups of the batch, size, D] at a time, about `batch` observations each.
+
+    Raises:
+        ValueError: codes that are not [observations, D], or not finite.
+    """
+    count = max(1, batch // size)
+    for at in range(0, len(shared), count):
+        part = shared[at : at + count]
+        codes = check_codes(encode(sample(part, size, rng)))
+        if len(codes) != len(part) * size:
+            raise ValueError(f"encode gave {len(codes)} codes for {len(part) * size} observations")
+        yield codes.reshape(len(part), size, -1)
