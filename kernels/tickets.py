@@ -6,18 +6,26 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from bvae.kernels.launch import cdiv, power_of_two
+
 
 class TicketOffice:
     """Zeroed int32 counters for kernels whose last program finishes the work and resets the counter.
 
     Two launches that may overlap must not share a counter. Launches on one stream follow each other, so a
-    stream keeps its counters. A captured launch replays on any stream at any time, so it gets counters of its
-    own, for good. All lie in one block per device, allocated by a thread of its own: a CUDA graph's private
-    pool, which the caller may have entered, is recycled without asking. Where the block is spent, or would
-    have to be allocated inside a capture, the counters are fresh zeros, which costs a launch.
+    stream keeps its counters, and a launch that needs fewer takes the first of them. A captured launch
+    replays on any stream at any time, so it gets counters of its own, for good. All lie in one block per
+    device, allocated by a thread of its own: a CUDA graph's private pool, which the caller may have entered,
+    is recycled without asking. Where the block is spent, or would have to be allocated inside a capture, the
+    counters are fresh zeros, which costs a launch.
+
+    Every slice starts at a multiple of 16 bytes. Triton compiles one kernel for pointers that do and another
+    for those that do not: a captured launch must find the kernel that its warm-up compiled, because a module
+    cannot be loaded inside a capture.
     """
 
     SLOTS = 1 << 16
+    ALIGNED = 4  # counters in 16 bytes
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,17 +36,20 @@ class TicketOffice:
     def counters(self, count: int, device: torch.device, stream: Hashable, capturing: bool) -> Tensor:
         """`count` zeroed int32 counters for a launch on `stream`, or one that is being captured."""
         with self._lock:
-            if not capturing and (stream, count) in self._kept:
-                return self._kept[stream, count]
+            kept = self._kept.get(stream)
+            if not capturing and kept is not None and len(kept) >= count:
+                return kept[:count]
             if self._block is None and not capturing:
                 self._block = _allocate_aside(self.SLOTS, device)
-            if self._block is None or self._used + count > self.SLOTS:
+            # a stream that asks for more and more doubles its slice, and so leaves no more behind than it has
+            slots = cdiv(count, self.ALIGNED) * self.ALIGNED if capturing else max(power_of_two(count), self.ALIGNED)
+            if self._block is None or self._used + slots > self.SLOTS:
                 return torch.zeros(count, dtype=torch.int32, device=device)
-            counters = self._block[self._used : self._used + count]
-            self._used += count
+            counters = self._block[self._used : self._used + slots]
+            self._used += slots
             if not capturing:
-                self._kept[stream, count] = counters
-            return counters
+                self._kept[stream] = counters
+            return counters[:count]
 
 
 def _allocate_aside(count: int, device: torch.device) -> Tensor:

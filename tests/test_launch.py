@@ -66,7 +66,24 @@ def test_a_stream_keeps_its_counters_and_shares_them_with_no_other():
     first = counters(office, "first")
     assert same_memory(counters(office, "first"), first)
     assert not same_memory(counters(office, "second"), first)
-    assert not same_memory(counters(office, "first", count=5), first)
+    assert same_memory(counters(office, "first", count=2), first)  # its launches follow each other
+    assert len(counters(office, "first", count=2)) == 2
+
+
+def test_every_slice_of_counters_is_aligned_as_its_warm_ups_was():
+    office = TicketOffice()
+    requests = [(1, False), (1, True), (258, False), (3, True), (1, True), (5, False), (70, True), (1, True)]
+    lent = [counters(office, "stream", count, capturing) for count, capturing in requests]
+    assert office._block is not None
+    assert {slice_.data_ptr() % 16 for slice_ in lent} == {office._block.data_ptr() % 16} == {0}
+    assert [len(slice_) for slice_ in lent] == [count for count, _ in requests]
+
+
+def test_counts_that_change_do_not_exhaust_the_counters():
+    office = TicketOffice()
+    for count in range(1, 2000):
+        counters(office, "stream", count)
+    assert office._used <= 4096
 
 
 def test_every_captured_launch_has_counters_of_its_own():
@@ -82,7 +99,7 @@ def test_where_no_counters_are_left_they_are_fresh_zeros():
     office = TicketOffice()
     assert counters(office, "stream", capturing=True).tolist() == [0] * 4  # nothing is allocated in a capture
     assert office._block is None
-    office.counters(office.SLOTS - 2, CPU, "stream", False)
+    office.counters(office.SLOTS, CPU, "stream", False)
     spare = [counters(office, "stream", capturing=True) for _ in range(2)]
     assert all(s.tolist() == [0] * 4 for s in spare)
     assert not same_memory(*spare)
