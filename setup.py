@@ -27,8 +27,13 @@ setup(
         "scipy>=1.11",  # ranks for the metrics; comes with scikit-learn
     ],
     extras_require={
+        # NVIDIA DALI decodes JPEGs, on a GPU if there is one; without it torchvision does. Its builds install
+        # the same files, so that only one of them can be there, and none is a requirement.
+        "cuda13": ["nvidia-dali-cuda130>=2.0"],
+        "cuda12": ["nvidia-dali-cuda120>=2.0"],
         "dev": [
             "pytest>=8",  # the tests
+            "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",  # as above
             "diffusers>=0.35",  # the drop-in's test compares with its posterior
             "transformers>=4.50",  # must still import beside us, and so must
             "kernels>=0.5",  # this package, whose name is our folder's

@@ -12,6 +12,8 @@ import tyro
 from bvae import config as configuration
 from bvae.config import Config
 
+MAY_CHANGE = ("root", "cache_dir", "epochs", "max_steps", "log_every")  # in a resumed run
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -76,7 +78,7 @@ def _check_resumable(base: Config, arguments: Arguments) -> None:
     for section in ("data", "model", "objective", "training"):
         old, new = (dataclasses.asdict(getattr(c, section)) for c in (base, arguments.settings))
         for key, value in new.items():
-            if value != old[key] and key not in ("root", "epochs", "max_steps", "log_every"):
+            if value != old[key] and key not in MAY_CHANGE:
                 raise ValueError(f"--resume cannot change {section}.{key} from {old[key]} to {value}")
 
 

@@ -28,7 +28,7 @@ class DataConfig:
 
     name: Annotated[Literal["faces", "celeba", "folder"], arg(name="data")] = "faces"
     """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
-    folder: any tree of JPEG and PNG files."""
+    folder: any tree of JPEG and PNG files, or of tar shards that hold them."""
     root: Annotated[Path | None, arg(name="data-root")] = None
     """Folder of the images. None: data/faces, for faces alone."""
     crop: int | None = None
@@ -40,6 +40,15 @@ class DataConfig:
     """1: grey, 3: RGB."""
     flip: bool = True
     """Mirror training images at random."""
+    decoder: Literal["auto", "dali", "torchvision"] = "auto"
+    """What reads the files. auto: NVIDIA DALI if it is installed."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What to do about damaged files. stop: list all of them. skip: train without them; the list is
+    bad_files.txt in the run folder."""
+    cache_dir: Path | None = None
+    """Where decoded images are kept for the next run. None: bvae in the user's cache folder."""
+    stream: bool = False
+    """Decode the files anew each epoch instead: for data that fit on no disk."""
 
 
 @dataclass(frozen=True)

@@ -1,51 +1,180 @@
-"""From a configuration to the two data sets of a run."""
+"""Look after data sets: check the files, decode them ahead of training, list and remove what was decoded.
 
+  python -m bvae.data check DIR                  layout, counts, splits, and every damaged file
+  python -m bvae.data ingest DIR                 decode now what training would decode first
+  python -m bvae.data ls                         what is in the cache folder
+  python -m bvae.data rm KEY                     remove one of it; `rm --all` removes all of it
+  python -m bvae.data faces OUT --n 12000        draw faces with known factors, in CelebA's layout
+
+Exit status: 0 all is well, 1 damaged files or a failed write, 2 not as asked for.
+"""
+
+import argparse
+import errno
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from bvae.config import DataConfig
-from bvae.pipelines import celeba, faces, folder, torch_decode
-from bvae.pipelines.resident import Resident
+from bvae.arguments import choose_device
+from bvae.config import Config, DataConfig
+from bvae.datasets import complaint, find, ingest
+from bvae.pipelines import cache, celeba, decoder, faces, folder
+from bvae.pipelines.picture import Picture
+from bvae.pipelines.webdataset import ImageFile
 
-DRAWN = 12_000  # faces in the data set that ships
-DRAWN_ROOT = Path("data/faces")
-CELEBA_CROP = 148  # PyTorch-VAE's
+SURVEYED = Picture(crop=None, size=32, channels=3)  # small: a check decodes and looks at no pixel
 
 
-def open_data(
-    config: DataConfig, batch_size: int, seed: int, device: torch.device
-) -> tuple[Resident, Resident]:
-    """The training and the validation images, decoded and on the device.
+def check(options: argparse.Namespace) -> int:
+    """Decode every file of a data set and say what is there."""
+    layout = celeba if _is_celeba(options.dir) else folder
+    splits: Mapping[str, Sequence[ImageFile]] = layout.splits(options.dir)
+    counts = ", ".join(f"{len(files)} {name}" for name, files in splits.items())
+    kind = "CelebA's layout" if layout is celeba else "a folder of images"
+    print(f"{options.dir}: {kind}; {counts}", flush=True)
+    files = [file for split in splits.values() for file in split]
+    reader = decoder.build(decoder.choose(options.decoder), SURVEYED, torch.device("cpu"))
+    bad = [found for _, some in cache.decode_all(files, reader, "images") for found in some]
+    for file, text in bad:
+        print(f"{file}: {text}")
+    print(f"{len(files) - len(bad)} of {len(files)} images can be used")
+    return 1 if bad else 0
 
-    The faces are drawn first if they are not there yet. Where a partial CelebA has no validation images,
-    every tenth training image stands in for them.
 
-    Raises:
-        FileNotFoundError, ValueError: no such data, damaged images, or fewer images than a batch.
-    """
-    root = config.root
-    if root is None and config.name != "faces":
-        raise ValueError(f"--data {config.name} needs --data-root, the folder that holds the images")
-    if root is None:
-        root = DRAWN_ROOT
-        if not root.exists():
-            print(f"drawing {DRAWN} faces into {root}, once", flush=True)
-            faces.write(root, n=DRAWN, seed=0)
-    source = folder if config.name == "folder" else celeba
-    train, valid = source.files(root, "train"), source.files(root, "valid")
-    if not valid:
-        print(f"{root} holds no validation images: every tenth training image is held out")
-        train, valid = [f for i, f in enumerate(train) if i % 10], train[::10]
-    if len(train) < batch_size:
-        raise ValueError(f"{root} holds {len(train)} training images, fewer than a batch of {batch_size}")
-
-    crop = config.crop or (None if config.name == "folder" else CELEBA_CROP)
-    images = [
-        torch_decode.decode(files, crop, config.image_size, config.channels, label).to(device)
-        for files, label in ((train, "training images"), (valid, "validation images"))
-    ]
-    return (
-        Resident(images[0], batch_size, seed, train=True, flip=config.flip),
-        Resident(images[1], batch_size, seed, train=False, flip=False),
+def ingest_now(options: argparse.Namespace) -> int:
+    """Decode a data set into the cache."""
+    config = DataConfig(
+        name=options.data or ("celeba" if _is_celeba(options.dir) else "folder"),
+        root=options.dir,
+        crop=options.crop,
+        image_size=options.image_size,
+        channels=options.channels,
+        decoder=options.decoder,
+        cache_dir=options.cache_dir,
     )
+    Config(data=config).check()
+    source = find(config)
+    bad = [file for entry in ingest(config, source, choose_device(options.device)) for file in entry.bad]
+    if bad:
+        print(f"error: {complaint(bad, len(source.train) + len(source.valid))}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def ls(options: argparse.Namespace) -> int:
+    """A line for each cache, and one for what a killed process left."""
+    total = 0
+    for entry in _entries(options.cache_dir):
+        size = sum(file.stat().st_size for file in entry.iterdir())
+        total += size
+        made = datetime.fromtimestamp(entry.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+        try:
+            found = cache.read_manifest(entry)
+            shape = f"{found['count']} x {found['size']} x {found['size']} x {found['channels']}"
+            what = f"{shape}, crop {found['crop']}, {found['decoder']}, {found['root']}"
+        except cache.Damaged as damage:
+            what = f"unfinished or damaged: {damage}"
+        print(f"{entry.name}  {made}  {size / 1e6:8.1f} MB  {what}")
+    print(f"{total / 1e6:.1f} MB in {options.cache_dir}")
+    return 0
+
+
+def rm(options: argparse.Namespace) -> int:
+    """Remove caches by their keys, or all."""
+    if bool(options.key) == options.all:
+        raise ValueError("name the caches to remove, as `ls` shows them, or give --all")
+    entries = {entry.name: entry for entry in _entries(options.cache_dir)}
+    for key in options.key:
+        if key not in entries:
+            raise ValueError(f"no cache {key} in {options.cache_dir}; `python -m bvae.data ls` lists them")
+    for key in entries if options.all else options.key:
+        cache.remove(entries[key])
+        print(f"removed {entries[key]}")
+    return 0
+
+
+def draw_faces(options: argparse.Namespace) -> int:
+    """Draw the data set that ships."""
+    if options.n < 1:
+        raise ValueError(f"--n must be positive, got {options.n}")
+    target = faces.write(options.out, n=options.n, seed=options.seed)
+    print(f"{options.n} faces in {target}; train on them: python -m bvae.train --data-root {options.out}")
+    return 0
+
+
+def _is_celeba(root: Path) -> bool:
+    return any((base / "img_align_celeba").is_dir() for base in (root, root / "celeba"))
+
+
+def _entries(where: Path) -> list[Path]:
+    """The caches in a folder, and nothing else that may be there."""
+    if not where.is_dir():
+        return []
+    return sorted(path for path in where.iterdir() if path.is_dir() and cache.is_entry(path))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bvae.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def cache_folder(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--cache-dir", type=Path, default=cache.default_folder(), help="default: %(default)s"
+        )
+
+    def decoders(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--decoder", choices=("auto", "dali", "torchvision"), default="auto")
+
+    sub = command("check", check, "decode every file; say what is there and what is damaged")
+    sub.add_argument("dir", type=Path, metavar="DIR", help="CelebA's folder, or any folder of images")
+    decoders(sub)
+
+    default = DataConfig()
+    sub = command("ingest", ingest_now, "decode the training and validation images into the cache")
+    sub.add_argument("dir", type=Path, metavar="DIR", help="CelebA's folder, or any folder of images")
+    sub.add_argument("--data", choices=("faces", "celeba", "folder"), help="default: what DIR looks like")
+    sub.add_argument("--crop", type=int, help="side of the centred square; default: 148 or the largest")
+    sub.add_argument("--image-size", type=int, default=default.image_size, help="default: %(default)s")
+    sub.add_argument("--channels", type=int, choices=(1, 3), default=default.channels)
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where DALI decodes")
+    decoders(sub)
+    cache_folder(sub)
+
+    cache_folder(command("ls", ls, "list the caches"))
+
+    sub = command("rm", rm, "remove caches")
+    sub.add_argument("key", nargs="*", metavar="KEY", help="as `ls` shows it")
+    sub.add_argument("--all", action="store_true", help="every cache in the folder")
+    cache_folder(sub)
+
+    sub = command("faces", draw_faces, "draw faces with known factors, in CelebA's layout")
+    sub.add_argument("out", type=Path, metavar="OUT", help="folder to make OUT/celeba in")
+    sub.add_argument("--n", type=int, default=12_000, help="how many; default: %(default)s")
+    sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 all is well, 1 damaged files or a failed write, 2 not as asked for."""
+    options = _parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, OSError) and error.errno == errno.ENOSPC else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

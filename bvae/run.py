@@ -11,10 +11,10 @@ from torch import Tensor
 from bvae import __version__, checkpoint
 from bvae.arguments import Arguments, choose_device
 from bvae.config import Config, ObjectiveConfig
-from bvae.data import open_data
+from bvae.datasets import open_data
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
-from bvae.pipelines.resident import Resident
+from bvae.pipelines.epochs import Epochs
 from bvae.step import TrainingStep, autocast_dtype, compiles
 
 ACTIVE = 0.01  # nats; a latent whose KL is above it is in use
@@ -53,8 +53,8 @@ class Run:
     loss: BetaLoss | CapacityLoss
     optimizer: torch.optim.Optimizer
     step: TrainingStep
-    train: Resident
-    valid: Resident
+    train: Epochs
+    valid: Epochs
     done: int = 0  # steps
 
     @property
@@ -112,7 +112,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
             "step": self.done,
-            "images": len(self.train.images),
+            "images": self.train.count,
             "config": self.config.to_yaml(),
             "versions": {"bvae": __version__, "torch": str(torch.__version__)},
         }
@@ -125,10 +125,10 @@ class Run:
             FileNotFoundError, ValueError: there is none, it is damaged, or the data have changed.
         """
         state = checkpoint.load_newest(self.out / checkpoint.FOLDER, self.step.step.device)
-        if state["images"] != len(self.train.images):
+        if state["images"] != self.train.count:
             raise ValueError(
                 f"{self.out} was trained on {state['images']} images, the data now hold "
-                f"{len(self.train.images)}: the run cannot go on as it would have"
+                f"{self.train.count}: the run cannot go on as it would have"
             )
         self.model.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
@@ -148,7 +148,7 @@ def prepare(arguments: Arguments) -> Run:
         )
     device = choose_device(arguments.device)
     training = config.training
-    train, valid = open_data(config.data, training.batch_size, training.seed, device)
+    train, valid, bad = open_data(config.data, training.batch_size, training.seed, device)
     config = config.resolve(len(train))
 
     torch.manual_seed(training.seed)
@@ -181,11 +181,13 @@ def prepare(arguments: Arguments) -> Run:
     else:
         out.mkdir(parents=True)
         (out / "config.yaml").write_text(config.to_yaml())
+        if bad:
+            (out / "bad_files.txt").write_text("".join(f"{file}\t{text}\n" for file, text in bad))
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
     print(
-        f"{len(train.images)} training and {len(valid.images)} validation images; {where}; {precision}; "
+        f"{train.count} training and {valid.count} validation images; {where}; {precision}; "
         f"{execution}; steps {run.done} to {run.steps}; run folder {out}",
         flush=True,
     )

@@ -106,7 +106,7 @@ def train(run: Run) -> tuple[Validation, float] | None:
 def finish(run: Run, result: Validation, images_per_s: float) -> None:
     """Write the model and the pictures, and say what came out and where it is."""
     run.model.save_pretrained(run.out)
-    first = run.valid.images[:32].permute(0, 3, 1, 2)
+    first = run.valid.head(32).permute(0, 3, 1, 2)
     save_pictures(run.model, scale_pixels(first, run.loss.pixel_range[0]), result.kl_per_dim, run.out)
     print(f"explained variance: {result.explained_variance:.2f}")
     print(f"validation: MSE {result.mse:.4f} per pixel, KL {result.kld:.2f} nats per image")

@@ -7,7 +7,7 @@ import torch
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
 from bvae.ops import reparam_kl
-from bvae.pipelines.resident import Resident
+from bvae.pipelines.epochs import Epochs
 from bvae.reference import scale_pixels
 from bvae.step import pixel_mse
 
@@ -24,7 +24,7 @@ class Validation(NamedTuple):
 
 @torch.no_grad()
 def validate(
-    model: BetaVAE, loss: BetaLoss | CapacityLoss, data: Resident, seed: int, dtype: torch.dtype | None
+    model: BetaVAE, loss: BetaLoss | CapacityLoss, data: Epochs, seed: int, dtype: torch.dtype | None
 ) -> Validation:
     """Run the model in evaluation mode over the data, unflipped, with the same loss weights as in training.
 
@@ -32,7 +32,7 @@ def validate(
     image explains 0, and a perfect one 1. The noise is a function of (seed, batch): each call draws the same.
     """
     model.eval(), loss.eval()
-    device = data.images.device
+    device = data.device
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     kl_per_dim = torch.zeros(model.latent_dim, dtype=torch.float64, device=device)
     error = torch.zeros((), dtype=torch.float64, device=device)
@@ -54,7 +54,7 @@ def validate(
         squares += x.double().square().sum(0)
     model.train(), loss.train()
 
-    count = len(data.images)
+    count = data.count
     variance = (squares - pixels.square() / count).sum()
     loss_mean, mse, kld = (totals / count).tolist()
     return Validation(loss_mean, mse, kld, 1 - (error / variance).item(), (kl_per_dim / count).tolist())

@@ -1,26 +1,30 @@
-"""Any tree of JPEG and PNG files as a data set."""
+"""Any tree of JPEG and PNG files, or of WebDataset's tar shards that hold such files, as a data set."""
 
 from pathlib import Path
 
+from bvae.pipelines.webdataset import ImageFile, members
+
 SUFFIXES = (".jpg", ".jpeg", ".png")
-SPLITS = ("train", "valid", "test")
 
 
-def files(root: Path, split: str) -> list[Path]:
-    """The image files of a split, sorted by path: of every ten, the fifth is valid, the tenth test.
+def splits(root: Path) -> dict[str, list[ImageFile]]:
+    """The image files by split, sorted by path: of every ten, the fifth is valid, the tenth test.
+
+    A tar file's members stand in its place, in its order.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
-        ValueError: an unknown split.
+        ValueError: a tar file that cannot be read.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split '{split}', expected one of {', '.join(SPLITS)}")
     if not Path(root).is_dir():
         raise FileNotFoundError(f"no folder at {root}; give the folder of images with --data-root")
-    images = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES)
+    images: list[ImageFile] = []
+    for path in sorted(Path(root).rglob("*")):
+        if path.suffix.lower() in SUFFIXES:
+            images.append(str(path))
+        elif path.suffix.lower() == ".tar":
+            images += members(path, SUFFIXES)
     if not images:
-        raise FileNotFoundError(f"no image ({', '.join(SUFFIXES)}) under {root}")
-    place = {"valid": 4, "test": 9}
-    if split == "train":
-        return [path for i, path in enumerate(images) if i % 10 not in place.values()]
-    return images[place[split] :: 10]
+        raise FileNotFoundError(f"no image ({', '.join(SUFFIXES)}) under {root}, nor a .tar with one")
+    train = [file for i, file in enumerate(images) if i % 10 not in (4, 9)]
+    return {"train": train, "valid": images[4::10], "test": images[9::10]}

@@ -1,55 +1,96 @@
-"""Decoded images that stay on the device, and the epochs over them."""
+"""Decoded images in memory: on the device where they fit, else on the host, a few batches ahead."""
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bvae.kernels.noise import philox
+from bvae.pipelines.epochs import Epochs
 
-# Each use of the seed has a key of its own, so that order and flips share nothing with the noise.
-_ORDER, _FLIP = 0x6F726472, 0x666C6970
+SHARE = 0.6  # of a GPU's free memory that images may take: the model and its graphs need the rest
+AHEAD = 2  # batches on their way to the GPU
 
 
-class Resident:
-    """uint8 images [N, H, W, C] on their device, in batches.
+class Resident(Epochs):
+    """Images uint8 [N, H, W, C] on the device that uses them: an epoch gives the host nothing to do."""
 
-    Args:
-        images: uint8 [N, H, W, C], contiguous.
-        batch_size: images in a batch.
-        seed: the order of an epoch is a function of (seed, epoch), a flip of (seed, epoch, image).
-        train: shuffle, and drop the last batch if it is not full; otherwise keep both order and last batch.
-        flip: mirror each image with probability one half.
+    def __init__(self, images: Tensor, batch_size: int, seed: int, **options: Any) -> None:
+        super().__init__(len(images), batch_size, seed, images.device, **options)
+        self.images = images
+
+    def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in indices:
+            yield self.images.index_select(0, index), index  # on a CPU seven times as fast as []
+
+
+class _Batch(NamedTuple):
+    """A batch on its way to the device."""
+
+    images: Tensor
+    index: Tensor
+    copied: torch.cuda.Event | None
+
+
+class Hosted(Epochs):
+    """Images uint8 [N, H, W, C] in the host's memory, or mapped from disk.
+
+    A thread gathers the next batches into pinned memory, and a stream of their own copies them to the device.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, seed: int, *, train: bool, flip: bool) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.train, self.flip = train, flip
+    def __init__(
+        self, images: Tensor, batch_size: int, seed: int, device: torch.device, **options: Any
+    ) -> None:
+        super().__init__(len(images), batch_size, seed, device, **options)
+        self.images = images
 
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        n = len(self.images)
-        return n // self.batch_size if self.train else -(-n // self.batch_size)
+    def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        cuda = self.device.type == "cuda"
+        side = torch.cuda.Stream(self.device) if cuda else None
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of uint8 images [B, H, W, C] with their indices [B], from batch `start` on."""
-        if self.train:
-            # 62 random bits each: the sorted order is the same on every device.
-            high, low, *_ = self._random(_ORDER, number)
-            order = torch.argsort((high << 30) | (low >> 2), stable=True)
-        else:
-            order = torch.arange(len(self.images), device=self.images.device)
-        flipped = (self._random(_FLIP, number)[0] & 1).bool() if self.flip else None
-        for batch in range(start, len(self)):
-            index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            images = self.images[index]
-            if flipped is not None:
-                images = torch.where(flipped[index].view(-1, 1, 1, 1), images.flip(2), images)
-            yield images, index
+        def gather(index: Tensor) -> _Batch:
+            # The allocator of pinned memory waits for copies before it gives the same memory out again.
+            staged = torch.empty(len(index), *self.images.shape[1:], dtype=torch.uint8, pin_memory=cuda)
+            torch.index_select(self.images, 0, index, out=staged)
+            with torch.cuda.stream(side):
+                images = staged.to(self.device, non_blocking=True)
+                there = index.to(self.device, non_blocking=True)
+                return _Batch(images, there, side.record_event() if side else None)
 
-    def _random(self, purpose: int, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Four 32-bit words for every image."""
-        index = torch.arange(len(self.images), device=self.images.device)
-        zero = torch.zeros_like(index)
-        key = torch.tensor([self.seed & 0xFFFFFFFF, self.seed >> 32], device=index.device)
-        return philox((index, zero + epoch, zero, zero), (key[0] ^ purpose, key[1]))
+        queue: deque[Future[_Batch]] = deque()
+        pool = ThreadPoolExecutor(1)
+        try:
+            for index in indices:
+                queue.append(pool.submit(gather, index.cpu()))
+                if len(queue) > AHEAD:
+                    yield self._receive(queue.popleft().result())
+            while queue:
+                yield self._receive(queue.popleft().result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _receive(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """Order the batch's use after its copy, and the reuse of its memory after its use."""
+        if batch.copied:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(batch.copied)
+            batch.images.record_stream(stream)
+            batch.index.record_stream(stream)
+        return batch.images, batch.index
+
+
+def place(
+    images: Tensor, batch_size: int, seed: int, device: torch.device, **options: Any
+) -> tuple[Resident | Hosted, str]:
+    """The data set of images that are mapped from disk, and a line that says where they are and why."""
+    size = f"{images.nbytes / 1e9:.2f} GB"
+    if device.type == "cpu":
+        return Resident(images, batch_size, seed, **options), f"{size} in memory, mapped from disk"
+    free, _ = torch.cuda.mem_get_info(device)
+    limit = f"{SHARE:.0%} of the {free / 1e9:.1f} GB that are free there"
+    if images.nbytes <= SHARE * free:
+        return Resident(images.to(device), batch_size, seed, **options), f"{size} on the GPU, under {limit}"
+    line = f"{size} on the host, through pinned memory: on the GPU they would take more than {limit}"
+    return Hosted(images, batch_size, seed, device, **options), line

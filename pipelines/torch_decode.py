@@ -1,64 +1,122 @@
-"""Image files to uint8 batches with torchvision, on the CPU's cores."""
+"""Image files to uint8 batches with torchvision and Pillow, on the CPU's cores."""
 
+import io
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torchvision
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
-SHOWN = 10  # bad files named in an error message
+from bvae.pipelines.picture import Picture, inspect
+from bvae.pipelines.webdataset import ImageFile, read
+
+AHEAD = 2  # batches in work while one is used
 
 
-def decode_file(path: Path, crop: int | None, size: int, channels: int) -> Tensor:
+class Decoded(NamedTuple):
+    """A batch."""
+
+    images: Tensor  # uint8 [B, size, size, channels] on the decoder's device; those of bad files are zero
+    bad: dict[int, str]  # place in the batch: what is wrong with the file
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decode_bytes(data: bytes, picture: Picture) -> Tensor:
     """One image as uint8 [size, size, channels].
 
-    The centred square of `crop` pixels (None: the largest that fits) is resized by antialiased bilinear
-    interpolation, as torchvision's `CenterCrop` and `Resize` do. EXIF rotation is applied.
-
     Raises:
-        ValueError: the image is smaller than the crop.
-        RuntimeError: the file is not an image that torchvision decodes.
+        ValueError: the image is damaged, or smaller than the crop.
+        RuntimeError: the JPEG cannot be decoded.
     """
-    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-    image = decode_image(read_file(str(path)), mode=mode, apply_exif_orientation=True)
-    height, width = image.shape[1:]
-    side = crop or min(height, width)
-    if side > min(height, width):
-        raise ValueError(f"{width} x {height} pixels are smaller than the crop of {side}: lower --crop")
-    square = F.center_crop(image, [side, side])
-    return F.resize(square, [size, size], antialias=True).permute(1, 2, 0)
+    header = inspect(data)
+    if header.kind == "png":
+        image = _decode_png(data, picture.channels)
+    else:
+        mode = ImageReadMode.RGB if picture.channels == 3 else ImageReadMode.GRAY
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        image = decode_jpeg(encoded, mode=mode, apply_exif_orientation=True)
+    top, left, side = picture.square(image.shape[2], image.shape[1])
+    square = image[:, top : top + side, left : left + side].permute(1, 2, 0)
+    return resize(square[None], picture.size)[0]
 
 
-def decode(files: Sequence[Path], crop: int | None, size: int, channels: int, label: str) -> Tensor:
-    """All files as uint8 [N, size, size, channels] in their order, with a progress bar on a terminal.
+def resize(squares: Tensor, size: int) -> Tensor:
+    """Antialiased bilinear, from uint8 [B, side, side, C] to [B, size, size, C]: the rule of `Picture`."""
+    return F.resize(squares.permute(0, 3, 1, 2), [size, size], antialias=True).permute(0, 2, 3, 1)
 
-    Raises:
-        ValueError: files that cannot be decoded; all are read first, then the message counts and names them.
-    """
-    out = torch.empty(len(files), size, size, channels, dtype=torch.uint8)
-    bad: list[str] = []
 
-    def work(i: int) -> None:
+def _decode_png(data: bytes, channels: int) -> Tensor:
+    """uint8 [channels, H, W], by Pillow: torchvision's PNG decoder crashes the process on damaged data."""
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            image: Image.Image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
+                image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+            pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
+    except Exception as error:  # of a kind for each way of being damaged
+        raise ValueError(f"broken PNG: {error}") from None
+    return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
+
+
+def decode_into(out: Tensor, file: ImageFile, picture: Picture) -> str | None:
+    """Decode a file into out, uint8 [size, size, channels]; or say what is wrong with the file."""
+    try:
+        out.copy_(decode_bytes(read(file), picture))
+    except (RuntimeError, ValueError, OSError) as error:
+        return reason(error)
+    return None
+
+
+def reason(error: Exception) -> str:
+    """An error's cause in one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    first = text.splitlines()[0] if text else type(error).__name__
+    return re.sub(r"^\w+, \S+:\d+, ", "", first)  # torchvision's function, source file and line
+
+
+class TorchDecoder:
+    """Decodes batches of files on all cores, some batches ahead."""
+
+    name = "torchvision"
+    version = f"torchvision {torchvision.__version__}"
+    device = torch.device("cpu")
+
+    def __init__(self, picture: Picture) -> None:
+        self.picture = picture
+
+    def decode(self, batches: Iterable[Sequence[ImageFile]]) -> Iterator[Decoded]:
+        """The batches in their order."""
+        picture = self.picture
+        queue: deque[tuple[Tensor, list[Future[str | None]]]] = deque()
+
+        def finish() -> Decoded:
+            images, work = queue.popleft()
+            return Decoded(images, {i: text for i, task in enumerate(work) if (text := task.result())})
+
+        pool = ThreadPoolExecutor(cores())
         try:
-            out[i] = decode_file(files[i], crop, size, channels)
-        except (RuntimeError, ValueError, OSError) as error:
-            bad.append(f"{files[i]}: {str(error).splitlines()[0]}")
-
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(files), desc=label, unit=" images", disable=None) as bar,
-    ):
-        for _ in pool.map(work, range(len(files))):
-            bar.update()
-    if bad:
-        shown = "\n  ".join(sorted(bad)[:SHOWN])
-        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise ValueError(
-            f"{len(bad)} of {len(files)} images cannot be used:\n  {shown}{more}\nMend or remove them"
-        )
-    return out
+            for files in batches:
+                images = torch.zeros(
+                    len(files), picture.size, picture.size, picture.channels, dtype=torch.uint8
+                )
+                work = [pool.submit(decode_into, images[i], file, picture) for i, file in enumerate(files)]
+                queue.append((images, work))
+                if len(queue) > AHEAD:
+                    yield finish()
+            while queue:
+                yield finish()
+        finally:  # after an error, Ctrl-C or a reader that stops early, do not decode the files that wait
+            pool.shutdown(cancel_futures=True)

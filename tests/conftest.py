@@ -19,6 +19,14 @@ import bvae.ops  # noqa: E402
 os.environ.pop("TRITON_INTERPRET", None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache folder, for the tests and what they start: not the one at home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user")))
+        yield
+
+
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Run the Triton kernels, on the GPU or in the interpreter, and give the device for the test's tensors.

@@ -1,0 +1,309 @@
+"""Decoded images on disk: written once, whole or not at all, and verified whenever they are opened.
+
+<cache folder>/<key>/images.bin     uint8 [count, size, size, channels], row by row
+<cache folder>/<key>/manifest.json  what they are, their checksums, and the files that could not be decoded
+<cache folder>/<key>/files.txt      the files they come from: name, bytes, time of change
+<cache folder>/<key>.lock           held by the process that builds, in <key>.unfinished
+
+The key is a hash of files.txt, the picture and the decoder: a changed source, size or crop has another key.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bvae.pipelines.decoder import BATCH, Decoder
+from bvae.pipelines.picture import Picture
+from bvae.pipelines.torch_decode import cores
+from bvae.pipelines.webdataset import ImageFile
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes from building the same cache at once
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = 1  # of the files; part of the key
+KEY_BYTES = 10
+UNFINISHED = ".unfinished"
+CHUNK = 1 << 25  # bytes under one checksum
+MARGIN = 1.02  # of free disk space over the images' bytes
+
+Bad = tuple[str, str]  # a file, and what is wrong with it
+
+
+class Damaged(Exception):
+    """A cache that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a cache holds: its identity."""
+
+    root: Path
+    files: Sequence[ImageFile]
+    picture: Picture
+    decoder: str
+
+    @cached_property
+    def listing(self) -> str:
+        """A line for each file; its name is relative, so that a moved data set keeps its cache."""
+        names = [str(file) for file in self.files]
+        common = os.path.commonpath({os.path.dirname(name) for name in names}) if names else ""
+        state: dict[str, str] = {}  # of a shard once, rather than once for each of its members
+        lines = []
+        for file, name in zip(self.files, names, strict=True):
+            path = file if isinstance(file, str) else file.shard
+            if path not in state:
+                try:
+                    found = os.stat(path)
+                    state[path] = f"{found.st_size}\t{found.st_mtime_ns}"
+                except OSError:
+                    state[path] = "missing"
+            lines.append(f"{name[len(common) :].lstrip(os.sep)}\t{state[path]}\n")
+        return "".join(lines)
+
+    @cached_property
+    def key(self) -> str:
+        identity = {"format": FORMAT, "decoder": self.decoder, **asdict(self.picture)}
+        text = json.dumps(identity, sort_keys=True) + "\n" + self.listing
+        return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=KEY_BYTES).hexdigest()
+
+    def share(self, rank: int, world: int) -> "Request":
+        """The part of the files that one of `world` processes decodes."""
+        n = len(self.files)
+        return replace(self, files=self.files[rank * n // world : (rank + 1) * n // world])
+
+
+class Cached(NamedTuple):
+    """A cache that was verified."""
+
+    images: Tensor  # uint8 [N, size, size, channels], mapped from disk; the files that are bad are left out
+    bad: list[Bad]
+    folder: Path
+
+
+def default_folder() -> Path:
+    """Where caches are kept unless the user says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bvae"
+
+
+def obtain(
+    request: Request, folder: Path, decoder: Callable[[], Decoder], label: str, rank: int = 0, world: int = 1
+) -> Cached:
+    """The cache that is asked for; it is built if it is not there or damaged.
+
+    Of several processes that want the same cache one builds it, and the others wait. With world > 1 each
+    process first decodes its share, and one of them joins the shares.
+
+    Args:
+        decoder: makes the decoder, if it is needed: DALI alone takes a second to load.
+        label: what the images are called in what is printed.
+
+    Raises:
+        OSError: the cache cannot be written; nothing of it remains.
+    """
+    entry = folder / request.key
+    with contextlib.suppress(FileNotFoundError, Damaged):
+        found = read(entry)
+        print(f"{label}: {len(found.images)} from the cache {entry}", flush=True)
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    if world > 1:
+        obtain(request.share(rank, world), folder, decoder, f"{label}, share {rank + 1} of {world}")
+    with _lock(entry, label):
+        try:
+            return read(entry)  # built while this process waited
+        except FileNotFoundError:
+            pass
+        except Damaged as damage:
+            print(f"{entry} is damaged ({damage}): decoding again", flush=True)
+            shutil.rmtree(entry, ignore_errors=True)
+        if world == 1:
+            reader, n = decoder(), len(request.files)
+            print(f"{label}: decoding {n} with {reader.version}, once, into {entry}", flush=True)
+            return _write(entry, request, _decode(request, reader, label))
+        parts = [request.share(r, world) for r in range(world)]
+        shares = [obtain(part, folder, decoder, f"{label}, share") for part in parts]
+        built = _write(entry, request, _join(shares))
+        for share in shares:
+            remove(share.folder)
+        return built
+
+
+def read(entry: Path) -> Cached:
+    """Open a cache and verify every byte of its images.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Damaged: it is not what was written; the message says how.
+    """
+    manifest = read_manifest(entry)
+    images = _map(entry, manifest)
+    if _checksums(images) != manifest["checksums"]:
+        raise Damaged("the checksum of images.bin is not the one that was written")
+    return Cached(images, [(file, text) for file, text in manifest["bad"]], entry)
+
+
+def read_manifest(entry: Path) -> dict[str, Any]:
+    """What a cache says of itself. Raises as `read` does, for what the manifest tells."""
+    if not entry.is_dir():
+        raise FileNotFoundError(f"no cache at {entry}")
+    try:
+        manifest = json.loads((entry / "manifest.json").read_bytes())
+        if manifest.pop("checksum") != _digest(manifest):
+            raise ValueError
+    except FileNotFoundError:
+        raise Damaged("manifest.json is missing") from None
+    except (ValueError, KeyError, TypeError):
+        raise Damaged("manifest.json is not what was written") from None
+    return manifest
+
+
+def is_entry(folder: Path) -> bool:
+    """Whether a folder's name is that of a cache, or of an unfinished one."""
+    return re.fullmatch(rf"[0-9a-f]{{{2 * KEY_BYTES}}}(\{UNFINISHED})?", folder.name) is not None
+
+
+def remove(entry: Path) -> None:
+    """Delete a cache, or what a killed process left of one. Who has it open keeps reading it."""
+    shutil.rmtree(entry)
+
+
+def decode_all(
+    files: Sequence[ImageFile], decoder: Decoder, label: str
+) -> Iterator[tuple[Tensor, list[tuple[ImageFile, str]]]]:
+    """Batch by batch, in order: the images of the good files, and the bad ones. Shows a progress bar."""
+    batches = [files[i : i + BATCH] for i in range(0, len(files), BATCH)]
+    with tqdm(total=len(files), desc=label, unit=" images", disable=None) as bar:
+        for batch, (images, bad) in zip(batches, decoder.decode(batches), strict=True):
+            if bad:
+                images = images[[i for i in range(len(batch)) if i not in bad]]
+            yield images, [(batch[i], text) for i, text in sorted(bad.items())]
+            bar.update(len(batch))
+
+
+def _decode(request: Request, decoder: Decoder, label: str) -> Iterator[tuple[Tensor, list[Bad]]]:
+    for images, bad in decode_all(request.files, decoder, label):
+        yield images.cpu(), [(str(file), text) for file, text in bad]
+
+
+def _join(shares: Sequence[Cached]) -> Iterator[tuple[Tensor, list[Bad]]]:
+    for share in shares:
+        for images in share.images.split(4 * BATCH):
+            yield images, []
+        yield share.images[:0], share.bad
+
+
+def _write(entry: Path, request: Request, parts: Iterator[tuple[Tensor, list[Bad]]]) -> Cached:
+    """Write a cache under another name and give it its own when it is complete and on the disk."""
+    picture = request.picture
+    needed = len(request.files) * picture.size**2 * picture.channels
+    unfinished = entry.with_name(f"{entry.name}{UNFINISHED}")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)  # the lock is ours: whoever wrote it is gone
+    if needed * MARGIN > (free := shutil.disk_usage(entry.parent).free):
+        raise OSError(
+            errno.ENOSPC,
+            f"the decoded images take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make room, "
+            "choose another disk with --cache-dir, or train from the files with --stream",
+            str(entry.parent),
+        )
+    bad: list[Bad] = []
+    count = 0
+    try:
+        unfinished.mkdir()
+        with open(unfinished / "images.bin", "wb") as file:
+            for images, worse in parts:
+                file.write(images.contiguous().numpy().data)
+                count += len(images)
+                bad += worse
+            _sync(file)
+        with open(unfinished / "files.txt", "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(request.listing)
+            _sync(file)
+        manifest = {
+            "root": str(request.root),
+            **asdict(picture),
+            "decoder": request.decoder,
+            "count": count,
+            "files": len(request.files),
+            "files_hash": hashlib.blake2b((unfinished / "files.txt").read_bytes()).hexdigest(),
+            "bad": bad,
+        }
+        images = _map(unfinished, manifest)
+        manifest["checksums"] = _checksums(images)
+        with open(unfinished / "manifest.json", "w", encoding="utf-8") as file:
+            json.dump({**manifest, "checksum": _digest(manifest)}, file, indent=1)
+            _sync(file)
+        os.replace(unfinished, entry)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return Cached(images, bad, entry)
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _map(entry: Path, manifest: dict[str, Any]) -> Tensor:
+    """The images, read from disk as they are used."""
+    path = entry / "images.bin"
+    shape = (manifest["count"], manifest["size"], manifest["size"], manifest["channels"])
+    expected, size = int(np.prod(shape)), path.stat().st_size if path.exists() else 0
+    if size != expected:
+        raise Damaged(f"images.bin holds {size} bytes instead of {expected}")
+    if not expected:
+        return torch.empty(shape, dtype=torch.uint8)
+    # Mode c: torch warns of memory that it must not write to, although nothing here writes.
+    return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
+
+
+def _checksums(images: Tensor) -> list[int]:
+    flat = images.reshape(-1).numpy()
+    with ThreadPoolExecutor(cores()) as pool:
+        return list(pool.map(lambda at: zlib.crc32(flat[at : at + CHUNK].data), range(0, len(flat), CHUNK)))
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _lock(entry: Path, label: str) -> Iterator[None]:
+    """Hold the right to build an entry; it ends with the process, however that ends."""
+    path = entry.with_name(f"{entry.name}.lock")
+    if not fcntl:
+        yield
+        return
+    while True:
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{label}: another process is decoding them: waiting for it", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                continue  # whoever held it has removed this file: take its successor's
+            try:
+                yield
+            finally:
+                path.unlink()
+            return

@@ -1,0 +1,158 @@
+"""Image files to uint8 batches with NVIDIA DALI: on a GPU with its JPEG decoders, or on the CPU's cores."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nvidia import dali
+from nvidia.dali import fn, types
+from torch import Tensor
+
+from bvae.pipelines.picture import Picture, inspect
+from bvae.pipelines.torch_decode import AHEAD, Decoded, cores, decode_into, reason, resize
+from bvae.pipelines.webdataset import ImageFile, read
+
+MAX_BATCH = 1 << 16  # files; DALI wants a limit, and takes no memory for it
+
+
+class _Work(NamedTuple):
+    """A batch that is being decoded."""
+
+    images: Tensor  # to be filled: uint8 [B, size, size, channels]
+    files: Sequence[ImageFile]
+    jpegs: list[int]  # places of what DALI decodes
+    apart: dict[int, Future[str | None]]  # places of what torchvision decodes
+    bad: dict[int, str]
+
+
+class DaliDecoder:
+    """Decodes batches of files, some batches ahead. DALI cuts the squares out, and torch resizes them: DALI's
+    own resizing repeats the edge where PIL's leaves it out, and differs there by up to 14 of 255.
+
+    A damaged file ends a DALI pipeline and all that is in it. Files are therefore looked at before DALI sees
+    them, and it gets plain JPEGs only; CMYK, rotated ones and PNGs go to torchvision. If one brings it down
+    all the same, torchvision decodes the batches in flight and names the file, and DALI starts anew.
+
+    Args:
+        device: a CUDA device, or the CPU.
+        roi: decode the square that is needed rather than the whole image.
+        hw_load: share of the JPEGs for a GPU's fixed-function decoder, if it has one.
+    """
+
+    name = "dali"
+
+    def __init__(
+        self, picture: Picture, device: torch.device, *, roi: bool = True, hw_load: float = 0.65
+    ) -> None:
+        self.picture, self.device, self.roi, self.hw_load = picture, device, roi, hw_load
+        self.version = f"DALI {dali.__version__} on the {'GPU' if device.type == 'cuda' else 'CPU'}"
+
+    def decode(self, batches: Iterable[Sequence[ImageFile]]) -> Iterator[Decoded]:
+        """The batches in their order, each of MAX_BATCH files at most."""
+        queue: deque[_Work] = deque()
+        pipeline = self._pipeline()
+        pool = ThreadPoolExecutor(cores())
+        try:
+            for files in batches:
+                work = self._start(pipeline, pool, files)
+                queue.append(work)
+                if len(queue) > AHEAD:
+                    pipeline = self._collect(pipeline, pool, queue)
+                    yield self._finish(queue.popleft())
+            while queue:
+                pipeline = self._collect(pipeline, pool, queue)
+                yield self._finish(queue.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+            del pipeline  # its buffers on the GPU are as large as the largest batch so far
+
+    def _start(self, pipeline: Any, pool: ThreadPoolExecutor, files: Sequence[ImageFile]) -> _Work:
+        """Sort the files of a batch by who decodes them, and hand them over."""
+        picture = self.picture
+        shape = (len(files), picture.size, picture.size, picture.channels)
+        images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        work = _Work(images, files, [], {}, {})
+        encoded, squares = [], []
+        for i, file in enumerate(files):
+            try:
+                data = read(file)
+                header = inspect(data)
+                if header.plain:
+                    squares.append(picture.square(header.width, header.height))
+                    encoded.append(np.frombuffer(data, np.uint8))
+                    work.jpegs.append(i)
+                else:
+                    work.apart[i] = pool.submit(decode_into, images[i], file, picture)
+            except (ValueError, OSError) as error:
+                work.bad[i] = reason(error)
+        if encoded:
+            corners = np.array([(top, left) for top, left, _ in squares], np.int32)
+            sides = np.array([(side, side) for _, _, side in squares], np.int32)
+            with suppress(RuntimeError):  # an earlier batch ended the pipeline; _collect will see
+                pipeline.feed_input("encoded", encoded)
+                pipeline.feed_input("corners", corners)
+                pipeline.feed_input("sides", sides)
+                pipeline.schedule_run()
+        return work
+
+    def _collect(self, pipeline: Any, pool: ThreadPoolExecutor, queue: deque[_Work]) -> Any:
+        """Take over what DALI made of the first batch; the pipeline to go on with."""
+        work = queue[0]
+        if not work.jpegs:
+            return pipeline
+        try:
+            (squares,) = pipeline.share_outputs()
+        except RuntimeError:
+            for lost in queue:
+                for i in lost.jpegs:
+                    lost.apart[i] = pool.submit(decode_into, lost.images[i], lost.files[i], self.picture)
+                lost.jpegs.clear()
+            return self._pipeline()
+        if squares.is_dense_tensor():
+            together = torch.from_dlpack(squares.as_tensor())
+            work.images[work.jpegs] = resize(together, self.picture.size)
+        else:  # of several sizes
+            for place, square in zip(work.jpegs, squares, strict=True):
+                work.images[place] = resize(torch.from_dlpack(square)[None], self.picture.size)[0]
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # DALI writes to its buffers again
+        pipeline.release_outputs()
+        return pipeline
+
+    def _finish(self, work: _Work) -> Decoded:
+        for i, task in work.apart.items():
+            if text := task.result():
+                work.bad[i] = text
+        return Decoded(work.images, work.bad)
+
+    def _pipeline(self) -> Any:
+        gpu = self.device.type == "cuda"
+        options: dict[str, Any] = {"output_type": types.RGB if self.picture.channels == 3 else types.GRAY}
+        if gpu:
+            # Fancy upsampling gives the chroma that the CPU's decoders give.
+            options |= {"hw_decoder_load": self.hw_load, "jpeg_fancy_upsampling": True}
+
+        @dali.pipeline_def(
+            batch_size=MAX_BATCH,
+            num_threads=cores(),
+            device_id=(self.device.index or 0) if gpu else None,
+            exec_pipelined=False,  # a run per batch that is fed, rather than several before the first result
+            prefetch_queue_depth=AHEAD + 1,
+        )
+        def build() -> Any:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            corners = fn.external_source(name="corners", dtype=types.INT32, ndim=1)
+            sides = fn.external_source(name="sides", dtype=types.INT32, ndim=1)
+            window = {"start": corners, "shape": sides, "axes": [0, 1]}
+            device = "mixed" if gpu else "cpu"
+            if self.roi:
+                return fn.decoders.image_slice(encoded, device=device, **window, **options)
+            return fn.slice(fn.decoders.image(encoded, device=device, **options), **window)
+
+        pipeline = build()
+        pipeline.build()
+        return pipeline

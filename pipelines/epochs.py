@@ -1,0 +1,85 @@
+"""The contract of every data set: batches on a device, in an order that is a function of (seed, epoch)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bvae.kernels.noise import philox
+
+# Each use of the seed has a key of its own, so that order and flips share nothing with the noise.
+_ORDER, _FLIP = 0x6F726472, 0x666C6970
+
+
+class Epochs(ABC):
+    """Batches of uint8 images [B, H, W, C].
+
+    Args:
+        count: images in the data set.
+        batch_size: images in a batch.
+        seed: the order of an epoch is a function of (seed, epoch), a flip of (seed, epoch, image).
+        device: where the batches are.
+        train: shuffle, and drop the last batch if it is not full; otherwise keep both order and last batch.
+        flip: mirror each image with probability one half.
+        rank, world: which of how many processes reads. Step s of all of them together takes the s-th
+            world * batch_size images of the one order; in evaluation they take turns with the batches.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        *,
+        train: bool,
+        flip: bool,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.count, self.batch_size, self.seed, self.device = count, batch_size, seed, device
+        self.train, self.flip, self.rank, self.world = train, flip, rank, world
+
+    def __len__(self) -> int:
+        """Batches in an epoch of this rank."""
+        if self.train:
+            return self.count // (self.batch_size * self.world)
+        return len(range(self.rank * self.batch_size, self.count, self.world * self.batch_size))
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images [B, H, W, C] with their indices [B], from batch `start` on."""
+        if self.train:
+            # 62 random bits each: the sorted order is the same on every device.
+            high, low, *_ = self._random(_ORDER, number)
+            order = torch.argsort((high << 30) | (low >> 2), stable=True)
+        else:
+            order = torch.arange(self.count, device=self.device)
+        flipped = (self._random(_FLIP, number)[0] & 1).bool() if self.flip else None
+        batches = order.split(self.batch_size)
+        mine = (batches[step * self.world + self.rank] for step in range(start, len(self)))
+        for images, index in self._fetch(mine):
+            yield (images if flipped is None else _flip(images, flipped[index])), index
+
+    def head(self, n: int) -> Tensor:
+        """The first n images, unflipped, whatever the rank: uint8 [n, H, W, C]."""
+        index = torch.arange(min(n, self.count), device=self.device)
+        return next(self._fetch(iter([index])))[0]
+
+    @abstractmethod
+    def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of each index tensor [B], which is on the device, and the indices again."""
+
+    def _random(self, purpose: int, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Four 32-bit words for every image."""
+        index = torch.arange(self.count, device=self.device)
+        zero = torch.zeros_like(index)
+        key = torch.tensor([self.seed & 0xFFFFFFFF, self.seed >> 32], device=index.device)
+        return philox((index, zero + epoch, zero, zero), (key[0] ^ purpose, key[1]))
+
+
+def _flip(images: Tensor, flipped: Tensor) -> Tensor:
+    """Mirror the images [B, H, W, C] for which flipped [B] holds."""
+    both = torch.cat([images, images.flip(2)])  # on a CPU three times as fast as torch.where
+    n = len(images)
+    return both.index_select(0, torch.arange(n, device=images.device) + n * flipped)

@@ -1,0 +1,67 @@
+"""Epochs straight from the image files, for data that fit nowhere."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bvae.pipelines.decoder import Decoder
+from bvae.pipelines.epochs import Epochs
+from bvae.pipelines.picture import inspect
+from bvae.pipelines.torch_decode import cores, reason
+from bvae.pipelines.webdataset import ImageFile, read
+
+
+class Stream(Epochs):
+    """Files that are decoded whenever they are used, some batches ahead."""
+
+    def __init__(
+        self,
+        files: Sequence[ImageFile],
+        decoder: Decoder,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        **options: Any,
+    ) -> None:
+        super().__init__(len(files), batch_size, seed, device, **options)
+        self.files, self.decoder = files, decoder
+
+    def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Raises OSError for a file that cannot be decoded."""
+        taken: deque[Tensor] = deque()
+
+        def batches() -> Iterator[list[ImageFile]]:
+            for index in indices:
+                taken.append(index)
+                yield [self.files[i] for i in index.tolist()]
+
+        for images, bad in self.decoder.decode(batches()):
+            index = taken.popleft()
+            for place, text in bad.items():
+                raise OSError(
+                    f"{self.files[int(index[place])]} cannot be decoded: {text}. "
+                    "`python -m bvae.data check` finds all such files; mend or remove them"
+                )
+            yield images.to(self.device), index
+
+
+def glance(files: Sequence[ImageFile], label: str) -> dict[int, str]:
+    """Read all files without decoding them: the places of those that are damaged for all to see, and how."""
+
+    def look(file: ImageFile) -> str | None:
+        try:
+            inspect(read(file))
+        except (ValueError, OSError) as error:
+            return reason(error)
+        return None
+
+    with ThreadPoolExecutor(cores()) as pool:
+        found: Iterable[str | None] = tqdm(
+            pool.map(look, files), total=len(files), desc=label, unit=" images", disable=None
+        )
+        return {place: text for place, text in enumerate(found) if text}

@@ -1,0 +1,203 @@
+"""One picture, whoever decodes it; and what is said of files that no one can decode."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import damaged, encoded, flip_bit, png, smooth, write_image
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import v2
+
+from bvae.pipelines import decoder, faces
+from bvae.pipelines.picture import Picture, inspect
+
+CPU = torch.device("cpu")
+needs_dali = pytest.mark.skipif(
+    find_spec("nvidia.dali") is None, reason="DALI has no wheel for this platform"
+)
+DECODERS = ["torchvision", pytest.param("dali", marks=needs_dali)]
+CELEBA = Picture(148, 64, 3)
+
+
+def decode(name, files, picture=CELEBA, device=CPU, batch=64):
+    """All images [N, size, size, C] on the CPU, and what is bad by file name."""
+    reader = decoder.build(name, picture, device)
+    batches = [files[i : i + batch] for i in range(0, len(files), batch)]
+    images, bad = [], {}
+    for files_of, (pixels, wrong) in zip(batches, reader.decode(batches), strict=True):
+        images.append(pixels.cpu())
+        bad |= {Path(files_of[i]).name: text for i, text in wrong.items()}
+    return torch.cat(images), bad
+
+
+def pil(path, picture=CELEBA):
+    """The rule in PIL's words."""
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    side = picture.crop or min(image.size)
+    cut = v2.Compose([v2.CenterCrop(side), v2.Resize(picture.size), v2.PILToTensor()])
+    return cut(image).permute(1, 2, 0)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    root = faces.write(tmp_path_factory.mktemp("faces"), n=60, seed=0, progress=False)
+    return sorted(str(path) for path in (root / "img_align_celeba").iterdir())
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Parts of two photographs, of CelebA's size, and the two photographs whole."""
+    folder, files = tmp_path_factory.mktemp("photographs"), []
+    for number, photograph in enumerate(load_sample_images().images):
+        whole = Image.fromarray(photograph)
+        places = [(0, 0, *whole.size)]
+        places += [(x, y, x + 178, y + 218) for x in range(0, 460, 90) for y in (0, 100, 200)]
+        for place in places:
+            files.append(str(folder / f"{number}-{'-'.join(map(str, place))}.jpg"))
+            whole.crop(place).save(files[-1], quality=75 + 20 * number, subsampling=2 - 2 * number)
+    return files
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("source", ["drawn", "photographs"])
+@pytest.mark.parametrize("crop", [148, None], ids=["crop 148", "largest square"])
+def test_pictures_are_pils(name, source, crop, request):
+    files, picture = request.getfixturevalue(source), Picture(crop, 64, 3)
+    images, bad = decode(name, files, picture)
+    assert not bad
+    difference = (images.int() - torch.stack([pil(file, picture) for file in files]).int()).abs()
+    assert difference.max() <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("roi", [True, False], ids=["roi", "whole"])
+@pytest.mark.parametrize("source", ["drawn", "photographs"])
+def test_a_gpu_decodes_nearly_pils_pictures(source, roi, request):
+    from bvae.pipelines.dali import DaliDecoder
+
+    files = request.getfixturevalue(source)
+    ((images, bad),) = DaliDecoder(CELEBA, torch.device("cuda"), roi=roi).decode([files])
+    assert not bad
+    difference = (images.cpu().int() - torch.stack([pil(file) for file in files]).int()).abs()
+    assert difference.float().mean() < 0.5
+    assert (difference <= 3).float().mean() > 0.999
+
+
+@needs_dali
+def test_part_or_whole_is_the_same_on_a_cpu(drawn):
+    from bvae.pipelines.dali import DaliDecoder
+
+    part, whole = (list(DaliDecoder(CELEBA, CPU, roi=roi).decode([drawn])) for roi in (True, False))
+    assert torch.equal(part[0].images, whole[0].images)
+
+
+ODD = {
+    "CMYK JPEG": lambda: (encoded(smooth().convert("CMYK"), "JPEG", quality=95), 3),
+    "grey JPEG": lambda: (encoded(smooth().convert("L"), "JPEG", quality=95), 1),
+    "progressive JPEG": lambda: (encoded(smooth(), "JPEG", quality=95, progressive=True), 1),
+    "palette PNG": lambda: (encoded(smooth().quantize(64), "PNG"), 1),
+    "transparent PNG": lambda: (encoded(smooth().convert("RGBA"), "PNG"), 1),
+    "two-colour PNG": lambda: (encoded(smooth().convert("1"), "PNG"), 1),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_files_are_pils(name, kind, tmp_path):
+    data, tolerance = ODD[kind]()
+    (tmp_path / "odd").write_bytes(data)
+    images, bad = decode(name, [str(tmp_path / "odd")])
+    assert not bad
+    assert (images[0].int() - pil(tmp_path / "odd").int()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_exif_rotation(name, orientation, suffix, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    write_image(tmp_path / f"a.{suffix}", (200, 180), exif=exif, subsampling=0)
+    images, _ = decode(name, [str(tmp_path / f"a.{suffix}")])
+    assert (images[0].int() - pil(tmp_path / f"a.{suffix}").int()).abs().max() <= 1
+    assert inspect((tmp_path / f"a.{suffix}").read_bytes()).plain == (orientation == 1 and suffix == "jpg")
+
+
+@pytest.mark.parametrize("colour", ["grey", "RGB"])
+def test_of_16_bits_the_upper_8_count(colour, tmp_path):
+    values = np.random.default_rng(0).integers(0, 1 << 16, (64, 64, 3 if colour == "RGB" else 1))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    (tmp_path / "a.png").write_bytes(png(64, 64, 16, 2 if colour == "RGB" else 0, rows))
+    images, _ = decode("torchvision", [str(tmp_path / "a.png")], Picture(64, 64, 3))
+    assert torch.equal(images[0], torch.from_numpy((values >> 8).astype(np.uint8)).expand(64, 64, 3))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_grey(name, drawn):
+    images, _ = decode(name, drawn[:3], Picture(148, 64, 1))
+    assert images.shape == (3, 64, 64, 1)
+    luma = np.stack(
+        [
+            Image.open(file).convert("L").crop((15, 35, 163, 183)).resize((64, 64), Image.BILINEAR)
+            for file in drawn[:3]
+        ]
+    )
+    assert (images[..., 0].int() - torch.from_numpy(luma).int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_kind_of_damage_is_named_and_the_others_are_decoded(name, drawn, tmp_path):
+    files, expected = list(drawn), {}
+    for i, (kind, (data, said)) in enumerate(damaged().items()):
+        (tmp_path / kind).write_bytes(data)
+        files.insert(4 * i, str(tmp_path / kind))
+        expected[kind] = said
+    expected["absent.jpg"] = "No such file or directory"
+    files.append(str(tmp_path / "absent.jpg"))
+    images, bad = decode(name, files, batch=8)
+    assert bad.keys() == expected.keys()
+    for kind, said in expected.items():
+        assert bad[kind].startswith(said), kind
+    good = [i for i, file in enumerate(files) if file in drawn]
+    assert torch.equal(images[good], decode(name, drawn)[0])
+
+
+@needs_dali
+def test_flipped_bits_cost_dali_no_other_image(drawn, tmp_path):
+    """Whether a file is refused depends on the bit; the files beside it are as they would be."""
+    flips = []
+    for i in range(60):
+        data = Path(drawn[i]).read_bytes()
+        flips.append(str(tmp_path / f"{i}.jpg"))
+        Path(flips[-1]).write_bytes(flip_bit(data, 37 * i % 1200, i % 8))
+    mixed = [file for pair in zip(drawn, flips, strict=True) for file in pair]
+    images, bad = decode("dali", mixed, batch=16)
+    assert torch.equal(images[::2], decode("dali", drawn)[0])
+    assert len(bad) > 5
+    assert bad == decode("torchvision", flips)[1]
+
+
+@needs_dali
+def test_a_batch_without_a_jpeg(drawn, tmp_path):
+    write_image(tmp_path / "a.png")
+    batches = [[str(tmp_path / "a.png")], drawn[:2], [str(tmp_path / "absent.jpg")], []]
+    reader = decoder.build("dali", CELEBA, CPU)
+    assert [len(images) for images, _ in reader.decode(batches)] == [1, 2, 1, 0]
+
+
+def test_auto_takes_dali_where_it_is_installed(monkeypatch):
+    assert decoder.choose("auto") == ("dali" if find_spec("nvidia.dali") else "torchvision")
+    monkeypatch.setattr(decoder, "find_spec", lambda name: None)
+    assert decoder.choose("auto") == "torchvision"
+    with pytest.raises(ValueError, match="DALI is not installed .pip install nvidia-dali-cuda130"):
+        decoder.choose("dali")
+
+
+def test_dali_that_does_not_load_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bvae.pipelines.dali", None)
+    with pytest.raises(ValueError, match="DALI does not load .*: choose --decoder torchvision"):
+        decoder.build("dali", CELEBA, CPU)
