@@ -1,0 +1,271 @@
+"""Measure a trained model: `python -m bvae.evaluate runs/faces-B-1`.
+
+Prints a table and writes it to the run folder as evaluation.md and evaluation.json. evaluation.png holds the
+matrices of latents by factors, evaluation_traversals.png what the latents do. The factors of the data must be
+known: sprites, or the drawn faces' factors.csv.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+from tqdm import tqdm
+
+from bvae import config, metrics
+from bvae.arguments import choose_device
+from bvae.metrics import inputs, posterior, truth
+from bvae.metrics.dci import Boosting, dci
+from bvae.metrics.heat_map import heat_map
+from bvae.metrics.information import discretise, entropy, mutual_information
+from bvae.metrics.reconstruction import reconstruction
+from bvae.metrics.sampling import Table
+from bvae.model import BetaVAE
+from bvae.traverse import load_model, save, traverse
+
+BATCH = 256  # images encoded at a time
+ROWS = 20  # latents in the picture, those of the highest KL
+VARIANCE = 0.5  # of the Gaussian likelihood, the trainer's default
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which model, on which data, and how much of the protocols."""
+
+    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    """A run folder, or any folder with model.safetensors and config.json."""
+    data: Literal["auto", "faces", "sprites"] = "auto"
+    """What the model is measured on. auto: what the run's config.yaml names."""
+    data_root: Path | None = None
+    """Folder of the faces and their factors.csv. None: the one in config.yaml, or data/faces."""
+    factor_bins: int = 10
+    """A factor of more values than this is cut into as many bins of equal width (faces)."""
+    seeds: int = 5
+    """How many times each metric draws its points anew: what the intervals are over."""
+    points: int = 10_000
+    """Points for MIG, modularity, posteriors and reconstructions; those to train DCI, SAP, BetaVAE and
+    FactorVAE on, who are tested on half as many."""
+    boosting: Boosting = "histogram"
+    """DCI's trees. exact: disentanglement_lib's, twenty times slower."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+
+
+class Interval(NamedTuple):
+    """A score over metric seeds."""
+
+    mean: float
+    half_width: float  # of the 95 % interval of the mean by Student's t; 0 with one seed
+
+
+def interval(values: list[float]) -> Interval:
+    """The mean of values and how sure it is."""
+    n = len(values)
+    if n == 1:
+        return Interval(values[0], 0.0)
+    return Interval(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * stats.sem(values)))
+
+
+def open_truth(arguments: Arguments, model: BetaVAE) -> truth.Truth:
+    """The data that the model is measured on.
+
+    Raises:
+        ValueError, FileNotFoundError: no data with factors are named or found.
+    """
+    name, root, crop = arguments.data, arguments.data_root, None
+    file = arguments.run / "config.yaml"
+    if name != "sprites" and file.is_file():
+        data = config.read(file)[0].data
+        crop, root = data.crop, root or data.root
+        if name == "auto":
+            if data.name == "folder":
+                raise ValueError(f"{arguments.run} was trained on a folder of images without known factors")
+            name = "faces"
+    if name == "auto":
+        raise ValueError(f"{arguments.run} does not say what it was trained on: give --data faces or sprites")
+    if name == "sprites":
+        return truth.sprites(model)
+    return truth.folder(
+        root or Path("data/faces"), model, arguments.factor_bins, truth.CROP if crop is None else crop
+    )
+
+
+@torch.no_grad()
+def encode(model: BetaVAE, known: truth.Truth, device: torch.device) -> NDArray[np.float32]:
+    """The posterior means of all images [N, D], with a progress bar."""
+    n = len(known.factors)
+    codes = np.empty((n, model.latent_dim), np.float32)
+    with tqdm(total=n, desc="encoding", unit=" images", disable=None) as bar:
+        for start in range(0, n, BATCH):
+            numbers = np.arange(start, min(start + BATCH, n))
+            codes[numbers] = model.encode(known.images(numbers).to(device))[0].cpu().numpy()
+            bar.update(len(numbers))
+    return codes
+
+
+@torch.no_grad()
+def describe(model: BetaVAE, known: truth.Truth, points: int, device: torch.device) -> dict[str, Any]:
+    """Posteriors and reconstructions of as many images, the same ones on every call."""
+    drawn = np.random.default_rng(0).permutation(len(known.factors))[:points]
+    mus: list[Tensor] = []
+    log_vars: list[Tensor] = []
+    closeness: list[tuple[float, ...]] = []
+    variance = VARIANCE if model.activation == "tanh" else None
+    for start in tqdm(range(0, len(drawn), BATCH), desc="decoding", disable=None):
+        x = known.images(drawn[start : start + BATCH]).to(device)
+        mu, log_var = model.encode(x)
+        found = reconstruction(model.decode(mu), x, peak=1 if variance is None else 2, variance=variance)
+        mus.append(mu.cpu())
+        log_vars.append(log_var.cpu())
+        closeness.append(tuple(len(x) * value for value in found))
+    mu, log_var = torch.cat(mus), torch.cat(log_vars)
+    nats, mse, psnr = np.sum(closeness, 0) / len(drawn)
+    kl = posterior.kl_per_latent(mu, log_var)
+    return {
+        "kl": kl.sum().item(),
+        "active_units": posterior.active_units(mu),
+        "total_correlation": posterior.gaussian_total_correlation(mu),
+        "reconstruction_nats": float(nats),
+        "mse": float(mse),
+        "psnr": float(psnr),
+        "kl_per_latent": kl.tolist(),
+        "entropy_per_latent": posterior.entropy_per_latent(log_var).tolist(),
+    }
+
+
+def rate(
+    codes: NDArray[np.float32], known: truth.Truth, arguments: Arguments, seconds: dict[str, float]
+) -> dict[str, Interval]:
+    """All metrics over the seeds; adds what each group of them took."""
+    test = max(1, arguments.points // 2)
+    sample = Table(known.factors)
+    sizes = {"train": arguments.points, "test": test}
+    groups: dict[str, Callable[[int], Mapping[str, float]]] = {
+        "score": lambda seed: metrics.score(
+            codes, known.factors, seed=seed, points=arguments.points, boosting=arguments.boosting, **sizes
+        ),
+        "beta_vae": lambda seed: {
+            "beta_vae": metrics.beta_vae(lambda rows: codes[rows], sample, seed=seed, **sizes)
+        },
+        "factor_vae": lambda seed: {
+            "factor_vae": metrics.factor_vae(
+                lambda rows: codes[rows], sample, seed=seed, variance_points=max(2, arguments.points), **sizes
+            )
+        },
+    }
+    values: dict[str, list[float]] = {}
+    with tqdm(total=len(groups) * arguments.seeds, desc="metrics", disable=None) as bar:
+        for seed in range(arguments.seeds):
+            for name, measure in groups.items():
+                start = time.perf_counter()
+                for key, value in measure(seed).items():
+                    values.setdefault(key, []).append(value)
+                seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
+                bar.update()
+    return {name: interval(each) for name, each in values.items()}
+
+
+def matrices(
+    codes: NDArray[np.float32], known: truth.Truth, arguments: Arguments
+) -> dict[str, NDArray[np.float64]]:
+    """What each latent knows of each factor [D, K]: the share of its entropy, and DCI's importance."""
+    checked, factors = inputs.check(codes, known.factors)
+    rng = np.random.default_rng(0)
+    drawn = rng.permutation(len(checked))[: arguments.points]
+    shared = mutual_information(discretise(checked[drawn]), factors[drawn]) / entropy(factors[drawn])
+    data = inputs.split(checked, factors, arguments.points, max(1, arguments.points // 2), rng)
+    return {
+        "mutual information / entropy of the factor": shared,
+        "importance (DCI)": dci(data, arguments.boosting).importance,
+    }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The result as a table that people read."""
+    lines = [f"| {result['images']} images | mean | 95 % interval |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {value['mean']:.3f} | ± {value['half_width']:.3f} |"
+        for name, value in result["scores"].items()
+    ]
+    plain = {k: v for k, v in result["model"].items() if not k.endswith("per_latent")}
+    lines += [
+        f"| {name} | {'infinite' if value is None else f'{value:.4g}'} | |" for name, value in plain.items()
+    ]
+    lines += [f"| seconds: {name} | {value:.1f} | |" for name, value in result["seconds"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def evaluate(arguments: Arguments) -> str:
+    """Measure, write the files, and give the table."""
+    for name in ("seeds", "points"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}")
+    device = choose_device(arguments.device)
+    model = load_model(arguments.run, device)
+    known = open_truth(arguments, model)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        done = work()
+        seconds[name] = time.perf_counter() - start
+        return done
+
+    codes = timed("encoding", lambda: encode(model, known, device))
+    described = timed(
+        "posterior and reconstruction", lambda: describe(model, known, arguments.points, device)
+    )
+    scores = rate(codes, known, arguments, seconds)
+    found = timed("matrices", lambda: matrices(codes, known, arguments))
+
+    kl = described["kl_per_latent"]
+    shown = sorted(range(model.latent_dim), key=lambda i: -kl[i])[:ROWS]
+    labels = [f"latent {i}, {kl[i]:.2f} nats" for i in shown]
+    picture = heat_map({title: matrix[shown] for title, matrix in found.items()}, labels, known.names)
+    result = {
+        "images": len(known.factors),
+        "factors": known.names,
+        "seeds": arguments.seeds,
+        "points": arguments.points,
+        "boosting": arguments.boosting,
+        "scores": {name: value._asdict() for name, value in scores.items()},
+        "model": {k: v if np.isfinite(v).all() else None for k, v in described.items()},  # JSON has no inf
+        "matrices": {title: matrix.tolist() for title, matrix in found.items()},
+        "seconds": seconds,
+    }
+    table = markdown(result)
+    (arguments.run / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.run / "evaluation.md").write_text(table)
+    picture.save(arguments.run / "evaluation.png")
+    typical = torch.from_numpy(codes[[np.linalg.norm(codes, axis=1).argmin()]]).to(device)
+    images = traverse(model, typical, shown, torch.linspace(-3, 3, 11))
+    labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
+    save(images, labels, arguments.run / "evaluation_traversals.png")
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 not as asked for."""
+    arguments = tyro.cli(Arguments, args=argv, description=__doc__, prog="python -m bvae.evaluate")
+    try:
+        print(evaluate(arguments), end="")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

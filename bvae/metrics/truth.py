@@ -1,0 +1,86 @@
+"""Data sets whose factors are known, as a model sees them: sprites, and folders with a factors.csv."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bvae.metrics.inputs import Factors
+from bvae.model import BetaVAE
+from bvae.pipelines import sprites as shapes
+from bvae.reference import scale_pixels
+from bvae.traverse import read_image
+
+CROP = 148  # pixels of CelebA's and the drawn faces' 178 x 218, as in training
+
+
+class Truth(NamedTuple):
+    """Images by their numbers, and what they were made from."""
+
+    names: tuple[str, ...]  # of the factors
+    factors: Factors  # [N, K]
+    images: Callable[[NDArray[np.int64]], Tensor]  # numbers [n] to float32 [n, C, H, W], in the model's range
+
+
+def sprites(model: BetaVAE) -> Truth:
+    """All 737 280 sprites, drawn when they are asked for.
+
+    Raises:
+        ValueError: a model of other images than grey ones of 64 x 64.
+    """
+    if model.input_shape != (1, shapes.SIDE, shapes.SIDE):
+        raise ValueError(f"sprites are [1, 64, 64], and this model takes {list(model.input_shape)}")
+    low = -1.0 if model.activation == "tanh" else 0.0
+
+    def images(numbers: NDArray[np.int64]) -> Tensor:
+        drawn = shapes.render(shapes.unravel(torch.from_numpy(numbers)))
+        return scale_pixels(255 * drawn[:, None], low)
+
+    return Truth(shapes.FACTORS, shapes.unravel(torch.arange(shapes.COUNT)).numpy(), images)
+
+
+def folder(root: Path, model: BetaVAE, bins: int, crop: int = CROP) -> Truth:
+    """The images of a folder in CelebA's layout that holds a factors.csv, as `bvae.data faces` writes it.
+
+    Args:
+        bins: a factor of more values than that is cut into as many bins of equal width.
+        crop: side of the centred square that the model sees, in pixels.
+
+    Raises:
+        FileNotFoundError: there is no factors.csv.
+        ValueError: it is not a table of numbers with a row for each image file.
+    """
+    if bins < 2:
+        raise ValueError(f"bins of the factors must be at least 2, got {bins}")
+    found = [base for base in (root, root / "celeba") if (base / "factors.csv").is_file()]
+    if not found:
+        raise FileNotFoundError(f"{root} holds no factors.csv: the factors of its images are not known")
+    table = found[0] / "factors.csv"
+    try:
+        with open(table, newline="") as file:
+            (_, *names), *rows = csv.reader(file)
+        values = np.array([row[1:] for row in rows], float).reshape(len(rows), len(names))
+    except ValueError as error:
+        raise ValueError(f"{table} is not a table of numbers: {error}") from None
+    if not np.isfinite(values).all():
+        raise ValueError(f"{table} holds values that are not finite")
+    paths = [found[0] / "img_align_celeba" / row[0] for row in rows]
+
+    def images(numbers: NDArray[np.int64]) -> Tensor:
+        return torch.cat([read_image(paths[i], crop, model.input_shape, model.activation) for i in numbers])
+
+    return Truth(tuple(names), np.stack([_levels(column, bins) for column in values.T], 1), images)
+
+
+def _levels(values: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
+    """Values [N] as 0, 1, ...: each its own number, or in bins of equal width where they are many."""
+    distinct, number = np.unique(values, return_inverse=True)
+    if len(distinct) <= bins:
+        return number
+    share = (values - distinct[0]) / (distinct[-1] - distinct[0])
+    return np.minimum(share * bins, bins - 1).astype(np.int64)

@@ -1,0 +1,196 @@
+"""`python -m bvae.evaluate` as a user runs it: its files, its numbers, and bad input."""
+
+import contextlib
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bvae import evaluate
+from bvae.config import Config, DataConfig
+from bvae.evaluate import Arguments, interval, main, rate
+from bvae.metrics import truth
+from bvae.metrics.heat_map import CELL, LEFT, TOP, heat_map
+from bvae.model import BetaVAE
+from bvae.pipelines import faces, sprites
+from bvae.report import LABEL, MARGIN
+
+N = 60
+FEW = ["--seeds", "2", "--points", "30", "--factor-bins", "2"]
+SCORES = {
+    *("mig", "dci_disentanglement", "dci_completeness", "dci_informativeness", "sap", "modularity"),
+    *("beta_vae", "factor_vae"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory):
+    return faces.write(tmp_path_factory.mktemp("data"), n=N, seed=0, progress=False).parent
+
+
+def small_model(channels: int = 3, activation: str = "tanh", image_size: int = 32) -> BetaVAE:
+    """Untrained; its codes are as large as a trained one's."""
+    torch.manual_seed(0)
+    model = BetaVAE(channels, 4, (4, 8), image_size, activation).eval()
+    with torch.no_grad():
+        model.head.weight[:4] *= 50
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory: pytest.TempPathFactory):
+    """A run folder, evaluated; its config.yaml names the data."""
+    folder = tmp_path_factory.mktemp("run")
+    small_model().save_pretrained(folder)
+    (folder / "config.yaml").write_text(Config(data=DataConfig(root=data, image_size=32)).to_yaml())
+    with open(folder / "printed", "w") as file, contextlib.redirect_stdout(file):
+        assert main([str(folder), *FEW]) == 0
+    return folder
+
+
+# --- The command ------------------------------------------------------------------------------------------
+def test_files_and_table(run):
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["images"] == N
+    assert result["factors"] == [factor.name for factor in faces.FACTORS]
+    assert result["scores"].keys() == SCORES
+    assert all(0 <= value["mean"] <= 1 <= 1 + value["half_width"] for value in result["scores"].values())
+    assert len({value["half_width"] for value in result["scores"].values()}) > 1
+    assert {np.shape(matrix) for matrix in result["matrices"].values()} == {(4, 9)}
+    assert {"encoding", "score", "beta_vae", "factor_vae"} <= result["seconds"].keys()
+    mig = result["scores"]["mig"]
+    assert f"| mig | {mig['mean']:.3f} | ± {mig['half_width']:.3f} |" in (run / "evaluation.md").read_text()
+    assert (run / "printed").read_text() == (run / "evaluation.md").read_text()
+    with Image.open(run / "evaluation.png") as picture:
+        assert picture.size[0] > 2 * 9 * CELL[0]
+    with Image.open(run / "evaluation_traversals.png") as picture:
+        assert picture.size == (LABEL + 11 * (32 + MARGIN) - MARGIN, 4 * (32 + MARGIN) - MARGIN)
+
+
+def test_what_the_posteriors_and_reconstructions_are(run, data):
+    model = BetaVAE.from_pretrained(run)
+    known = truth.folder(data, model, bins=2)
+    found = evaluate.describe(model, known, N, torch.device("cpu"))
+    x = known.images(np.arange(N))
+    with torch.no_grad():
+        mu, log_var = model.encode(x)
+        mse = (model.decode(mu) - x).square().mean()
+    kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var)
+    assert found["mse"] == pytest.approx(mse.item(), rel=1e-5)
+    assert found["reconstruction_nats"] == pytest.approx(mse.item() * 3 * 32 * 32, rel=1e-5)
+    assert found["kl"] == pytest.approx(kl.sum(1).mean().item(), rel=1e-5)
+    assert found["kl_per_latent"] == pytest.approx(kl.mean(0).tolist(), rel=1e-5)
+    assert found["active_units"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "sprites"], r"sprites are [1, 64, 64], and this model takes [3, 32, 32]"),
+        (["--seeds", "0"], "--seeds must be positive, got 0"),
+        (["--points", "-5"], "--points must be positive, got -5"),
+        (["--points", "10"], "10 points are fewer than 20 bins"),
+        (["--factor-bins", "1"], "bins of the factors must be at least 2"),
+        (["--data-root", "nowhere"], "nowhere holds no factors.csv"),
+    ],
+)
+def test_options_that_cannot_be_used(run, options, message, capsys):
+    assert main([str(run), *FEW, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_runs_whose_factors_are_not_known(tmp_path, capsys):
+    small_model().save_pretrained(tmp_path)
+    assert main([str(tmp_path)]) == 2
+    assert "give --data faces or sprites" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text(Config(data=DataConfig(name="folder", root=tmp_path)).to_yaml())
+    assert main([str(tmp_path)]) == 2
+    assert "a folder of images without known factors" in capsys.readouterr().err
+
+
+def test_what_is_infinite_is_said_so(tmp_path, monkeypatch):
+    """Latents that repeat each other have an infinite total correlation, and JSON has no number for it."""
+    factors = np.indices((2, 3)).reshape(2, -1).T.repeat(10, 0)
+    known = truth.Truth(("a", "b"), factors, lambda numbers: torch.rand(len(numbers), 3, 32, 32) * 2 - 1)
+    model = small_model()
+    with torch.no_grad():
+        model.head.weight[1], model.head.bias[1] = model.head.weight[0], model.head.bias[0]
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(evaluate, "open_truth", lambda arguments, model: known)
+    table = evaluate.evaluate(Arguments(tmp_path, seeds=1, points=30))
+    assert "| total_correlation | infinite | |" in table
+    text = (tmp_path / "evaluation.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["model"]["total_correlation"] is None
+
+
+# --- Its parts --------------------------------------------------------------------------------------------
+def test_intervals_are_students():
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.302653 / math.sqrt(3)))
+    assert interval([0.25]) == (0.25, 0)
+
+
+def test_the_true_factors_rate_best(tmp_path):
+    factors = np.indices((2, 3, 4)).reshape(3, -1).T.repeat(20, 0)
+    known = truth.Truth(("a", "b", "c"), factors, lambda numbers: torch.empty(0))
+    codes = (factors / [1, 2, 3]).astype(np.float32)
+    seconds: dict[str, float] = {}
+    found = rate(codes, known, Arguments(tmp_path, seeds=2, points=400), seconds)
+    assert found.keys() == SCORES
+    for name in SCORES - {"sap"}:
+        assert found[name].mean > 0.97, name
+    assert seconds.keys() == {"score", "beta_vae", "factor_vae"}
+
+
+def test_all_images_are_encoded_in_order(data):
+    model = small_model()
+    known = truth.folder(data, model, bins=5)
+    with torch.no_grad():
+        expected = model.encode(known.images(np.arange(N)))[0]
+    codes = evaluate.encode(model, known, torch.device("cpu"))
+    assert np.allclose(codes, expected, atol=1e-4)
+
+
+def test_faces_and_their_factors(data):
+    model = small_model(image_size=64)
+    known = truth.folder(data / "celeba", model, bins=5)
+    assert known.names[5] == "glasses"
+    with open(data / "celeba" / "factors.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert known.factors[:, 5].tolist() == [float(row["glasses"]) for row in rows]
+    skin = np.array([float(row["skin"]) for row in rows])
+    edges = np.linspace(skin.min(), skin.max(), 6)[1:-1]
+    assert known.factors[:, 2].tolist() == np.digitize(skin, edges).tolist()
+    drawn = faces.render(faces.sample_factors(N, 0)[[7, 3]]).permute(0, 3, 1, 2)[:, :, 35:183, 15:163]
+    expected = torch.nn.functional.interpolate(drawn / 127.5 - 1, size=64, mode="bilinear", antialias=True)
+    assert (known.images(np.array([7, 3])) - expected).abs().mean() < 0.03  # JPEG's share
+
+
+@pytest.mark.parametrize("text", ["file,a\n1.jpg,x\n", "file,a,b\n1.jpg,1\n", "file,a\n1.jpg,nan\n"])
+def test_factors_that_are_no_table_of_numbers(tmp_path, text):
+    (tmp_path / "factors.csv").write_text(text)
+    with pytest.raises(ValueError, match="factors.csv"):
+        truth.folder(tmp_path, small_model(), bins=5)
+
+
+@pytest.mark.parametrize(("activation", "low"), [("tanh", -1), ("sigmoid", 0)])
+def test_sprites_and_their_factors(activation, low):
+    known = truth.sprites(small_model(1, activation, 64))
+    numbers = np.array([5, 700_000, 300_000])
+    assert known.factors.shape == (sprites.COUNT, 5)
+    x = known.images(numbers)
+    assert x.shape == (3, 1, 64, 64)
+    assert x.unique().tolist() == [low, 1]
+    assert torch.equal(x[:, 0] == 1, sprites.render(torch.from_numpy(known.factors[numbers])).bool())
+
+
+def test_heat_map_is_white_at_0_and_dark_at_1():
+    picture = heat_map({"first": np.eye(2), "second": np.zeros((2, 2))}, ["r0", "r1"], ["c0", "c1"])
+    corner = [
+        picture.getpixel((LEFT + column * CELL[0] + 2, TOP + row * CELL[1] + 2))
+        for row, column in [(0, 0), (0, 1), (1, 1)]
+    ]
+    assert corner == [(8, 48, 107), (255, 255, 255), (8, 48, 107)]
