@@ -2,7 +2,7 @@
 
 <cache folder>/<key>/images.bin     uint8 [count, size, size, channels], row by row
 <cache folder>/<key>/manifest.json  what they are, their checksums, and the files that could not be decoded
-<cache folder>/<key>/files.txt      the files they come from: name, bytes, time of change
+<cache folder>/<key>/files.txt      the files they come from: folder; name, bytes, time of change
 <cache folder>/<key>.lock           held by the process that builds, in <key>.unfinished
 
 The key is a hash of files.txt, the picture and the decoder: a changed source, size or crop has another key.
@@ -62,11 +62,11 @@ class Request:
 
     @cached_property
     def listing(self) -> str:
-        """A line for each file; its name is relative, so that a moved data set keeps its cache."""
+        """The folder that all files are in, and a line for each file."""
         names = [str(file) for file in self.files]
         common = os.path.commonpath({os.path.dirname(name) for name in names}) if names else ""
         state: dict[str, str] = {}  # of a shard once, rather than once for each of its members
-        lines = []
+        lines = [f"{os.path.abspath(common)}\n"]
         for file, name in zip(self.files, names, strict=True):
             path = file if isinstance(file, str) else file.shard
             if path not in state:
@@ -124,11 +124,17 @@ def obtain(
         print(f"{label}: {len(found.images)} from the cache {entry}", flush=True)
         return found
     folder.mkdir(parents=True, exist_ok=True)
+    own = request.share(rank, world)
     if world > 1:
-        obtain(request.share(rank, world), folder, decoder, f"{label}, share {rank + 1} of {world}")
+        obtain(own, folder, decoder, f"{label}, share {rank + 1} of {world}")
     with _lock(entry, label):
         try:
-            return read(entry)  # built while this process waited
+            found = read(entry)  # built while this process waited
+            if world > 1:
+                shutil.rmtree(
+                    folder / own.key, ignore_errors=True
+                )  # who joined the shares may have missed it
+            return found
         except FileNotFoundError:
             pass
         except Damaged as damage:
@@ -300,10 +306,18 @@ def _lock(entry: Path, label: str) -> Iterator[None]:
             except BlockingIOError:
                 print(f"{label}: another process is decoding them: waiting for it", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-                continue  # whoever held it has removed this file: take its successor's
+            if not _has_name(file, path):
+                continue
             try:
                 yield
             finally:
-                path.unlink()
+                path.unlink(missing_ok=True)
             return
+
+
+def _has_name(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is still the one of that name: who holds a lock removes its file at the end."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -55,6 +55,7 @@ class Epochs(ABC):
             order = torch.argsort((high << 30) | (low >> 2), stable=True)
         else:
             order = torch.arange(self.count, device=self.device)
+        order = order.to(self._order_device)
         flipped = (self._random(_FLIP, number)[0] & 1).bool() if self.flip else None
         batches = order.split(self.batch_size)
         mine = (batches[step * self.world + self.rank] for step in range(start, len(self)))
@@ -63,12 +64,17 @@ class Epochs(ABC):
 
     def head(self, n: int) -> Tensor:
         """The first n images, unflipped, whatever the rank: uint8 [n, H, W, C]."""
-        index = torch.arange(min(n, self.count), device=self.device)
+        index = torch.arange(min(n, self.count), device=self._order_device)
         return next(self._fetch(iter([index])))[0]
+
+    @property
+    def _order_device(self) -> torch.device:
+        """Where `_fetch` needs the indices: asking the device for each batch's would make the host wait."""
+        return self.device
 
     @abstractmethod
     def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of each index tensor [B], which is on the device, and the indices again."""
+        """The images of each index tensor [B], and the indices, both on the device."""
 
     def _random(self, purpose: int, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Four 32-bit words for every image."""

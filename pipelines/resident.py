@@ -46,6 +46,10 @@ class Hosted(Epochs):
         super().__init__(len(images), batch_size, seed, device, **options)
         self.images = images
 
+    @property
+    def _order_device(self) -> torch.device:
+        return torch.device("cpu")
+
     def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         cuda = self.device.type == "cuda"
         side = torch.cuda.Stream(self.device) if cuda else None
@@ -63,7 +67,7 @@ class Hosted(Epochs):
         pool = ThreadPoolExecutor(1)
         try:
             for index in indices:
-                queue.append(pool.submit(gather, index.cpu()))
+                queue.append(pool.submit(gather, index))
                 if len(queue) > AHEAD:
                     yield self._receive(queue.popleft().result())
             while queue:

@@ -31,6 +31,10 @@ class Stream(Epochs):
         super().__init__(len(files), batch_size, seed, device, **options)
         self.files, self.decoder = files, decoder
 
+    @property
+    def _order_device(self) -> torch.device:
+        return torch.device("cpu")
+
     def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Raises OSError for a file that cannot be decoded."""
         taken: deque[Tensor] = deque()
@@ -47,7 +51,7 @@ class Stream(Epochs):
                     f"{self.files[int(index[place])]} cannot be decoded: {text}. "
                     "`python -m bvae.data check` finds all such files; mend or remove them"
                 )
-            yield images.to(self.device), index
+            yield images.to(self.device), index.to(self.device)
 
 
 def glance(files: Sequence[ImageFile], label: str) -> dict[int, str]:
