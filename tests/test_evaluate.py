@@ -12,7 +12,7 @@ from PIL import Image
 
 from bvae import evaluate
 from bvae.config import Config, DataConfig
-from bvae.evaluate import Arguments, interval, main, rate
+from bvae.evaluate import Arguments, interval, main, matrices, rate
 from bvae.metrics import truth
 from bvae.metrics.heat_map import CELL, LEFT, TOP, heat_map
 from bvae.model import BetaVAE
@@ -143,6 +143,9 @@ def test_the_true_factors_rate_best(tmp_path):
     for name in SCORES - {"sap"}:
         assert found[name].mean > 0.97, name
     assert seconds.keys() == {"score", "beta_vae", "factor_vae"}
+    for matrix in matrices(codes[:, [1, 2, 0]], known, Arguments(tmp_path, points=480)).values():
+        assert matrix.argmax(0).tolist() == [2, 0, 1]
+        assert np.allclose(matrix.max(0), 1, atol=0.02)
 
 
 def test_all_images_are_encoded_in_order(data):

@@ -139,6 +139,7 @@ def test_input_that_cannot_be_rated(codes, factors, harm, message):
     ("option", "message"),
     [
         ({"bins": 1}, "bins must be at least 2"),
+        ({"points": -5}, "points must be positive, got -5"),
         ({"train": 0}, "train and test must be positive"),
         ({"boosting": "fast"}, "boosting must be histogram or exact"),
     ],

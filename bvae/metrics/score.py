@@ -39,6 +39,8 @@ def score(
         ValueError: other shapes or types, codes that are not finite, a factor without variation, fewer
             points than bins, a parameter out of its range.
     """
+    if points < 1:
+        raise ValueError(f"points must be positive, got {points}")
     codes, factors = inputs.check(codes, factors)
     rng = np.random.default_rng(seed)
     drawn = rng.permutation(len(codes))[:points]
