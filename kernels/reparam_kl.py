@@ -10,6 +10,10 @@ with eps from `noise`, drawn in the forward pass, and again, not stored, in the 
 
 A sample is a row. Many short rows share a program; a long row is split among programs, whose partial sums the
 last one to finish adds in a fixed order, so equal inputs give equal bits.
+
+A row is walked in its logical order, which numbers the noise. Where that is the order of memory too, loads
+and stores are 16 bytes wide. Latents in channels_last are loaded and stored one element at a time: the same
+bytes in more instructions.
 """
 
 from typing import Any
@@ -47,7 +51,7 @@ def _clamped(log_var, low, high):
     return tl.where(log_var < low, low, tl.where(log_var > high, high, log_var))
 
 
-@triton.jit(do_not_specialize=["batch"])  # the last batch of an epoch compiles nothing
+@triton.jit(do_not_specialize=["batch", "splits"])  # another batch size compiles only if the tile changes
 def _forward_kernel(
     mu,  # [batch, row_length] in 1 + DIMS dimensions, as log_var and z
     log_var,
@@ -74,9 +78,10 @@ def _forward_kernel(
     z_strides,
     DIMS: tl.constexpr,
     CLAMP: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,  # the power of two from splits up
+    SPLITS_PADDED: tl.constexpr,  # a power of two, at least splits
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,  # column_sums that are added at once
 ):
     row_block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -111,12 +116,13 @@ def _forward_kernel(
             sums_at = column_sums + row_block.to(tl.int64) * row_length + column
             tl.store(sums_at, tl.sum(kl_element, 0), mask=in_row)
             if last_to_arrive(ticket + row_blocks + column_block, row_blocks):
-                total = tl.zeros((COLUMNS,), tl.float32)
-                sums_at = column_sums + column.to(tl.int64)
-                for _ in range(row_blocks):
-                    total += tl.load(sums_at, mask=in_row, other=0.0, cache_modifier=".cg")
-                    sums_at += row_length
-                tl.store(kl_per_dim + column, total / batch, mask=in_row)
+                total = tl.zeros((PARTS, COLUMNS), tl.float32)
+                for first in range(0, row_blocks, PARTS):
+                    part = (first + tl.arange(0, PARTS))[:, None]
+                    parts_at = column_sums + part.to(tl.int64) * row_length + column[None, :]
+                    in_tile = (part < row_blocks) & in_row[None, :]
+                    total += tl.load(parts_at, mask=in_tile, other=0.0, cache_modifier=".cg")
+                tl.store(kl_per_dim + column, tl.sum(total, 0) / batch, mask=in_row)
     row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_sum = tl.sum(kl_sum, 1)
     if row_sums is None:
@@ -130,7 +136,7 @@ def _forward_kernel(
             tl.store(kl + row, tl.sum(parts, 1))
 
 
-@triton.jit(do_not_specialize=["batch"])  # the last batch of an epoch compiles nothing
+@triton.jit(do_not_specialize=["batch"])  # another batch size compiles only if the tile changes
 def _backward_kernel(
     mu,  # [batch, row_length] in 1 + DIMS dimensions, as log_var and the gradients of both and of z
     log_var,
@@ -203,12 +209,13 @@ def _backward_kernel(
 _PROGRAMS = 1024  # enough to fill the largest GPU; long rows are split up to this many
 
 
-def _tile_size(batch: int, row_length: int) -> tuple[int, int, int]:
+def _tile_size(batch: int, row_length: int, per_dim: bool = False) -> tuple[int, int, int]:
     """Rows and columns of a tile, and warps: 8 elements a thread, which is 16 bytes of bfloat16.
 
-    One warp a tile until there are tiles for every SM, then four.
+    One warp a tile until there are tiles for every SM, then four; one where the tile's column sums, a block,
+    are announced to another program (`last_to_arrive`).
     """
-    size, warps = (1024, 4) if batch * row_length >= 2**19 else (256, 1)
+    size, warps = (1024, 4) if batch * row_length >= 2**19 and not per_dim else (256, 1)
     columns = min(power_of_two(max(row_length, 4)), size)  # 4: the normals of one Philox block
     return min(size // columns, power_of_two(batch)), columns, warps
 
@@ -240,9 +247,10 @@ def plan_forward(
     """The forward launch, and the outputs it fills: z, kl, kl_per_dim and key, empty where not asked for."""
     outputs = z, kl, kl_per_dim, key = _outputs(mu, seed, per_dim)
     batch, row_length = mu.shape[0], mu[0].numel()
-    rows, columns, warps = _tile_size(batch, row_length)
+    rows, columns, warps = _tile_size(batch, row_length, per_dim)
     row_blocks, column_blocks = cdiv(batch, rows), cdiv(row_length, columns)
     splits = min(column_blocks, max(1, _PROGRAMS // row_blocks))
+    counters = row_blocks + (column_blocks if per_dim else 0) if splits > 1 or per_dim else 0
     sample = seed is not None
     layout, strides = _layout(mu, log_var, z if sample else mu)
     args = {
@@ -256,7 +264,7 @@ def plan_forward(
         "step": step,
         "row_sums": kl.new_empty(batch, splits) if splits > 1 else None,
         "column_sums": kl.new_empty(row_blocks, row_length) if per_dim else None,
-        "ticket": tickets(row_blocks + column_blocks, mu.device) if splits > 1 or per_dim else None,
+        "ticket": tickets(counters, mu.device) if counters else None,
         "batch": batch,
         "row_length": row_length,
         "splits": splits,
@@ -266,9 +274,10 @@ def plan_forward(
         "log_var_strides": strides[1],
         "z_row_stride": z.stride(0),
         "z_strides": strides[2],
-        "SPLITS_PADDED": power_of_two(splits),
+        "SPLITS_PADDED": min(power_of_two(column_blocks), _PROGRAMS),  # not of the batch's size
         "ROWS": rows,
         "COLUMNS": columns,
+        "PARTS": max(1024 // columns, 1),
         **layout,
         **_bounds(clamp),
     }

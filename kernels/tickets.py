@@ -42,7 +42,11 @@ class TicketOffice:
             if self._block is None and not capturing:
                 self._block = _allocate_aside(self.SLOTS, device)
             # a stream that asks for more and more doubles its slice, and so leaves no more behind than it has
-            slots = cdiv(count, self.ALIGNED) * self.ALIGNED if capturing else max(power_of_two(count), self.ALIGNED)
+            slots = (
+                cdiv(count, self.ALIGNED) * self.ALIGNED
+                if capturing
+                else max(power_of_two(count), self.ALIGNED)
+            )
             if self._block is None or self._used + slots > self.SLOTS:
                 return torch.zeros(count, dtype=torch.int32, device=device)
             counters = self._block[self._used : self._used + slots]

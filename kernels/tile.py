@@ -19,8 +19,10 @@ def offsets(index, sizes, strides, DIMS: tl.constexpr):
 def last_to_arrive(ticket, arrivals):
     """Whether this program is the last of `arrivals` at `ticket`, whose stores it can then read.
 
-    The barriers put all of this program's stores before the release, and its loads after the acquire. The
-    last one resets the ticket.
+    The barriers put this program's stores before the release, and its loads after the acquire: all stores on
+    NVIDIA; on AMD, whose barrier does not wait for stores under way, those of the first warp, which performs
+    the atomic. So a program of several warps may announce a scalar that it stored, but a block only if it has
+    one warp. The last one resets the ticket.
     """
     tl.debug_barrier()
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == arrivals - 1
