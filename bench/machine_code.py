@@ -53,20 +53,21 @@ def _sample_backward(latents: tuple[Tensor, ...]) -> Launch:
     return reparam_kl.plan_backward(mu, log_var, key, torch.empty_like(mu), grad_kl, None, None)[0]
 
 
-def _images(dtype: torch.dtype, channels_last: bool = True) -> Tensor:
-    images = torch.empty(144, 3, 64, 64, dtype=dtype, device="meta")
+def _images(dtype: torch.dtype, channels_last: bool = True, batch: int = 144) -> Tensor:
+    images = torch.empty(batch, 3, 64, 64, dtype=dtype, device="meta")
     return images.to(memory_format=torch.channels_last) if channels_last else images
 
 
 def _loss(recon: Tensor, target: Tensor, likelihood: str, activation: str | None, with_slope: bool) -> Launch:
     options = (0.3, 25.0, 10_000, likelihood, activation, "mean", 0.5, -1.0, with_slope, False)
-    kl = torch.empty(recon.shape[0], device="meta")
-    return capacity_loss.plan_forward(recon, target, kl, _scalar(), *options)[0]
+    kl, weight = torch.empty(recon.shape[0], device="meta"), _scalar(torch.float32)
+    return capacity_loss.plan_forward(recon, target, kl, _scalar(), weight, *options)[0]
 
 
 def _loss_backward(recon: Tensor) -> Launch:
-    kl, one = torch.empty(recon.shape[0], device="meta"), _scalar(torch.float32)
-    return capacity_loss.plan_backward(torch.empty_like(recon), kl, one, one, None, None, 1.0)[0]
+    one, batch = _scalar(torch.float32), recon.shape[0]
+    grads = one, None, None
+    return capacity_loss.plan_backward(torch.empty_like(recon), one, *grads, 1.0, batch, torch.float32)[0]
 
 
 BF16, U8 = torch.bfloat16, torch.uint8
@@ -77,12 +78,29 @@ CASES: dict[str, Callable[[], Launch]] = {
     "sample, [64, 4, 64, 64]": lambda: _sample(_latents(64, 4, 64, 64)),
     "sample, [64, 4, 64, 64], backward": lambda: _sample_backward(_latents(64, 4, 64, 64)),
     "sample, [64, 4, 64, 64], channels last": lambda: _sample(_latents(64, 4, 64, 64, channels_last=True)),
+    "sample, [144, 4, 64, 64], per dimension": lambda: _sample(_latents(144, 4, 64, 64), per_dim=True),
     "loss, tanh": lambda: _loss(_images(BF16), _images(U8), "gaussian", "tanh", True),
     "loss, tanh, evaluation": lambda: _loss(_images(BF16), _images(U8), "gaussian", "tanh", False),
     "loss, bernoulli": lambda: _loss(_images(BF16), _images(U8), "bernoulli", None, True),
     "loss, tanh, recon NCHW": lambda: _loss(_images(BF16, False), _images(U8), "gaussian", "tanh", True),
     "loss, backward": lambda: _loss_backward(_images(BF16)),
 }
+
+
+def batch_variants(batch: int) -> dict[str, Launch]:
+    """Launches that differ in the batch's size alone: the last batch of an epoch is shorter."""
+    recon, nchw = _images(BF16, batch=batch), _images(BF16, False, batch)
+    target = _images(U8, batch=batch)
+    return {
+        "loss": _loss(recon, target, "gaussian", "tanh", True),
+        "loss, recon NCHW": _loss(nchw, target, "gaussian", "tanh", True),
+        "loss, backward": _loss_backward(recon),
+        "sample, [., 128]": _sample(_latents(batch, 128)),
+        "sample, [., 128], per dimension": _sample(_latents(batch, 128), per_dim=True),
+        "sample, [., 4, 64, 64], per dimension": _sample(_latents(batch, 4, 64, 64), per_dim=True),
+        "sample, [., 128], backward": _sample_backward(_latents(batch, 128)),
+    }
+
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -104,8 +122,8 @@ def _specialise(value: object) -> tuple[str, bool]:
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
-    """The kernel of `launch`, specialised to its arguments as Triton would on `target`."""
+def specialisation(launch: Launch) -> tuple[dict[str, object], dict, dict]:
+    """What Triton compiles a kernel for: the types of `launch`'s arguments, the constants, the alignments."""
     signature: dict[str, object] = {}
     constants: dict[tuple[int, ...], object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -128,8 +146,13 @@ def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.Compile
             signature[parameter.name] = tuple(specialise((index, i), leaf) for i, leaf in enumerate(value))
         else:
             signature[parameter.name] = specialise((index,), value)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": launch.num_warps, **launch.OPTIONS})
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    """The kernel of `launch`, specialised to its arguments as Triton would on `target`."""
+    source = ASTSource(launch.kernel, *specialisation(launch))
+    return triton.compile(source, target=target, options=launch.options)
 
 
 @dataclass(frozen=True)
@@ -142,6 +165,7 @@ class MachineCode:
     loads: dict[int, int]  # instructions by bytes each loads from global memory
     stores: dict[int, int]
     bytes_per_element: float | None  # that the main loop loads and stores
+    exact_divisions: int  # correctly rounded, on NVIDIA
 
 
 # An instruction that reads or writes global memory, its label, its jump: SASS, and AMD's assembly
@@ -239,7 +263,10 @@ def inspect(case: str, target: str) -> MachineCode:
         )
         threads = launch.num_warps * TARGETS[target].warp_size
         per_element = sum(w * n for w, n in (loads + stores).items()) * threads / tile
-    return MachineCode(registers, spilled, kernel.metadata.shared, dict(loads), dict(stores), per_element)
+    exact = kernel.asm.get("ptx", "").count("div.rn.f32")
+    return MachineCode(
+        registers, spilled, kernel.metadata.shared, dict(loads), dict(stores), per_element, exact
+    )
 
 
 def _widths(counts: dict[int, int]) -> str:

@@ -1,12 +1,15 @@
 """The beta-VAE's objectives as modules: the part that other VAE code can take."""
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bvae import ops, reference
+from bvae.kernels import launch
 from bvae.reference import Activation, Likelihood, LossTerms, Reduction
 
 __all__ = ["BetaLoss", "CapacityLoss", "LossTerms"]
@@ -14,11 +17,26 @@ __all__ = ["BetaLoss", "CapacityLoss", "LossTerms"]
 KLWeight = float | Literal["m_over_n"]
 
 
+def _is_weight(value: object) -> bool:
+    """Whether `value` is a finite number of at least 0."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+
+
 class _Objective(nn.Module):
-    """What the two objectives share: the reconstruction term's options and the weight of the KL."""
+    """What the two objectives share: the reconstruction term's options and the weight of the KL.
+
+    The weight is beta or gamma times kl_weight. These attributes may be assigned at any time, each step too,
+    also between calls of a compiled function or replays of a captured graph: an assignment that changes the
+    product writes it to a 0-d tensor (one launch, no sync), and the kernels read it there. A step that
+    assigns nothing new launches nothing. On the reference path, and where the module was not moved to the
+    device of its arguments, the weight is the Python number, which a captured graph freezes.
+    """
+
+    _weight: Tensor  # the product of the numbers; 'm_over_n' counts as 1, and multiplies in forward
 
     def __init__(
         self,
+        factor: float,
         kl_weight: KLWeight,
         likelihood: Likelihood,
         activation: Activation,
@@ -27,9 +45,10 @@ class _Objective(nn.Module):
     ) -> None:
         super().__init__()
         ops.check_objective(likelihood, activation, reduction, decoder_variance)
-        if kl_weight != "m_over_n" and not (isinstance(kl_weight, (int, float)) and kl_weight >= 0):
-            raise ValueError(f"kl_weight must be 'm_over_n' or a number of at least 0, got {kl_weight!r}")
-        self.kl_weight: KLWeight = kl_weight
+        self._factor, self._kl_weight = factor, kl_weight
+        self.register_buffer("_weight", torch.zeros((), dtype=torch.float32), persistent=False)
+        self._set_factor(factor)
+        self.kl_weight = kl_weight
         self.likelihood: Likelihood = likelihood
         self.activation: Activation = activation
         self.reduction: Reduction = reduction
@@ -40,18 +59,70 @@ class _Objective(nn.Module):
         """The range to which uint8 targets are scaled: that of the decoder's output."""
         return reference.pixel_range(self.likelihood, self.activation)
 
-    def _kl_and_weight(self, recon: Tensor, kl: Tensor, log_var: Tensor | None) -> tuple[Tensor, float]:
-        """kl `[B]` and its weight, from (kl) or from (mu, log_var)."""
+    @property
+    def kl_weight(self) -> KLWeight:
+        """'m_over_n' or a number of at least 0."""
+        return self._kl_weight
+
+    @kl_weight.setter
+    def kl_weight(self, value: KLWeight) -> None:
+        if not _is_weight(value) and not (isinstance(value, str) and value == "m_over_n"):
+            raise ValueError(f"kl_weight must be 'm_over_n' or a finite number of at least 0, got {value!r}")
+        before, self._kl_weight = self._kl_weight, value
+        if value != before:
+            self._write_weight()
+
+    def _set_factor(self, value: float) -> None:
+        """Assign what the subclass calls beta or gamma, and has checked."""
+        before, self._factor = self._factor, value
+        if value != before:
+            self._write_weight()
+
+    def _number(self) -> float:
+        return float(self._factor) * (1.0 if self._kl_weight == "m_over_n" else float(self._kl_weight))
+
+    def _write_weight(self) -> None:
+        with torch.no_grad():
+            self._weight.fill_(self._number())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Objective":
+        """Move the module as ever; the weight stays float32, and is filled in again after `to_empty`."""
+        super()._apply(fn, recurse)
+        self._weight = self._weight.float()
+        self._write_weight()
+        return self
+
+    def _kl_and_ratio(self, recon: Tensor, kl: Tensor, log_var: Tensor | None) -> tuple[Tensor, float]:
+        """kl `[B]` and the part of its weight that the shapes give, from (kl) or from (mu, log_var)."""
         if log_var is not None:
             mu, kl = kl, ops.gaussian_kl(kl, log_var)
-        if self.kl_weight != "m_over_n":
-            return kl, float(self.kl_weight)
+        if self._kl_weight != "m_over_n":
+            return kl, 1.0
         if log_var is None or recon.dim() != 4:
             raise ValueError(
                 "kl_weight='m_over_n' needs mu and log_var, whose size is M, and recon [B, C, H, W], "
                 f"whose H x W is N; got recon {list(recon.shape)} and kl {list(kl.shape)}: give a number"
             )
         return kl, math.prod(mu.shape[1:]) / math.prod(recon.shape[2:])
+
+    def _terms(
+        self, recon: Tensor, target: Tensor, kl: Tensor, log_var: Tensor | None, **schedule: Any
+    ) -> LossTerms:
+        """The loss of a forward pass; `schedule` are the capacity's arguments."""
+        kl, ratio = self._kl_and_ratio(recon, kl, log_var)
+        tensors = recon, target, kl
+        by_kernel = all(isinstance(t, Tensor) for t in tensors) and launch.runs_triton(*tensors)
+        weight = self._weight if by_kernel and self._weight.device == recon.device else None
+        number = ratio if weight is not None else ratio * self._number()
+        objective = {
+            "kl_weight": number,
+            "likelihood": self.likelihood,
+            "activation": self.activation,
+            "reduction": self.reduction,
+            "decoder_variance": self.decoder_variance,
+            **schedule,
+        }
+        return ops.weighted_loss(recon, target, kl, weight, **objective)
 
     def extra_repr(self) -> str:
         return (
@@ -80,24 +151,23 @@ class BetaLoss(_Objective):
         reduction: Reduction = "mean",
         decoder_variance: float = 0.5,
     ) -> None:
-        super().__init__(kl_weight, likelihood, activation, reduction, decoder_variance)
-        if not 0 <= beta < math.inf:
-            raise ValueError(f"beta must be at least 0, got {beta}")
+        super().__init__(0.0, kl_weight, likelihood, activation, reduction, decoder_variance)
         self.beta = beta
+
+    @property
+    def beta(self) -> float:
+        """The factor of the KL term, at least 0."""
+        return self._factor
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        if not _is_weight(value):
+            raise ValueError(f"beta must be a finite number of at least 0, got {value!r}")
+        self._set_factor(value)
 
     def forward(self, recon: Tensor, target: Tensor, kl: Tensor, log_var: Tensor | None = None) -> LossTerms:
         """`(recon, target, kl)` with kl `[B]`, or `(recon, target, mu, log_var)`: see `bvae.ops.vae_loss`."""
-        kl, weight = self._kl_and_weight(recon, kl, log_var)
-        return ops.vae_loss(
-            recon,
-            target,
-            kl,
-            kl_weight=self.beta * weight,
-            likelihood=self.likelihood,
-            activation=self.activation,
-            reduction=self.reduction,
-            decoder_variance=self.decoder_variance,
-        )
+        return self._terms(recon, target, kl, log_var)
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, {super().extra_repr()}"
@@ -107,7 +177,12 @@ class CapacityLoss(_Objective):
     """loss = recon + gamma * kl_weight * |kld - C|, C rising linearly to max_capacity: Burgess et al. (2018).
 
     The step counter `step`, 0-d int64, is part of the state_dict and counts the forward passes in training
-    mode: the first has step 1. In eval mode it stands still, and C is that of the last training step.
+    mode: the first has step 1. In eval mode it stands still, and C is that of the last training step. Under
+    activation checkpointing the recomputed pass counts too, as it does for BatchNorm's statistics: leave the
+    loss out of what is checkpointed.
+
+    Launches, forward: the counter's and the kernel's; with (mu, log_var) one more, of the KL, whose backward
+    pass is a second one too. `bvae.ops.reparam_kl` gives the KL with the sample at no cost.
 
     Args:
         gamma: at least 0.
@@ -130,33 +205,30 @@ class CapacityLoss(_Objective):
         reduction: Reduction = "mean",
         decoder_variance: float = 0.5,
     ) -> None:
-        super().__init__(kl_weight, likelihood, activation, reduction, decoder_variance)
-        if not 0 <= gamma < math.inf:
-            raise ValueError(f"gamma must be at least 0, got {gamma}")
+        super().__init__(0.0, kl_weight, likelihood, activation, reduction, decoder_variance)
         ops.check_capacity(max_capacity, capacity_iters)
         self.gamma = gamma
         self.max_capacity = max_capacity
         self.capacity_iters = capacity_iters
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def gamma(self) -> float:
+        """The factor of |kld - C|, at least 0."""
+        return self._factor
+
+    @gamma.setter
+    def gamma(self, value: float) -> None:
+        if not _is_weight(value):
+            raise ValueError(f"gamma must be a finite number of at least 0, got {value!r}")
+        self._set_factor(value)
+
     def forward(self, recon: Tensor, target: Tensor, kl: Tensor, log_var: Tensor | None = None) -> LossTerms:
         """`(recon, target, kl)` with kl `[B]`, or `(recon, target, mu, log_var)`: see `bvae.ops.vae_loss`."""
-        kl, weight = self._kl_and_weight(recon, kl, log_var)
         if self.training:
             self.step.add_(1)
-        return ops.vae_loss(
-            recon,
-            target,
-            kl,
-            kl_weight=self.gamma * weight,
-            step=self.step,
-            max_capacity=self.max_capacity,
-            capacity_iters=self.capacity_iters,
-            likelihood=self.likelihood,
-            activation=self.activation,
-            reduction=self.reduction,
-            decoder_variance=self.decoder_variance,
-        )
+        schedule = {"max_capacity": self.max_capacity, "capacity_iters": self.capacity_iters}
+        return self._terms(recon, target, kl, log_var, step=self.step, **schedule)
 
     def extra_repr(self) -> str:
         schedule = (

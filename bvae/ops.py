@@ -45,7 +45,12 @@ def _check_pair(mu: Tensor, log_var: Tensor) -> None:
 
 
 def _check_clamp(clamp: tuple[float, float] | None) -> None:
-    if clamp is not None and not (len(clamp) == 2 and clamp[0] < clamp[1]):
+    if clamp is None:
+        return
+    pair = isinstance(clamp, (tuple, list)) and len(clamp) == 2
+    if not (pair and all(isinstance(bound, (int, float)) for bound in clamp)):
+        raise TypeError(f"clamp must be two numbers (low, high) or None, got {clamp!r}")
+    if not clamp[0] < clamp[1]:
         raise ValueError(f"clamp must be (low, high) with low < high, got {clamp}")
 
 
@@ -61,6 +66,10 @@ def _counter(name: str, value: Tensor | int, device: torch.device) -> Tensor:
         raise TypeError(
             f"{name} must be an int64 tensor or a Python int, got {type(value).__name__} {value!r}"
         )
+    if name == "seed" and 2**63 <= value < 2**64:  # torch.initial_seed() may be: its 64 bits are the seed
+        value -= 2**64
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
     return torch.full((), value, dtype=torch.int64, device=device)
 
 
@@ -78,13 +87,14 @@ def reparam_kl(
         z = mu + exp(log_var / 2) * eps,    KL = 0.5 * (mu^2 + exp(log_var) - 1 - log_var)
 
     The noise eps is a function of (seed, step, sample, element): `bvae.kernels.noise`. The kernel does not
-    store it; its backward pass draws it again.
+    store it; its backward pass draws it again. One launch forward and one backward, with seed and step as
+    tensors: a seed of None costs one more to draw it, and each Python int one to fill it in.
 
     Args:
         mu, log_var: `[B, ...]` with one to four more dimensions, one shape and device, any strides; float32,
             bfloat16, float16, or float64, which runs the reference.
-        seed: 0-d int64 tensor on mu's device, or an int, which a captured graph freezes. None draws one from
-            torch's generator, so that `torch.manual_seed` reproduces and each call differs.
+        seed: 0-d int64 tensor on mu's device, or an int up to 2**64 - 1, which a captured graph freezes. None
+            draws one from torch's generator, so that `torch.manual_seed` reproduces and each call differs.
         step: 0-d int64 tensor on mu's device, or an int: another step of one seed is other noise. None is 0.
         clamp: (low, high) bounds of log_var, at and outside which its gradient is zero; diffusers: (-30, 20).
         per_dim: also return the batch's mean KL of each dimension.
@@ -153,21 +163,39 @@ def check_capacity(max_capacity: float, capacity_iters: int) -> None:
     """Raise ValueError for a capacity schedule that divides by zero or shrinks below it."""
     if not 0 <= max_capacity < math.inf:
         raise ValueError(f"max_capacity must be at least 0 nats, got {max_capacity}")
-    if capacity_iters < 1:
-        raise ValueError(f"capacity_iters must be at least 1 step, got {capacity_iters}")
+    if not 1 <= capacity_iters < math.inf or capacity_iters % 1 != 0:
+        raise ValueError(f"capacity_iters must be at least 1 step and whole, got {capacity_iters}")
+
+
+def _check_weight(weight: float | Tensor, device: torch.device) -> None:
+    """Raise for a kl_weight that is no number and no 0-d float32 tensor on `device`."""
+    if isinstance(weight, Tensor):
+        if weight.dtype != torch.float32:
+            raise TypeError(f"kl_weight must be a number or a 0-d float32 tensor, got {_describe(weight)}")
+        if weight.dim() != 0 or weight.device != device:
+            raise ValueError(f"kl_weight must be a number or 0-d on {device}, got {_describe(weight)}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("kl_weight gets no gradient: give kl_weight.detach()")
+    elif isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"kl_weight must be a number or a 0-d float32 tensor, got {type(weight).__name__}")
 
 
 def _check_loss(recon: Tensor, target: Tensor, kl: Tensor, objective: dict[str, Any]) -> Tensor:
-    """Check the arguments of a loss, and return the target as a view of recon's shape."""
+    """Check the arguments of a loss, and return the target as a view of recon's shape.
+
+    `objective` has the keyword arguments of `vae_loss`; its step becomes a tensor, its iterations an int.
+    """
     likelihood = objective["likelihood"]
     check_objective(
         likelihood, objective["activation"], objective["reduction"], objective["decoder_variance"]
     )
     check_capacity(objective["max_capacity"], objective["capacity_iters"])
-    if not isinstance(objective["kl_weight"], (int, float)):
-        raise TypeError(f"kl_weight must be a number, got {type(objective['kl_weight']).__name__}")
+    objective["capacity_iters"] = int(objective["capacity_iters"])
     _check_float("recon", recon)
     _check_float("kl", kl)
+    _check_weight(objective["kl_weight"], recon.device)
+    if objective["step"] is not None:
+        objective["step"] = _counter("step", objective["step"], recon.device)
     if not 2 <= recon.dim() <= _MAX_DIMS:
         raise ValueError(f"recon must be [B, ...] with one to four more dimensions, got {_describe(recon)}")
     _check_tensor("target", target)
@@ -189,8 +217,10 @@ def _check_probabilities(target: Tensor) -> None:
     """Raise for a Bernoulli target outside [0, 1] where looking costs no synchronisation: eager, on a CPU."""
     if torch.compiler.is_compiling() or target.device.type != "cpu" or not target.is_floating_point():
         return
-    if target.numel() and (target.min() < 0 or target.max() > 1):
-        low, high = target.min().item(), target.max().item()
+    if target.numel() == 0:
+        return
+    low, high = (bound.item() for bound in torch.aminmax(target))
+    if low < 0 or high > 1:
         raise ValueError(
             f"target of a bernoulli likelihood must lie in [0, 1], got {_describe(target)} with values from "
             f"{low:.6g} to {high:.6g}"
@@ -202,7 +232,7 @@ def vae_loss(
     target: Tensor,
     kl: Tensor,
     *,
-    kl_weight: float = 1.0,
+    kl_weight: float | Tensor = 1.0,
     step: Tensor | int | None = None,
     max_capacity: float = 25.0,
     capacity_iters: int = 10_000,
@@ -233,22 +263,91 @@ def vae_loss(
             with any strides, or `[B, H, W, C]` for recon `[B, C, H, W]`; a shape that fits both ways is read
             as `[B, C, H, W]`.
         kl: `[B]` floating point, nats per image.
-        kl_weight: the factor of the KL term: beta or gamma, times M/N where the reconstruction is a mean.
+        kl_weight: the factor of the KL term: beta or gamma, times M/N where the reconstruction is a mean. A
+            number, or a 0-d float32 tensor on recon's device, which the kernel loads. A number is compiled
+            in: under `torch.compile` each new one is compiled anew, until the limit of recompilations, and a
+            captured graph keeps the one it saw. Where the weight changes from step to step, give a tensor
+            and write into it, or anneal the attributes of `bvae.losses`' modules, which do that.
         step: 0-d int64 tensor on recon's device, or an int, which a captured graph freezes: the training
             step, 1 on the first. None is the objective without a capacity.
         max_capacity, capacity_iters: C's last value in nats, and the step that reaches it.
 
+    The kernel reads recon and target once and, where recon needs a gradient, writes it up to a factor, which
+    the backward pass applies: with bfloat16 and uint8 that is 5 bytes an element forward and 4 backward, one
+    launch each, and a tensor like recon kept in between. `vae_loss_and_grads` does without the second pass.
+
     Returns:
-        `LossTerms`, 0-d float32 tensors; loss, recon and kld are differentiable.
+        `LossTerms`, 0-d float32 tensors; loss, recon and kld are differentiable, by recon and kl.
 
     Raises:
-        TypeError, ValueError: naming the argument, its shape and what was expected. A float target outside
+        TypeError, ValueError: naming the argument, its shape and what was expected. A target that requires a
+        gradient has none to get and raises. A float target outside
         [0, 1] for `bernoulli` raises on a CPU in eager mode; elsewhere, where looking would stop the device,
         the loss is NaN.
     """
     objective: dict[str, Any] = {
         "kl_weight": kl_weight,
-        "step": None if step is None else _counter("step", step, recon.device),
+        "step": step,
+        "max_capacity": max_capacity,
+        "capacity_iters": capacity_iters,
+        "likelihood": likelihood,
+        "activation": activation,
+        "reduction": reduction,
+        "decoder_variance": decoder_variance,
+    }
+    return weighted_loss(recon, target, kl, None, **objective)
+
+
+def weighted_loss(
+    recon: Tensor, target: Tensor, kl: Tensor, weight: Tensor | None, **options: Any
+) -> LossTerms:
+    """`vae_loss` with `weight`, 0-d float32 on recon's device, as one more factor of the KL term.
+
+    The kernel loads it: it is the part of the weight that changes, where `kl_weight` is the part that stays.
+    """
+    objective = {"step": None, "max_capacity": 0.0, "capacity_iters": 1, **options}
+    target = _check_loss(recon, target, kl, objective)
+    if target.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"target gets no gradient: give target.detach(), got {_describe(target)}")
+    if weight is not None:
+        _check_weight(weight, recon.device)
+    if launch.runs_triton(recon, target, kl):
+        with_slope = recon.requires_grad and torch.is_grad_enabled()
+        outputs = _run_kernel(recon, target, kl, weight, objective, with_slope, as_gradient=False)
+        return LossTerms(*outputs[:4])
+    if weight is not None:
+        objective["kl_weight"] = weight * objective["kl_weight"]
+    return reference.vae_loss(recon, target, kl, **objective)
+
+
+def vae_loss_and_grads(
+    recon: Tensor,
+    target: Tensor,
+    kl: Tensor,
+    *,
+    kl_weight: float | Tensor = 1.0,
+    step: Tensor | int | None = None,
+    max_capacity: float = 25.0,
+    capacity_iters: int = 10_000,
+    likelihood: Likelihood = "gaussian",
+    activation: Activation = None,
+    reduction: Reduction = "mean",
+    decoder_variance: float = 0.5,
+) -> tuple[LossTerms, Tensor, Tensor]:
+    """`vae_loss`, and the loss's gradients by recon and kl from the same pass, without a backward launch.
+
+    The backward pass then starts with `torch.autograd.backward((recon, kl), (grad_recon, grad_kl))`. The
+    terms are not differentiable. A float16 gradient of a mean underflows: use `vae_loss` and a scaler.
+
+    Args:
+        The arguments of `vae_loss`.
+
+    Returns:
+        The terms; the gradient of loss by recon, in its dtype, and by kl, `[B]` in its dtype.
+    """
+    objective: dict[str, Any] = {
+        "kl_weight": kl_weight,
+        "step": step,
         "max_capacity": max_capacity,
         "capacity_iters": capacity_iters,
         "likelihood": likelihood,
@@ -257,55 +356,39 @@ def vae_loss(
         "decoder_variance": decoder_variance,
     }
     target = _check_loss(recon, target, kl, objective)
+    recon, target, kl = recon.detach(), target.detach(), kl.detach()
     if launch.runs_triton(recon, target, kl):
-        with_slope = recon.requires_grad and torch.is_grad_enabled()
-        return LossTerms(*_run_kernel(recon, target, kl, objective, with_slope, as_gradient=False)[:4])
-    return reference.vae_loss(recon, target, kl, **objective)
-
-
-def vae_loss_and_grads(
-    recon: Tensor, target: Tensor, kl: Tensor, **objective: Any
-) -> tuple[LossTerms, Tensor, Tensor]:
-    """`vae_loss`, and the loss's gradients by recon and kl from the same pass, without a backward launch.
-
-    The backward pass then starts with `torch.autograd.backward((recon, kl), (grad_recon, grad_kl))`. The
-    terms are not differentiable. A float16 gradient of a mean underflows: use `vae_loss` and a scaler.
-
-    Args:
-        recon, target, kl, objective: those of `vae_loss`.
-
-    Returns:
-        The terms; the gradient of loss by recon, in its dtype, and by kl, `[B]` in its dtype.
-    """
-    objective = {**_OBJECTIVE_DEFAULTS, **objective}
-    if objective["step"] is not None:
-        objective["step"] = _counter("step", objective["step"], recon.device)
-    target = _check_loss(recon, target, kl, objective)
-    if launch.runs_triton(recon, target, kl):
-        *scalars, grad_recon = _run_kernel(
-            recon.detach(), target, kl.detach(), objective, with_slope=True, as_gradient=True
+        *terms, kl_slope, grad_recon = _run_kernel(
+            recon, target, kl, None, objective, with_slope=True, as_gradient=True
         )
-        return LossTerms(*scalars[:4]), grad_recon, scalars[4].to(kl.dtype).expand(kl.shape)
+        return LossTerms(*terms), grad_recon, kl_slope.to(kl.dtype).expand(kl.shape)
     with torch.enable_grad():
-        recon, kl = recon.detach().requires_grad_(), kl.detach().requires_grad_()
-        terms = reference.vae_loss(recon, target, kl, **objective)
-        grad_recon, grad_kl = torch.autograd.grad(terms.loss, (recon, kl))
-    return LossTerms(*(term.detach() for term in terms)), grad_recon, grad_kl
-
-
-_OBJECTIVE_DEFAULTS: dict[str, Any] = vae_loss.__kwdefaults__ or {}
+        recon, kl = recon.requires_grad_(), kl.requires_grad_()
+        result = reference.vae_loss(recon, target, kl, **objective)
+        grad_recon, grad_kl = torch.autograd.grad(result.loss, (recon, kl))
+    return LossTerms(*(term.detach() for term in result)), grad_recon, grad_kl
 
 
 def _run_kernel(
     recon: Tensor,
     target: Tensor,
     kl: Tensor,
+    weight: Tensor | None,
     objective: dict[str, Any],
     with_slope: bool,
     as_gradient: bool,
 ) -> tuple[Tensor, ...]:
     """The loss kernel's outputs: the four terms, kl's slope and recon's."""
+    if isinstance(objective["kl_weight"], Tensor):
+        weight, objective = objective["kl_weight"], {**objective, "kl_weight": 1.0}
     low, _ = reference.pixel_range(objective["likelihood"], objective["activation"])
     return loss_kernel.forward(
-        recon, target, kl, **objective, pixel_low=low, with_slope=with_slope, as_gradient=as_gradient
+        recon,
+        target,
+        kl,
+        weight=weight,
+        **objective,
+        pixel_low=low,
+        with_slope=with_slope,
+        as_gradient=as_gradient,
     )

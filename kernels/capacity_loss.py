@@ -10,10 +10,16 @@ recon's gradient does not depend on the sum, so the pass that reads recon and ta
     slope = (activation(recon) - target) * activation'(recon)    gaussian:  gradient = slope * 2 * error_scale
           = sigmoid(recon) - target                              bernoulli: gradient = slope * error_scale
 
-and each element is read once: 5 bytes of traffic for bfloat16 and uint8. The slope is stored without its
-factor, which for a mean is below float16's smallest number; the backward pass multiplies by it and by the
-incoming gradient. Programs leave partial sums; the last one to finish adds them in a fixed order, so equal
-inputs give equal bits.
+and each element is read once: 5 bytes of traffic for bfloat16 and uint8, and a tensor like recon kept for
+the backward pass. The slope is stored without its factor, which for a mean is below float16's smallest
+number; the backward pass multiplies by it and by the incoming gradient: 4 bytes more. With `as_gradient` the
+factor is in it: the gradient of the loss itself costs 5 bytes and one launch.
+
+A saturated tanh has a slope that float16 holds coarsely: beyond |x| = 6, 1 - tanh(x)^2 is below 3e-5, where
+float16's numbers lie 6e-8 apart, and by |x| = 7 a slope may be 40% off. bfloat16 has no such place.
+
+Programs leave partial sums; the last one to finish adds them in a fixed order, so equal inputs give equal
+bits.
 """
 
 import math
@@ -24,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bvae.kernels.launch import Launch, cdiv, collapse, power_of_two
+from bvae.kernels.launch import Launch, cdiv, collapse, is_dense, power_of_two
 from bvae.kernels.tickets import tickets
 from bvae.kernels.tile import last_to_arrive, offsets
 
@@ -52,9 +58,10 @@ def _sigmoid(x):
 def _error_and_slope(x, y, BERNOULLI: tl.constexpr, ACTIVATION: tl.constexpr):
     """An element's reconstruction error, and its slope as the module's docstring has it."""
     if BERNOULLI:
-        log_sigmoid = tl.where(x < 0, x, 0.0) - _log1p(tl.exp(-tl.abs(x)))
+        e = tl.exp(-tl.abs(x))  # never overflows; one serves both
+        log_sigmoid = tl.where(x < 0, x, 0.0) - _log1p(e)
         error = (1.0 - y) * x - log_sigmoid
-        slope = _sigmoid(x) - y
+        slope = tl.where(x < 0, e, 1.0) / (1.0 + e) - y
     else:
         v = x
         derivative = tl.full(x.shape, 1.0, tl.float32)
@@ -69,12 +76,13 @@ def _error_and_slope(x, y, BERNOULLI: tl.constexpr, ACTIVATION: tl.constexpr):
     return error, slope
 
 
-@triton.jit(do_not_specialize=["batch"])  # the last batch of an epoch compiles nothing
+@triton.jit(do_not_specialize=["batch", "rows"])  # the last batch of an epoch compiles nothing
 def _forward_kernel(
     recon,  # [rows, row_length] in 1 + DIMS dimensions, as target and slope
     target,  # floating point, or uint8
     kl,  # [batch]
     step,  # 0-d int64, or None: no capacity
+    weight,  # 0-d float32, a factor of kl_weight that changes during training, or None
     loss_out,  # the outputs: 0-d float32
     recon_out,
     kld_out,
@@ -140,11 +148,14 @@ def _forward_kernel(
             image = first + tl.arange(0, BLOCK)
             kl_at = kl + image.to(tl.int64) * kl_stride
             kl_sum += tl.load(kl_at, mask=image < batch, other=0.0).to(tl.float32)
-        kld = tl.sum(kl_sum, 0) / batch
+        count = batch.to(tl.float32)
+        kld = tl.div_rn(tl.sum(kl_sum, 0), count)  # `/` is off by a bit at times; a kld of C must be C
+        if weight is not None:
+            kl_weight *= tl.load(weight)
         if step is None:
             capacity = tl.zeros((), tl.float32)
             kl_term = kl_weight * kld
-            kl_slope = tl.zeros((), tl.float32) + kl_weight / batch
+            kl_slope = tl.div_rn(tl.zeros((), tl.float32) + kl_weight, count)
         else:
             capacity = tl.load(step).to(tl.float32) * capacity_ratio
             capacity = tl.where(
@@ -153,7 +164,7 @@ def _forward_kernel(
             excess = kld - capacity
             kl_term = kl_weight * tl.abs(excess)
             sign = tl.where(excess > 0.0, 1.0, tl.where(excess < 0.0, -1.0, 0.0))  # 0 at C, as torch's abs
-            kl_slope = kl_weight * sign / batch
+            kl_slope = tl.div_rn(kl_weight * sign, count)
         tl.store(loss_out, recon_term + kl_term)
         tl.store(recon_out, recon_term)
         tl.store(kld_out, kld)
@@ -191,12 +202,12 @@ def _backward_kernel(
         d_recon = s * (gain * (d_loss + d_recon_term))
         tl.store(grad_recon + index, d_recon.to(grad_recon.dtype.element_ty), mask=index < elements)
     if start < batch:
-        d_kl = d_loss * tl.load(kl_slope) + d_kld / batch
+        d_kl = d_loss * tl.load(kl_slope) + tl.div_rn(d_kld, batch.to(tl.float32))
         tl.store(grad_kl + index, tl.zeros((BLOCK,), tl.float32) + d_kl, mask=index < batch)
 
 
 _BLOCK, _WARPS = 2048, 8  # 8 elements a thread: 16 bytes of bfloat16, 8 of uint8
-_PROGRAMS = 1024  # enough to fill the largest GPU; each loops over its share
+_PROGRAMS = 1024  # enough to fill the largest GPU; each loops over its share. A power of two
 
 
 def _error_scale(recon: Tensor, likelihood: str, reduction: str, decoder_variance: float) -> float:
@@ -235,6 +246,7 @@ def plan_forward(
     target: Tensor,
     kl: Tensor,
     step: Tensor | None,
+    weight: Tensor | None,
     kl_weight: float,
     max_capacity: float,
     capacity_iters: int,
@@ -249,13 +261,17 @@ def plan_forward(
     """The forward launch, and the outputs it fills: loss, recon, kld, capacity, kl_slope and slope."""
     outputs = *terms, slope = _outputs(recon, with_slope)
     layout, strides = _layout(recon, target, slope if with_slope else recon)
-    programs = min(layout["rows"] * cdiv(layout["row_length"], _BLOCK), _PROGRAMS)
+    block = _BLOCK
+    if layout["rows"] > 1:  # a short row fills a block of its own size
+        block = min(max(power_of_two(layout["row_length"]), 256), _BLOCK)
+    programs = min(layout["rows"] * cdiv(layout["row_length"], block), _PROGRAMS)
     objective = (recon, likelihood, reduction, decoder_variance)
     args = {
         "recon": recon,
         "target": target,
         "kl": kl,
         "step": step,
+        "weight": weight,
         **dict(zip(("loss_out", "recon_out", "kld_out", "capacity_out", "kl_slope_out"), terms, strict=True)),
         "slope": slope if with_slope else None,
         "partial_sums": recon.new_empty(programs, dtype=torch.float32),
@@ -271,26 +287,28 @@ def plan_forward(
         "kl_stride": kl.stride(0),
         "BERNOULLI": likelihood == "bernoulli",
         "ACTIVATION": activation,
-        "PROGRAMS_PADDED": power_of_two(programs),
-        "BLOCK": _BLOCK,
+        "PROGRAMS_PADDED": _PROGRAMS,
+        "BLOCK": block,
         **layout,
     }
     for name, (row_stride, inner) in zip(("recon", "target", "slope"), strides, strict=True):
         args[f"{name}_row_stride"], args[f"{name}_strides"] = row_stride, inner
-    return Launch(_forward_kernel, programs, args, _WARPS), outputs
+    return Launch(_forward_kernel, programs, args, block * _WARPS // _BLOCK, fuse=True), outputs
 
 
 def plan_backward(
     slope: Tensor,
-    kl: Tensor,
     kl_slope: Tensor,
     grad_loss: Tensor | None,
     grad_recon_term: Tensor | None,
     grad_kld: Tensor | None,
     gain: float,
+    batch: int,
+    kl_dtype: torch.dtype,
 ) -> tuple[Launch, list[Tensor]]:
     """The backward launch, and the outputs it fills: the gradients of recon (empty as slope is) and of kl."""
-    outputs = grad_recon, grad_kl = [torch.empty_like(slope), torch.empty_like(kl)]
+    assert is_dense(slope), "the kernel walks the slope in the order of memory"
+    outputs = grad_recon, grad_kl = [torch.empty_like(slope), slope.new_empty(batch, dtype=kl_dtype)]
     has_slope = slope.numel() > 0
     args = {
         "slope": slope if has_slope else None,
@@ -301,11 +319,12 @@ def plan_backward(
         "grad_recon": grad_recon if has_slope else None,
         "grad_kl": grad_kl,
         "elements": slope.numel(),
-        "batch": kl.numel(),
+        "batch": batch,
         "gain": gain,
         "BLOCK": _BLOCK,
     }
-    return Launch(_backward_kernel, cdiv(max(slope.numel(), kl.numel()), _BLOCK), args, _WARPS), outputs
+    programs = cdiv(max(slope.numel(), batch), _BLOCK)
+    return Launch(_backward_kernel, programs, args, _WARPS, fuse=True), outputs
 
 
 def _outputs(recon: Tensor, with_slope: bool) -> list[Tensor]:
@@ -320,6 +339,7 @@ def forward(
     target: Tensor,
     kl: Tensor,
     step: Tensor | None,
+    weight: Tensor | None,
     kl_weight: float,
     max_capacity: float,
     capacity_iters: int,
@@ -333,14 +353,17 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, recon, kld, capacity; the loss's slope in each kl; its slope in recon, like recon, or empty.
 
-    The arguments down to decoder_variance are those of `bvae.ops.vae_loss`, checked there. A uint8 target is
-    scaled to [pixel_low, 1]. `with_slope` asks for the last output; `as_gradient` includes its factor.
+    The arguments down to decoder_variance are those of `bvae.ops.vae_loss`, checked there; the KL's weight is
+    `kl_weight`, which torch.compile and a captured graph freeze, times `weight`, which the kernel loads. A
+    uint8 target is scaled to [pixel_low, 1]. `with_slope` asks for the last output; `as_gradient` includes
+    its factor.
     """
     launch, outputs = plan_forward(
         recon,
         target,
         kl,
         step,
+        weight,
         kl_weight,
         max_capacity,
         capacity_iters,
@@ -357,43 +380,86 @@ def forward(
 
 
 @forward.register_fake
-def _(recon, target, kl, *options):
-    return tuple(_outputs(recon, with_slope=options[-2]))
+def _(
+    recon,
+    target,
+    kl,
+    step,
+    weight,
+    kl_weight,
+    max_capacity,
+    capacity_iters,
+    likelihood,
+    activation,
+    reduction,
+    decoder_variance,
+    pixel_low,
+    with_slope,
+    as_gradient,
+):
+    return tuple(_outputs(recon, with_slope))
 
 
 @torch.library.custom_op("bvae::vae_loss_backward", mutates_args=())
 def backward(
     slope: Tensor,
-    kl: Tensor,
     kl_slope: Tensor,
     grad_loss: Tensor | None,
     grad_recon_term: Tensor | None,
     grad_kld: Tensor | None,
     gain: float,
+    batch: int,
+    kl_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of recon, in its dtype or empty as slope is, and of kl, in its dtype."""
-    launch, outputs = plan_backward(slope, kl, kl_slope, grad_loss, grad_recon_term, grad_kld, gain)
-    launch.run(kl.device)
+    """The gradients of recon, in slope's dtype or empty as slope is, and of kl `[batch]`, in kl_dtype."""
+    launch, outputs = plan_backward(
+        slope, kl_slope, grad_loss, grad_recon_term, grad_kld, gain, batch, kl_dtype
+    )
+    launch.run(slope.device)
     return tuple(outputs)
 
 
 @backward.register_fake
-def _(slope, kl, kl_slope, grad_loss, grad_recon_term, grad_kld, gain):
-    return torch.empty_like(slope), torch.empty_like(kl)
+def _(slope, kl_slope, grad_loss, grad_recon_term, grad_kld, gain, batch, kl_dtype):
+    return torch.empty_like(slope), slope.new_empty(batch, dtype=kl_dtype)
 
 
 def _save(ctx, inputs, output):
-    recon, _, kl, *_ = inputs
-    likelihood, _, reduction, decoder_variance, _, ctx.with_slope, as_gradient = inputs[7:]
-    ctx.save_for_backward(output[5], kl, output[4])
+    (
+        recon,
+        _target,
+        kl,
+        _step,
+        _weight,
+        _kl_weight,
+        _max_capacity,
+        _capacity_iters,
+        likelihood,
+        _activation,
+        reduction,
+        decoder_variance,
+        _pixel_low,
+        ctx.with_slope,
+        as_gradient,
+    ) = inputs
+    *_terms, capacity, kl_slope, slope = output
+    ctx.save_for_backward(slope, kl_slope)  # not kl: its values are free to change
+    ctx.batch, ctx.kl_dtype, ctx.arguments = kl.shape[0], kl.dtype, len(inputs)
     ctx.gain = 1.0 if as_gradient else _gain(recon, likelihood, reduction, decoder_variance)
-    ctx.mark_non_differentiable(output[3], output[4], output[5])
+    ctx.mark_non_differentiable(capacity, kl_slope, slope)
     ctx.set_materialize_grads(False)  # a term that nobody used costs no zeros
 
 
 def _differentiate(ctx, grad_loss, grad_recon_term, grad_kld, *_):
-    grad_recon, grad_kl = backward(*ctx.saved_tensors, grad_loss, grad_recon_term, grad_kld, ctx.gain)
-    return grad_recon if ctx.with_slope else None, None, grad_kl, *[None] * 11
+    slope, kl_slope = ctx.saved_tensors
+    reaches_recon = ctx.with_slope and not (grad_loss is None and grad_recon_term is None)
+    if not reaches_recon:  # the KL alone: no pass over recon
+        slope = slope.new_empty(0)
+    grad_recon, grad_kl = backward(
+        slope, kl_slope, grad_loss, grad_recon_term, grad_kld, ctx.gain, ctx.batch, ctx.kl_dtype
+    )
+    by_recon_target_kl = grad_recon if reaches_recon else None, None, grad_kl
+    return *by_recon_target_kl, *[None] * (ctx.arguments - 3)
 
 
 forward.register_autograd(_differentiate, setup_context=_save)

@@ -4,7 +4,7 @@ import importlib.util
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,21 +30,24 @@ def runs_triton(*tensors: Tensor) -> bool:
 class Launch:
     """One kernel launch, as data: what `run` does on a device, a compiler can look at without one.
 
-    Floating-point contraction is off, so that a kernel rounds where the reference rounds, with every Triton
-    release; the kernels wait for memory, and a few more instructions cost them nothing.
+    `fuse` lets the compiler round a product and a sum once instead of twice. It is off where numbers must be
+    those of the torch half to the last bits, which is the noise, with every Triton release.
     """
 
     kernel: Any
     programs: int
     args: dict[str, Any]
     num_warps: int
+    fuse: bool = False
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"enable_fp_fusion": False}
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "enable_fp_fusion": self.fuse}
 
     def run(self, device: torch.device) -> None:
         guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with guard:
-            self.kernel[(self.programs,)](**self.args, num_warps=self.num_warps, **self.OPTIONS)
+            self.kernel[(self.programs,)](**self.args, **self.options)
 
 
 def power_of_two(n: int) -> int:
@@ -75,3 +78,10 @@ def collapse(
         else:
             merged.append((size, steps))
     return tuple(size for size, _ in merged), list(zip(*(steps for _, steps in merged), strict=True))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill their memory without a gap, in any order of dimensions."""
+    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    dense = tensor.permute(order)
+    return dense.numel() < 2 or collapse(tuple(dense.shape), dense.stride())[1] == [(1,)]

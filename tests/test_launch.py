@@ -7,7 +7,7 @@ import torch
 
 from bvae import ops
 from bvae.kernels import capacity_loss, reparam_kl
-from bvae.kernels.launch import collapse
+from bvae.kernels.launch import collapse, is_dense
 from bvae.kernels.tickets import TicketOffice
 
 CPU = torch.device("cpu")
@@ -51,6 +51,57 @@ def test_a_tile_covers_and_fills(batch, row_length):
     assert columns % 4 == 0  # a Philox block does not straddle tiles
     assert rows * columns <= 8 * 32 * warps  # at most 8 elements a thread
     assert rows == 1 or columns >= row_length  # only whole rows share a tile
+
+
+def test_a_tile_that_announces_a_block_has_one_warp():
+    mu = torch.empty(144, 4, 64, 64, device="meta")
+    for per_dim, warps in ((False, 4), (True, 1)):
+        launch, _ = reparam_kl.plan_forward(mu, mu, torch.empty((), device="meta"), None, None, per_dim)
+        assert launch.num_warps == warps
+
+
+def test_counters_are_as_many_as_the_sums_need(monkeypatch):
+    asked = []
+    monkeypatch.setattr(reparam_kl, "tickets", lambda count, device: asked.append(count))
+    short, long = torch.empty(8, 128, device="meta"), torch.empty(1, 65536, device="meta")
+    for latents, per_dim in ((short, False), (short, True), (long, False), (long, True)):
+        reparam_kl.plan_forward(latents, latents, None, None, None, per_dim)
+    assert asked == [4 + 1, 1, 1 + 256]  # one per block of rows, and per dimension one per block of columns
+
+
+def test_the_loss_walks_images_in_the_order_of_memory():
+    nchw = torch.empty(4, 3, 8, 10)
+    nhwc = nchw.to(memory_format=torch.channels_last)
+    for same in (nchw, nhwc, nchw.permute(3, 1, 0, 2)):
+        layout, strides = capacity_loss._layout(same, same)
+        assert (layout["rows"], layout["row_length"], layout["DIMS"]) == (1, 960, 1)
+        assert strides == [(0, (1,))] * 2
+    layout, strides = capacity_loss._layout(nhwc, nchw)
+    assert (layout["rows"], layout["sizes"]) == (4, (80, 3))
+    assert strides == [(240, (3, 1)), (240, (1, 80))]
+
+
+def test_short_rows_have_short_blocks():
+    nchw = torch.empty(64, 3, 8, 8, device="meta")
+    for target, block in ((nchw, 2048), (nchw.to(memory_format=torch.channels_last), 256)):
+        options = 1.0, 25.0, 1, "gaussian", None, "mean", 0.5, -1.0, True, False
+        launch, _ = capacity_loss.plan_forward(nchw, target, nchw[:, 0, 0, 0], None, None, *options)
+        assert (launch.args["BLOCK"], 8 * 32 * launch.num_warps) == (block, block)
+
+
+DENSE = {
+    "contiguous": (torch.zeros(2, 3, 4), True),
+    "permuted": (torch.zeros(2, 3, 4).permute(2, 0, 1), True),
+    "one element of many": (torch.zeros(2, 3)[:1, :1], True),
+    "empty": (torch.zeros(0), True),
+    "sliced": (torch.zeros(2, 4)[:, ::2], False),
+    "expanded": (torch.zeros(1).expand(3), False),
+}
+
+
+@pytest.mark.parametrize(("tensor", "dense"), DENSE.values(), ids=DENSE)
+def test_dense_is_without_gaps(tensor, dense):
+    assert is_dense(tensor) is dense
 
 
 def counters(office: TicketOffice, stream: str, count: int = 4, capturing: bool = False) -> torch.Tensor:

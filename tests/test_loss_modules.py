@@ -7,6 +7,7 @@ import pytest
 import torch
 from examples import SHAPE, decoder_output, divergence, pixels
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from bvae import ops
 from bvae.losses import BetaLoss, CapacityLoss
@@ -97,6 +98,57 @@ def test_one_compiled_loss_takes_other_shapes_and_weights(backend):
         torch.testing.assert_close(*gradients)
 
 
+def annealed(loss: BetaLoss | CapacityLoss, value: float) -> None:
+    setattr(loss, "beta" if isinstance(loss, BetaLoss) else "gamma", value)
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_the_weight_may_change_every_step(backend, make):
+    loss = make().to(backend)
+    target, latents = pixels(backend), torch.randn(5, 20, device=backend)
+    recon = decoder_output(torch.float32, backend)
+    compiles = CompileCounter()
+    compiled = torch.compile(lambda r: loss(r, target, *latents.chunk(2, 1)).loss, backend=compiles)
+    loss.eval()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for step in range(12):
+            annealed(loss, 0.25 * step)
+            terms = loss(recon, target, *latents.chunk(2, 1))
+            expected = terms.recon + 0.25 * step * 10 / (12 * 20) * (terms.kld - terms.capacity)
+            torch.testing.assert_close(terms.loss, expected)
+            torch.testing.assert_close(compiled(recon), expected)
+    assert compiles.frame_count <= 2
+
+
+def test_a_weight_that_does_not_change_launches_nothing(kernels, monkeypatch):
+    writes = []
+    fill = torch.Tensor.fill_
+    monkeypatch.setattr(torch.Tensor, "fill_", lambda t, value: (writes.append(value), fill(t, value))[1])
+    loss = BetaLoss(beta=2.0, kl_weight=0.5).to(kernels)
+    writes.clear()
+    for weight in (0.5, 0.5, 0.25, 0.25):
+        loss.beta, loss.kl_weight = 2.0, weight
+        terms = loss(decoder_output(torch.float32, kernels), pixels(kernels), divergence(kernels))
+        torch.testing.assert_close(terms.loss, terms.recon + 2 * weight * terms.kld)
+    assert writes == [0.5]
+
+
+def test_other_dtypes_and_empty_memory_leave_the_weight(kernels):
+    images, kl = torch.zeros(2, 3, 4, 4, device=kernels), torch.full((2,), 3.0, device=kernels)
+    loss = BetaLoss(beta=0.1, kl_weight=1.0)
+    for move in (lambda m: m.half(), lambda m: m.to("meta").to_empty(device=kernels), copy.deepcopy):
+        loss = move(loss).to(kernels)
+        assert loss._weight.dtype == torch.float32
+        torch.testing.assert_close(loss(images, images, kl).loss, torch.tensor(0.3, device=kernels))
+    assert not loss.state_dict()
+
+
+def test_a_module_left_on_another_device_weighs_by_its_number(kernels):
+    images, kl = torch.zeros(2, 3, 4, 4, device=kernels), torch.full((2,), 3.0, device=kernels)
+    loss = BetaLoss(beta=0.5, kl_weight=1.0).to("meta")
+    assert float(loss(images, images, kl).loss) == 1.5
+
+
 def test_distributed_data_parallel(backend, tmp_path):
     if backend.type == "cuda" or torch.distributed.is_initialized():
         pytest.skip("one process group a process; gloo runs on the CPU")
@@ -125,11 +177,16 @@ def test_autocast_leaves_the_terms_in_float32(backend):
 
 
 CONSTRUCTORS = {
-    "beta": (lambda: BetaLoss(beta=-1.0), "beta must be at least 0, got -1"),
-    "gamma": (lambda: CapacityLoss(gamma=-1.0), "gamma must be at least 0, got -1"),
+    "beta": (lambda: BetaLoss(beta=-1.0), "beta must be a finite number of at least 0, got -1"),
+    "gamma": (lambda: CapacityLoss(gamma=-1.0), "gamma must be a finite number of at least 0, got -1"),
+    "a later beta": (lambda: setattr(BetaLoss(), "beta", float("nan")), "beta must be .* got nan"),
     "capacity": (lambda: CapacityLoss(max_capacity=-25.0), "max_capacity must be at least 0 nats, got -25"),
-    "iterations": (lambda: CapacityLoss(capacity_iters=0), "capacity_iters must be at least 1 step, got 0"),
-    "weight": (lambda: BetaLoss(kl_weight="n_over_m"), "kl_weight must be 'm_over_n' or a number.*n_over_m"),
+    "iterations": (lambda: CapacityLoss(capacity_iters=0), "capacity_iters must be at least 1 step.*got 0"),
+    "half iterations": (lambda: CapacityLoss(capacity_iters=2.5), "capacity_iters must be .*whole, got 2.5"),
+    "no end": (lambda: CapacityLoss(capacity_iters=float("inf")), "capacity_iters must be .* got inf"),
+    "weight": (lambda: BetaLoss(kl_weight="n_over_m"), "kl_weight must be 'm_over_n' or a .*n_over_m"),
+    "infinite weight": (lambda: BetaLoss(kl_weight=float("inf")), "kl_weight must be .*finite.* got inf"),
+    "weight True": (lambda: BetaLoss(kl_weight=True), "kl_weight must be .* got True"),
     "M over N of a KL": (
         lambda: BetaLoss()(torch.ones(2, 3, 8, 8), torch.ones(2, 3, 8, 8), torch.ones(2)),
         "needs mu and log_var.*give a number",

@@ -104,13 +104,47 @@ def test_odd_sizes(kernels, shape):
     torch.testing.assert_close(recon.grad, 2 * (recon - target).detach() / recon.numel())
 
 
-def test_equal_inputs_give_equal_bits(backend):
-    recon, target, kl = decoder_output(torch.bfloat16, backend), pixels(backend), divergence(backend)
-    results = []
-    for _ in range(2):
-        terms = ops.vae_loss(recon, target, kl, step=7, activation="tanh")
-        results.append((*terms, *torch.autograd.grad(terms.loss, (recon, kl))))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+def test_a_program_loops_over_its_share(kernels, monkeypatch):
+    monkeypatch.setattr(capacity_loss, "_PROGRAMS", 2)
+    recon = decoder_output(torch.float32, kernels, (9, 3, 30, 31))
+    terms = ops.vae_loss(recon, pixels(kernels, (9, 3, 30, 31)), divergence(kernels, 9), activation="tanh")
+    (gradient,) = torch.autograd.grad(terms.loss, recon)
+    expected = reference.vae_loss(
+        recon, pixels(kernels, (9, 3, 30, 31)), divergence(kernels, 9), activation="tanh"
+    )
+    torch.testing.assert_close(terms.recon, expected.recon)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.loss, recon)[0])
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["decoder trained", "decoder fixed"])
+def test_a_batch_larger_than_a_block(kernels, trained):
+    recon = torch.randn(5000, 1, device=kernels, requires_grad=trained)
+    kl = (torch.arange(5000.0, device=kernels) / 500).requires_grad_()
+    terms = ops.vae_loss(recon, torch.zeros_like(recon).detach(), kl, kl_weight=2.0)
+    terms.loss.backward()
+    torch.testing.assert_close(terms.kld, kl.detach().mean())
+    torch.testing.assert_close(kl.grad, torch.full_like(kl, 2 / 5000))
+    if trained:
+        torch.testing.assert_close(recon.grad, 2 * recon.detach() / 5000)
+
+
+def test_a_kl_of_any_stride(kernels):
+    images, table = torch.zeros(5, 2, device=kernels), torch.randn(5, 3, device=kernels, requires_grad=True)
+    terms = ops.vae_loss(images, images, table[:, 1])
+    torch.testing.assert_close(terms.kld, table[:, 1].mean())
+    terms.kld.backward()
+    torch.testing.assert_close(table.grad[:, 1], torch.full((5,), 0.2, device=kernels))
+    expanded = torch.tensor(3.0, device=kernels).expand(5)
+    assert float(ops.vae_loss(images, images, expanded).kld) == 3.0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("logit", [10.0, 16.0, 20.0, 30.0])
+def test_a_confident_logit_keeps_its_small_error(backend, logit):
+    one = torch.ones(1, 1, device=backend)
+    terms = ops.vae_loss(logit * one, one, one[0], likelihood="bernoulli")
+    exact = float(F.softplus(torch.tensor(-logit, dtype=torch.float64)))
+    assert float(terms.recon) == pytest.approx(exact, rel=1e-5, abs=0)
 
 
 def test_the_default_is_the_mean_squared_error(backend):
@@ -203,13 +237,65 @@ def test_no_capacity_is_the_absolute_kl(backend):
     torch.testing.assert_close(terms.loss, kl.mean())
 
 
-def test_without_gradients_nothing_is_stored(kernels):
-    recon = decoder_output(torch.float32, kernels)
-    arguments = 1.0, 25.0, 1, "gaussian", "tanh", "mean", 0.5, -1.0, False, False
-    *_, slope = capacity_loss.forward(recon, pixels(kernels), divergence(kernels), None, *arguments)
-    assert slope.numel() == 0
+def test_without_gradients_nothing_is_stored(kernels, monkeypatch):
+    slopes, plan = [], capacity_loss.plan_forward
+
+    def spy(*arguments):
+        launch, outputs = plan(*arguments)
+        slopes.append(outputs[-1].numel())
+        return launch, outputs
+
+    monkeypatch.setattr(capacity_loss, "plan_forward", spy)
+    recon, others = decoder_output(torch.float32, kernels), (pixels(kernels), divergence(kernels))
     with torch.no_grad():
-        assert not ops.vae_loss(recon, pixels(kernels), divergence(kernels)).loss.requires_grad
+        assert not ops.vae_loss(recon, *others).loss.requires_grad
+    ops.vae_loss(recon.detach(), *others)
+    assert slopes == [0, 0]
+    ops.vae_loss(recon, *others)
+    assert slopes[-1] == recon.numel()
+
+
+def test_the_kl_term_alone_leaves_recon_without_a_gradient(backend):
+    recon = torch.full((2, 3), torch.inf, device=backend, requires_grad=True)
+    kl = divergence(backend, 2)
+    ops.vae_loss(recon, torch.zeros_like(recon).detach(), kl).kld.backward()
+    assert recon.grad is None or (recon.grad == 0).all()
+    torch.testing.assert_close(kl.grad, torch.full_like(kl, 0.5))
+
+
+def test_the_kl_may_be_overwritten_after_the_loss(backend):
+    recon, kl = decoder_output(torch.float32, backend), divergence(backend)
+    overwritten = kl * 1
+    loss = ops.vae_loss(recon, pixels(backend), overwritten, kl_weight=2.0).loss
+    overwritten.detach().zero_()
+    with torch.no_grad():
+        overwritten.zero_()
+    loss.backward()
+    assert kl.grad.tolist() == pytest.approx([2.0 / 5] * 5)
+
+
+@pytest.mark.parametrize("step", [None, 10_000], ids=["beta", "capacity"])
+def test_the_weight_may_be_a_tensor(backend, step):
+    recon, target, kl = decoder_output(torch.float32, backend), pixels(backend), divergence(backend)
+    weight = torch.tensor(0.3, device=backend)
+    for functions in (ops.vae_loss, ops.vae_loss_and_grads):
+        results = [functions(recon, target, kl, kl_weight=w, step=step) for w in (weight, 0.3)]
+        for a, b in zip(*(r if isinstance(r, LossTerms) else (*r[0], *r[1:]) for r in results), strict=True):
+            torch.testing.assert_close(a, b)
+        terms = results[0] if isinstance(results[0], LossTerms) else results[0][0]
+        excess = (terms.kld - terms.capacity).abs() if step else terms.kld
+        torch.testing.assert_close(terms.loss, terms.recon + 0.3 * excess)
+
+
+def test_a_compiled_loss_takes_a_weight_that_changes(kernels):
+    recon, target, kl = decoder_output(torch.float32, kernels), pixels(kernels), divergence(kernels)
+    weight = torch.zeros((), device=kernels)
+    compiled = torch.compile(
+        lambda: ops.vae_loss(recon, target, kl, kl_weight=weight), fullgraph=True, backend="aot_eager"
+    )
+    for value in (0.5, 2.0):
+        weight.fill_(value)
+        torch.testing.assert_close(compiled().loss, ops.vae_loss(recon, target, kl, kl_weight=value).loss)
 
 
 def test_a_fixed_decoder_still_trains_the_encoder(backend):
@@ -232,10 +318,20 @@ def test_opcheck(kernels, likelihood, dtype):
     )
     activation = None if likelihood == "bernoulli" else "tanh"
     for step, with_slope in ((None, True), (torch.tensor(3, device=kernels), recon.requires_grad)):
+        weight = None if step is None else torch.tensor(0.5, device=kernels)
         options = 0.3, 25.0, 100, likelihood, activation, "mean", 0.5, -1.0, with_slope, False
-        opcheck(capacity_loss.forward, (recon, target, kl, step, *options))
+        opcheck(capacity_loss.forward, (recon, target, kl, step, weight, *options))
     one = torch.ones((), device=kernels)
-    opcheck(capacity_loss.backward, (recon.detach(), kl.detach(), one, one, None, one, 0.5))
+    for slope in (recon.detach(), recon.new_empty(0)):
+        opcheck(capacity_loss.backward, (slope, one, one, None, one, 0.5, 2, torch.bfloat16))
+
+
+def test_a_slope_with_gaps_is_no_slope(kernels):
+    one = torch.ones((), device=kernels)
+    with pytest.raises(AssertionError, match="order of memory"):
+        capacity_loss.backward(
+            torch.ones(2, 4, device=kernels)[:, ::2], one, one, None, None, 1.0, 2, torch.float32
+        )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -332,8 +428,46 @@ MISUSE = {
     "weight": (
         (images(), images(), KL),
         {"kl_weight": KL},
+        ValueError,
+        r"kl_weight must be a number or 0-d on cpu, got float32 \[2\]",
+    ),
+    "weight's dtype": (
+        (images(), images(), KL),
+        {"kl_weight": torch.tensor(1)},
         TypeError,
-        "kl_weight must be a number, got Tensor",
+        "kl_weight must be a number or a 0-d float32 tensor, got int64",
+    ),
+    "weight True": (
+        (images(), images(), KL),
+        {"kl_weight": True},
+        TypeError,
+        "kl_weight must be a number or a 0-d float32 tensor, got bool",
+    ),
+    "weight trained": (
+        (images(), images(), KL),
+        {"kl_weight": torch.tensor(1.0, requires_grad=True)},
+        ValueError,
+        "kl_weight gets no gradient",
+    ),
+    "target trained": (
+        (images(), images().requires_grad_(), KL),
+        {},
+        ValueError,
+        r"target gets no gradient: give target.detach\(\)",
+    ),
+    "recon a list": (([1.0], images(), KL), {"step": 3}, TypeError, "recon must be a tensor, got list"),
+    "step beyond 64 bits": ((images(), images(), KL), {"step": 2**63}, ValueError, "step must fit"),
+    "half an iteration": (
+        (images(), images(), KL),
+        {"capacity_iters": 2.5},
+        ValueError,
+        "capacity_iters must be .*whole, got 2.5",
+    ),
+    "no end of iterations": (
+        (images(), images(), KL),
+        {"capacity_iters": float("inf")},
+        ValueError,
+        "capacity_iters must be .* got inf",
     ),
     "likelihood": (
         (images(), images(), KL),
@@ -370,8 +504,20 @@ def test_misuse_says_what_was_expected(args, options, error, message):
         ops.vae_loss(*args, **options)
 
 
+def test_an_unknown_option_is_an_error(backend):
+    arguments = images().to(backend), images().to(backend), KL.to(backend)
+    for function in (ops.vae_loss, ops.vae_loss_and_grads):
+        with pytest.raises(TypeError, match="foo"):
+            function(*arguments, foo=1)
+
+
+def test_pytorch_vaes_iterations_of_1e5_are_whole(backend):
+    arguments = images().to(backend), images().to(backend), KL.to(backend)
+    assert float(ops.vae_loss(*arguments, step=50_000, capacity_iters=1e5).capacity) == pytest.approx(12.5)
+
+
 def test_where_nobody_can_look_a_wrong_probability_makes_the_loss_nan(kernels):
-    arguments = 1.0, 25.0, 1, "bernoulli", None, "mean", 0.5, 0.0, False, False
+    arguments = None, 1.0, 25.0, 1, "bernoulli", None, "mean", 0.5, 0.0, False, False
     target = torch.full((2, 8), 0.5, device=kernels)
     target[1, 3] = 1.5
     loss, *_ = capacity_loss.forward(

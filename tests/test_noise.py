@@ -77,6 +77,12 @@ def test_negative_seeds_and_steps_are_seeds(kernels):
     assert ulps(z.cpu(), noise.normal((4, 8), int64(-1), int64(-5))) <= 2
 
 
+def test_torchs_initial_seed_is_a_seed(backend):
+    zeros = torch.zeros(4, 8, device=backend)
+    z, _ = ops.reparam_kl(zeros, zeros, seed=2**64 - 1)  # as torch.initial_seed() after manual_seed(-1)
+    assert torch.equal(z, ops.reparam_kl(zeros, zeros, seed=-1)[0])
+
+
 def test_a_sample_does_not_depend_on_its_neighbours():
     whole = noise.normal((10, 4, 7), int64(3), int64(4))
     assert torch.equal(noise.normal((6, 4, 7), int64(3), int64(4)), whole[:6])

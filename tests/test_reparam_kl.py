@@ -99,10 +99,30 @@ def test_strides_change_nothing_but_strides(kernels, layout):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_equal_inputs_give_equal_bits(backend):
-    both = heads((2, 1500), torch.float32, backend)
-    first, second = (ops.reparam_kl(*both.chunk(2, 1), seed=1, per_dim=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+PAIRS = {
+    "rows apart": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "batch last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+}
+
+
+@pytest.mark.parametrize("layout", PAIRS.values(), ids=PAIRS)
+def test_mu_and_log_var_may_differ_in_layout(kernels, layout):
+    mu, log_var = (x.detach().contiguous() for x in heads((3, 4, 6, 5), torch.float32, kernels).chunk(2, 1))
+    expected = ops.reparam_kl(mu, log_var, seed=SEED, per_dim=True)
+    assert layout(mu).stride() != mu.stride()
+    for pair in ((layout(mu), log_var), (mu, layout(log_var))):
+        for a, b in zip(ops.reparam_kl(*pair, seed=SEED, per_dim=True), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_program_loops_over_its_columns(kernels, monkeypatch):
+    monkeypatch.setattr(reparam_kl, "_PROGRAMS", 2)
+    mu, log_var = heads((1, 5000), torch.float32, kernels).detach().chunk(2, 1)
+    z, kl, per_dim = ops.reparam_kl(mu, log_var, seed=SEED, step=STEP, per_dim=True)
+    expected = reference.reparam_kl(mu, log_var, eps_of(mu.shape).to(kernels))
+    for a, b in zip((z, kl, per_dim), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_long_row_is_split_and_a_split_row_adds_up(kernels):
@@ -345,6 +365,10 @@ MISUSE = {
         "step",
     ),
     "clamp": ((ones(2, 3),) * 2, {"clamp": (20.0, -30.0)}, ValueError, "clamp must be .* low < high"),
+    "one bound": ((ones(2, 3),) * 2, {"clamp": 20.0}, TypeError, "clamp must be two numbers.*got 20.0"),
+    "half a clamp": ((ones(2, 3),) * 2, {"clamp": (None, 20)}, TypeError, r"clamp must be .*\(None, 20\)"),
+    "seed beyond 64 bits": ((ones(2, 3),) * 2, {"seed": 2**64}, ValueError, "seed must fit into 64 bits"),
+    "step beyond 64 bits": ((ones(2, 3),) * 2, {"step": 2**63}, ValueError, "step must fit into 64 bits"),
 }
 
 
