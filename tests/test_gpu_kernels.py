@@ -78,6 +78,45 @@ def test_replays_on_concurrent_streams_do_not_share_tickets():
             assert torch.equal(ours, expected)
 
 
+def test_a_weight_assigned_between_replays_counts():
+    step = Step(8, 16)
+    step.loss.eval()
+    step.loss.step.fill_(10_000)
+    graph, outputs = capture(step)
+    for gamma in (10.0, 3.0, 0.0):
+        step.loss.gamma = gamma
+        graph.replay()
+        for ours, expected in zip(outputs, step(), strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("batch", [7, 14, 15, 28, 29, 144])
+def test_a_kld_of_c_is_c(batch):
+    kl = torch.full((batch,), 25.0, device="cuda", requires_grad=True)
+    images = torch.zeros(batch, 4, device="cuda")
+    terms = ops.vae_loss(images, images, kl, step=10_000)
+    terms.loss.backward()
+    assert (terms.kld.item(), terms.loss.item()) == (25.0, 0.0)
+    assert (kl.grad == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(144, 128), (1, 65536), (144, 4, 64, 64)], ids=str)
+def test_equal_inputs_give_equal_bits(shape):
+    """However the programs interleave; the interpreter runs them one by one and cannot tell."""
+    mu, log_var = cuda(*shape), cuda(*shape, seed=1)
+    recon = cuda(144, 3, 64, 64, dtype=torch.bfloat16)
+    target = torch.randint(256, recon.shape, dtype=torch.uint8, device="cuda")
+
+    def run() -> list[Tensor]:
+        latents = ops.reparam_kl(mu, log_var, seed=1, per_dim=True)
+        terms, *grads = ops.vae_loss_and_grads(recon, target, cuda(144), step=7, activation="tanh")
+        return [*latents, *terms, *grads]
+
+    first = run()
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
 def launches(function: Callable[[], object]) -> list[str]:
     """The names of the kernels that `function` launches, once warm."""
     function()
