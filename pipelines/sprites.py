@@ -40,7 +40,7 @@ SQUARE = 9.598  # half the side
 ELLIPSE = (12.766, 7.2135)  # semi-axes: across and up, at orientation 0
 HEART = (9.5938, 0.6622, 1.4363)  # half the width, the stretch upwards, the shift upwards
 
-WINDOW = 28  # pixels: covers every shape, wherever between two pixels its centre lies
+WINDOW = 29  # pixels: covers 13.6 to either side of a shape's centre, wherever in a pixel that lies
 CHUNK = 256  # images drawn at a time: what is computed for them stays in a core's cache
 BLOCK = 16 * CHUNK  # images that a worker draws at a time
 

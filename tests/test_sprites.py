@@ -59,6 +59,17 @@ def test_turning_goes_counter_clockwise_and_closes_its_circle():
     assert rising[:16, 16:32].sum() > 1.9 * rising[16:32, 16:32].sum()
 
 
+@pytest.mark.parametrize("shape", range(3))
+def test_corners_are_not_cut_off(shape, monkeypatch):
+    """A turned square's corner is 13.57 pixels from its centre; here are all its places between pixels."""
+    upright = [5, 15, 24, 34]  # orientations in which a corner of the square points almost straight up
+    x, y = np.indices((31, 31)).reshape(2, -1)
+    indices = torch.tensor([[shape, 5, o, *at] for o in upright for at in zip(x, y, strict=True)])
+    images = render(indices)
+    monkeypatch.setattr(sprites, "WINDOW", 32)
+    assert torch.equal(images, render(indices))
+
+
 def test_the_heart_stands_on_its_tip_and_is_symmetric():
     heart = draw(shape=2, x=0, y=0)[:32, :32]
     assert torch.equal(heart, heart.flip(1))
