@@ -20,11 +20,11 @@ import math
 import torch
 from torch import Tensor
 
-try:
+from bvae.kernels.launch import AVAILABLE
+
+if AVAILABLE:
     import triton
     import triton.language as tl
-except ImportError:  # Triton has no build for this platform: the torch half serves
-    triton = None
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -32,6 +32,8 @@ _MULTIPLIER_0 = 0xD2511F53
 _MULTIPLIER_1 = 0xCD9E8D57
 _WEYL_0 = 0x9E3779B9  # added to the key after every round: the golden ratio, and sqrt(3) - 1, of 2**32
 _WEYL_1 = 0xBB67AE85
+_UNIT = 2.0**-32  # of a word, in [0, 1)
+_TURN = 2 * math.pi * _UNIT  # of a word, in radians
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -78,11 +80,11 @@ def normal_pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     nearest quarter turn and a rest within an eighth of a turn, where Taylor's series to x**10 are exact to
     float32.
     """
-    u = radius.float() * 2.0**-32 + 2.0**-33
+    u = radius.float() * _UNIT + _UNIT / 2
     r = torch.sqrt(-2.0 * _log(u))
     quarter = ((angle + 0x20000000) >> 30) & 3
     rest = (((angle + 0x20000000) & 0x3FFFFFFF) - 0x20000000).float()
-    x = rest * (2 * math.pi * 2.0**-32)
+    x = rest * _TURN
     x2 = x * x
     cos = 1 + x2 * (-1 / 2 + x2 * (1 / 24 + x2 * (-1 / 720 + x2 * (1 / 40320 + x2 * (-1 / 3628800)))))
     sin = x * (1 + x2 * (-1 / 6 + x2 * (1 / 120 + x2 * (-1 / 5040 + x2 * (1 / 362880)))))
@@ -111,22 +113,30 @@ def normal(shape: torch.Size | tuple[int, ...], seed: Tensor, step: Tensor | Non
     return noise.flatten(1)[:, :elements].reshape(shape)
 
 
-if triton is not None:
+if AVAILABLE:
+    # the torch half's constants, as a kernel may read them
+    ROUNDS = tl.constexpr(_ROUNDS)
+    MULTIPLIER_0 = tl.constexpr(_MULTIPLIER_0)
+    MULTIPLIER_1 = tl.constexpr(_MULTIPLIER_1)
+    WEYL_0 = tl.constexpr(_WEYL_0)
+    WEYL_1 = tl.constexpr(_WEYL_1)
+    UNIT = tl.constexpr(_UNIT)
+    TURN = tl.constexpr(_TURN)
 
     @triton.jit
     def philox_words(c0, c1, c2, c3, k0, k1):
         """`philox` on uint32 blocks."""
-        for _ in tl.static_range(10):
-            high_0 = tl.umulhi(c0, 0xD2511F53)
-            high_1 = tl.umulhi(c2, 0xCD9E8D57)
-            low_0 = c0 * 0xD2511F53
-            low_1 = c2 * 0xCD9E8D57
+        for _ in tl.static_range(ROUNDS):
+            high_0 = tl.umulhi(c0, MULTIPLIER_0)
+            high_1 = tl.umulhi(c2, MULTIPLIER_1)
+            low_0 = c0 * MULTIPLIER_0
+            low_1 = c2 * MULTIPLIER_1
             c0 = high_1 ^ c1 ^ k0
             c1 = low_1
             c2 = high_0 ^ c3 ^ k1
             c3 = low_0
-            k0 = k0 + 0x9E3779B9
-            k1 = k1 + 0xBB67AE85
+            k0 = k0 + WEYL_0
+            k1 = k1 + WEYL_1
         return c0, c1, c2, c3
 
     @triton.jit
@@ -144,12 +154,12 @@ if triton is not None:
     @triton.jit
     def normals_of_words(radius, angle):
         """`normal_pair` on uint32 blocks."""
-        u = radius.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+        u = radius.to(tl.float32) * UNIT + UNIT / 2
         r = tl.sqrt_rn(-2.0 * log_of_uniform(u))
         turned = angle + 0x20000000
         quarter = turned >> 30
         rest = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32)
-        x = rest * 1.4629180792671596e-09
+        x = rest * TURN
         x2 = x * x
         cos = 1.0 + x2 * (-1 / 2 + x2 * (1 / 24 + x2 * (-1 / 720 + x2 * (1 / 40320 + x2 * (-1 / 3628800)))))
         sin = x * (1.0 + x2 * (-1 / 6 + x2 * (1 / 120 + x2 * (-1 / 5040 + x2 * (1 / 362880)))))
