@@ -1,5 +1,6 @@
 """Every command and snippet of the README runs, on small data and for few steps."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -18,7 +19,8 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
 ]
-TRAIN = ".venv/bin/python -m bvae.train "
+PYTHON = ".venv/bin/python -m "
+TRAIN = PYTHON + "bvae.train "
 SHORT = "--max-steps 2 --no-compile --image-size 32 --hidden-dims 4 8 --latent-dim 3 --batch-size 8"
 
 
@@ -31,7 +33,7 @@ def snippet(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return faces.write(tmp_path_factory.mktemp("data") / "faces", n=60, seed=0, progress=False)
+    return faces.write(tmp_path_factory.mktemp("data") / "faces", n=120, seed=0, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +72,19 @@ def test_make_target(command, data, tmp_path):
     assert target != "train" or (tmp_path / "run" / "traversals.gif").is_file()
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(PYTHON) and not c.startswith(TRAIN)])
+def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = command.removeprefix(PYTHON).replace("DIR", str(data)).replace("runs/NAME", str(run_folder))
+    module, *arguments = shlex.split(line, comments=True)
+    short = {"faces": ["--n", "9"], "bvae.evaluate": ["--points", "50", "--seeds", "1", "--factor-bins", "2"]}
+    arguments += short.get(module, []) + short.get(arguments[0], [])
+    assert importlib.import_module(module).main(arguments) == 0
+
+
 def test_every_command_is_run_by_a_test():
-    assert len(COMMANDS) > 5
-    assert [c for c in COMMANDS if not c.startswith((TRAIN, "make "))] == []
+    assert len(COMMANDS) > 12
+    assert [c for c in COMMANDS if not c.startswith((PYTHON, "make "))] == []
 
 
 def test_model_snippet(run_folder, tmp_path, monkeypatch):
