@@ -24,7 +24,8 @@ setup(
         "safetensors>=0.4",  # weights without pickle
         "tqdm>=4.66",  # progress bars with rate and ETA
         "scikit-learn>=1.4",  # the metrics' classifiers
-        "scipy>=1.11",  # ranks for the metrics; comes with scikit-learn
+        "scipy>=1.11",  # ranks and intervals for the metrics; comes with scikit-learn
+        "threadpoolctl>=3",  # one thread for trees that are too small for more; comes with scikit-learn
     ],
     extras_require={
         # NVIDIA DALI decodes JPEGs, on a GPU if there is one; without it torchvision does. Its builds install
