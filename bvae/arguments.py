@@ -8,11 +8,14 @@ from typing import Literal
 
 import torch
 import tyro
+import yaml
 
+from bvae import checkpoint
 from bvae import config as configuration
 from bvae.config import Config
 
-MAY_CHANGE = ("root", "cache_dir", "epochs", "max_steps", "log_every")  # in a resumed run
+# In a resumed run: where things are, how long it goes on, and the way out of a loss that is not finite.
+MAY_CHANGE = ("root", "cache_dir", "epochs", "max_steps", "log_every", "lr", "lr_gamma")
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,21 @@ def parse(argv: list[str], description: str) -> Arguments:
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--resume", "--data", "--device"):
-        early.add_argument(name)
+        early.add_argument(name, nargs="?")
     given, _ = early.parse_known_args(argv)
     base, out = Config(), None
+    notes: list[str] = []  # said once the command line turns out to be sound
     if given.resume and given.config:
         raise ValueError("--resume continues with the run's own configuration: leave --config out")
     if given.resume:
-        file = Path(given.resume) / "config.yaml"
-        if not file.is_file():
-            raise FileNotFoundError(f"{given.resume} is not a run folder: it holds no config.yaml")
-        base, _, _ = configuration.read(file)
-    elif given.config:
+        base = _checkpointed(Path(given.resume))
+    elif given.config is not None:
         base, unused, out = configuration.read(given.config)
         if unused:
-            print(f"{given.config}: {', '.join(unused)} have no counterpart here and are not used")
+            notes.append(f"{given.config}: no counterpart here, not used: {', '.join(unused)}")
     elif given.data in (None, "faces") and choose_device(given.device or "auto").type == "cpu":
         base, _, _ = configuration.read("faces_cpu")
-        print("no GPU: using the preset faces_cpu, sized for a CPU (half the seed's widths, 10 latents)")
+        notes.append("no GPU: the preset faces_cpu, sized for a CPU, gives what the command line leaves open")
 
     arguments = tyro.cli(
         Arguments,
@@ -69,7 +70,17 @@ def parse(argv: list[str], description: str) -> Arguments:
     arguments.settings.check()
     if arguments.resume:
         _check_resumable(base, arguments)
+    for note in notes:
+        print(note)
     return arguments
+
+
+def _checkpointed(run: Path) -> Config:
+    """The configuration with which a run was trained so far: its newest checkpoint's."""
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run} is not a run folder: it holds no config.yaml")
+    state = checkpoint.load_newest(run / checkpoint.FOLDER, torch.device("cpu"))
+    return configuration.from_mapping(Config, yaml.safe_load(state["config"]))
 
 
 def _check_resumable(base: Config, arguments: Arguments) -> None:

@@ -1,14 +1,12 @@
 """A run's configuration: dataclasses, their YAML, and the checks that come before any work.
 
 tyro turns the dataclasses into the command line (types, help and defaults from one place); PyYAML reads and
-writes the files. A file may be ours, or PyTorch-VAE's in either dialect (`pytorch_vae.py`).
+writes the files. A file may be ours, or PyTorch-VAE's in either dialect (`dialect.py`).
 """
 
 import contextlib
 import dataclasses
-import difflib
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -17,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from tyro.conf import arg
 
-from bvae import pytorch_vae
+from bvae.dialect import is_dialect, translate, unknown_key
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -185,10 +183,13 @@ _NOT_NEGATIVE = (
 )
 
 
+LARGEST = 3e38  # what float32 holds
+
+
 def _require(config: Config, name: str, in_range: Callable[[Any], bool], expected: str) -> None:
     section, key = name.split(".")
     value = getattr(getattr(config, section), key)
-    if isinstance(value, int | float) and not (math.isfinite(value) and in_range(value)):
+    if isinstance(value, int | float) and not (abs(value) <= LARGEST and in_range(value)):
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
@@ -200,20 +201,12 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def unknown_key(key: str, known: Iterable[str]) -> ValueError:
-    """The error for a mistyped key; it names the nearest one."""
-    known = list(known)
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return ValueError(
-        f"unknown key '{key}'"
-        + (f", did you mean '{nearest[0]}'?" if nearest else f"; known: {', '.join(known)}")
-    )
-
-
 def preset_or_path(name: str | Path) -> Path:
-    """The file of a preset by its name, or the path as it is."""
-    preset = PRESETS / f"{name}.yaml"
-    return preset if preset.is_file() else Path(name)
+    """A file if there is one, or else the preset of that name."""
+    preset = PRESETS / f"{Path(name).name}.yaml"
+    return (
+        preset if str(name) == preset.stem and preset.is_file() and not Path(name).is_file() else Path(name)
+    )
 
 
 def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
@@ -236,8 +229,8 @@ def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
             raise ValueError("not a YAML mapping of sections")
         unused: list[str] = []
         out = None
-        if pytorch_vae.is_dialect(loaded):
-            loaded, unused, out = pytorch_vae.translate(loaded)
+        if is_dialect(loaded):
+            loaded, unused, out = translate(loaded)
         return from_mapping(Config, loaded), unused, out
     except (ValueError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -280,6 +273,10 @@ def _convert(kind: Any, value: Any) -> Any:
     elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             return float(value)  # text too: YAML 1.1 reads 5e-4 as text
+    elif kind is int and isinstance(value, float | str):
+        with contextlib.suppress(ValueError):
+            if float(value).is_integer():
+                return int(float(value))  # 1e4
     elif kind is Path and isinstance(value, str):
         return Path(value)
     elif type(value) is kind:

@@ -97,7 +97,7 @@ def find(config: DataConfig) -> Source:
         raise ValueError(f"--data {config.name} needs --data-root, the folder that holds the images")
     if root is None:
         root = DRAWN_ROOT
-        if not root.exists():
+        if not (root / "celeba").exists():  # the last thing that drawing makes
             print(f"drawing {DRAWN} faces into {root}, once", flush=True)
             faces.write(root, n=DRAWN, seed=0)
     splits = (folder if config.name == "folder" else celeba).splits(root)

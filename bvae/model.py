@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bvae.ops import reparam_kl
@@ -135,7 +135,7 @@ class BetaVAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
+        (folder / "model.safetensors").write_bytes(save(weights))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "BetaVAE":

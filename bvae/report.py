@@ -1,6 +1,8 @@
 """What a run shows: a live bar or lines, metrics.jsonl, TensorBoard, and pictures of what was learned."""
 
+import contextlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -25,7 +27,7 @@ class Report:
 
     def __init__(self, out: Path, steps: int, done: int) -> None:
         if done:
-            _drop_lines_after(out / METRICS, done)
+            _drop_lines_after(out / METRICS, done, validate_again=done >= steps)
         self._steps = steps
         self._metrics = open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._tensorboard = SummaryWriter(str(out), purge_step=done + 1)
@@ -34,7 +36,7 @@ class Report:
             initial=done,
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
-            bar_format="{bar:10} step {n}/{total}, ETA {remaining}{postfix}",
+            bar_format="{bar:4} step {n}/{total} ETA {remaining}{postfix}",  # fits 80 columns
         )
 
     def advance(self) -> None:
@@ -47,7 +49,7 @@ class Report:
         """Write one record of training."""
         self._write("train", step, epoch, {**values, "images_per_s": round(images_per_s, 1)})
         shown = (
-            f"epoch {epoch}, loss {values['loss']:.4f}, KL {values['kld']:.2f}, C {values['capacity']:.2f}, "
+            f"epoch {epoch} loss {values['loss']:.3g} KL {values['kld']:.1f} C {values['capacity']:.1f} "
             f"{images_per_s:.0f} images/s"
         )
         self._bar.set_postfix_str(shown)
@@ -74,19 +76,24 @@ class Report:
         self._tensorboard.close()
 
     def _write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
-        record = {"split": split, "step": step, "epoch": epoch, **values}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        record = {"split": split, "step": step, "epoch": epoch, **finite}  # JSON knows no NaN
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """A resumed run writes the steps after its checkpoint again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+def _drop_lines_after(path: Path, step: int, validate_again: bool) -> None:
+    """Keep the records up to the checkpoint's step: a resumed run writes those after it again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a crash
+            record = json.loads(line)
+            last = step - 1 if validate_again and record["split"] == "valid" else step
+            if record["step"] <= last:
+                kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
 """The parts of a training run: built from a configuration, saved and restored."""
 
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bvae import __version__, checkpoint
+from bvae import checkpoint
 from bvae.arguments import Arguments, choose_device
 from bvae.config import Config, ObjectiveConfig
 from bvae.datasets import open_data
@@ -114,7 +115,6 @@ class Run:
             "step": self.done,
             "images": self.train.count,
             "config": self.config.to_yaml(),
-            "versions": {"bvae": __version__, "torch": str(torch.__version__)},
         }
         return checkpoint.save(self.out / checkpoint.FOLDER, self.done, state)
 
@@ -136,6 +136,20 @@ class Run:
         self.step.scaler.load_state_dict(state["scaler"])
         self.done = state["step"]
         self.step.restore(self.done)
+        if self.done > self.steps:
+            raise ValueError(
+                f"{self.out} is at step {self.done} already, beyond the {self.steps} asked for: "
+                "raise --epochs or --max-steps"
+            )
+
+
+def _check_writable(out: Path) -> None:
+    """Raise now what would otherwise end the run after the data have been decoded."""
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is a file: name another run folder with --out")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{nearest} cannot be written: name another run folder with --out")
 
 
 def prepare(arguments: Arguments) -> Run:
@@ -146,10 +160,13 @@ def prepare(arguments: Arguments) -> Run:
         raise FileExistsError(
             f"{out} exists: name another folder with --out, or continue with --resume {out}"
         )
+    _check_writable(out)
     device = choose_device(arguments.device)
     training = config.training
     train, valid, bad = open_data(config.data, training.batch_size, training.seed, device)
-    config = config.resolve(len(train))
+    given, config = config, config.resolve(len(train))
+    if config.data.root:  # a checkpoint may be resumed from another folder
+        config = replace(config, data=replace(config.data, root=config.data.root.resolve()))
 
     torch.manual_seed(training.seed)
     model = BetaVAE(
@@ -173,16 +190,16 @@ def prepare(arguments: Arguments) -> Run:
         seed=training.seed,
         dtype=dtype,
         compile=compiled,
-        history=training.log_every,
+        history=min(training.log_every, training.steps(len(train))),
     )
     run = Run(config, out, model, loss, optimizer, step, train, valid)
     if arguments.resume:
         run.restore()
     else:
         out.mkdir(parents=True)
-        (out / "config.yaml").write_text(config.to_yaml())
-        if bad:
-            (out / "bad_files.txt").write_text("".join(f"{file}\t{text}\n" for file, text in bad))
+    (out / "config.yaml").write_text(given.to_yaml())
+    if bad:
+        (out / "bad_files.txt").write_text("".join(f"{file}\t{text}\n" for file, text in bad))
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )

@@ -10,13 +10,12 @@ Results are in runs/NAME: traversals.gif, model.safetensors, metrics.jsonl and m
 """
 
 import errno
+import shlex
 import signal
 import sys
 import time
 from pathlib import Path
 from types import FrameType
-
-import torch
 
 from bvae import checkpoint
 from bvae.arguments import parse
@@ -76,12 +75,15 @@ def train(run: Run) -> tuple[Validation, float] | None:
     training, per_epoch = run.config.training, len(run.train)
     report, stop, speed = Report(run.out, run.steps, run.done), StopRequest(), Speed()
     first = run.done
+
+    def epoch() -> int:
+        return (run.done - 1) // per_epoch + 1
+
     try:
         while True:
-            epoch, start = divmod(run.done, per_epoch)
             speed.start()
-            for images, _ in run.train.epoch(epoch, start):
-                if stop.signal or run.done >= run.steps:
+            for images, _ in run.train.epoch(*divmod(run.done, per_epoch)):
+                if stop.signal or run.done == run.steps:
                     break
                 run.advance(images)
                 report.advance()
@@ -89,15 +91,18 @@ def train(run: Run) -> tuple[Validation, float] | None:
                     speed.start()  # the first step compiles
                 else:
                     speed.count(training.batch_size)
-                if run.done % training.log_every == 0:
-                    report.log(run.done, epoch + 1, run.metrics(), speed.images_per_s, training.batch_size)
+                if run.done % training.log_every == 0 or run.done == run.steps:
+                    report.log(run.done, epoch(), run.metrics(), speed.images_per_s, training.batch_size)
+            run.step.read(run.done)  # waits for the device
+            speed.count(0)
             run.save()
+            if run.done % per_epoch == 0 or run.done == run.steps:
+                result = validate(run.model, run.loss, run.valid, training.seed, run.step.dtype)
+                report.validation(run.done, epoch(), result)
+            if run.done == run.steps:
+                return result, speed.images_per_s
             if stop.signal:
                 return None
-            result = validate(run.model, run.loss, run.valid, training.seed, run.step.dtype)
-            report.validation(run.done, epoch + 1, result)
-            if run.done >= run.steps:
-                return result, speed.images_per_s
     finally:
         stop.restore()
         report.close()
@@ -125,19 +130,21 @@ def main(argv: list[str] | None = None) -> int:
         if outcome:
             finish(run, *outcome)
         else:
-            print(f"stopped at step {run.done} of {run.steps}; ", end="")
-            print(f"go on with: python -m bvae.train --resume {out}")
+            print(f"stopped at step {run.done} of {run.steps}. {_go_on(out)}")
         return 0
     except KeyboardInterrupt:
-        print(f"stopped. {_last_good(out)}", file=sys.stderr)
+        print(f"stopped. {_go_on(out)}", file=sys.stderr)
         return 130
     except FloatingPointError as error:
-        print(f"error: {error}. {_last_good(out)}. Try a lower --lr", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {error}. {_last_good(out)}. Try a smaller --batch-size", file=sys.stderr)
+        print(f"error: {error}. A lower --lr may help. {_go_on(out)}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error}. {_last_good(out)}", file=sys.stderr)
+        print(f"error: {error}. {_go_on(out)}" if out else f"error: {error}", file=sys.stderr)
         return 2 if out is None and error.errno != errno.ENOSPC else 1
+    except RuntimeError as error:
+        if "alloc" not in str(error) and "out of memory" not in str(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        print("a smaller --batch-size or --hidden-dims needs less", file=sys.stderr)
     except ValueError as error:
         if out:
             raise  # not the user's input: a bug, to be seen whole
@@ -146,9 +153,13 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
-def _last_good(out: Path | None) -> str:
+def _go_on(out: Path | None) -> str:
+    """What to do with what a run has left."""
     found = checkpoint.checkpoints(out / checkpoint.FOLDER) if out else []
-    return f"Last good checkpoint: {found[-1]}" if found else "There is no checkpoint"
+    if not found:
+        return "No checkpoint was written"
+    command = shlex.join([sys.executable, "-m", "bvae.train", "--resume", str(out)])
+    return f"The last good checkpoint is {found[-1].name}; go on with: {command}"
 
 
 if __name__ == "__main__":

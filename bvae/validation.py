@@ -1,5 +1,6 @@
 """What a model is worth on images that it was not trained on."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -57,4 +58,5 @@ def validate(
     count = data.count
     variance = (squares - pixels.square() / count).sum()
     loss_mean, mse, kld = (totals / count).tolist()
-    return Validation(loss_mean, mse, kld, 1 - (error / variance).item(), (kl_per_dim / count).tolist())
+    explained = 1 - (error / variance).item() if variance > 0 else math.nan
+    return Validation(loss_mean, mse, kld, explained, (kl_per_dim / count).tolist())

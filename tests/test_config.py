@@ -72,8 +72,16 @@ def test_presets_can_be_read():
 
 
 def test_text_that_is_a_number(tmp_path):
-    ours = read(tmp_path, "training: {lr: 5e-4}\nobjective: {kl_weight: 1e-3}")[0]
-    assert (ours.training.lr, ours.objective.kl_weight) == (5e-4, 1e-3)
+    ours = read(tmp_path, "training: {lr: 5e-4}\nobjective: {kl_weight: 1e-3, capacity_iters: 1e4}")[0]
+    objective = ours.objective
+    assert (ours.training.lr, objective.kl_weight, objective.capacity_iters) == (5e-4, 1e-3, 10_000)
+
+
+def test_a_file_comes_before_a_preset_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.read("faces_cpu")[0].model.latent_dim == 10
+    (tmp_path / "faces_cpu").write_text("model: {latent_dim: 77}")
+    assert config.read("faces_cpu")[0].model.latent_dim == 77
 
 
 @pytest.mark.parametrize(
@@ -104,6 +112,11 @@ def test_capacity_fits_the_run():
         ("training: {lr: fast}", "training.lr must be float, got 'fast'"),
         ("training: {amp: 1}", "training.amp must be bool, got 1"),
         ("training: {epochs: 2.5}", "training.epochs must be int, got 2.5"),
+        ("model_params: 3", "model_params must be a section of keys, got 3"),
+        ("model_params: {name: [a]}", "model_params.name must be text"),
+        ("logging_params: {save_dir: 3}", "logging_params.save_dir must be text"),
+        ("1: 2", "unknown key '1'"),
+        ("objective: {max_capacity: 1e40}", "objective.max_capacity must be 0 or more, got 1e"),
         ("training: [1]", "training must be a section of keys"),
         ("just text", "not a YAML mapping"),
         ("a: [", "run.yaml"),

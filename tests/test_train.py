@@ -73,7 +73,7 @@ def test_run_folder(data, tmp_path, capsys):
 
     last = metrics(out)[-1]
     assert {"loss", "mse", "kld", "capacity", "beta_norm", "active_units", "lr", "recon_nats"} <= last.keys()
-    assert [record["step"] for record in metrics(out)] == [5, 10]
+    assert [record["step"] for record in metrics(out)] == [5, 10, 14]
     assert [record["step"] for record in metrics(out, "valid")] == [7, 14]
     with Image.open(out / "traversals.gif") as gif:
         assert gif.n_frames > 8
@@ -106,8 +106,12 @@ def test_resume_continues_bit_for_bit(data, tmp_path):
         assert torch.equal(value, weights(parts)[name]), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_and_resumed_is_the_run_never_stopped(data, tmp_path, monkeypatch, capsys, number):
+@pytest.mark.parametrize(
+    ("number", "at"),
+    [(signal.SIGTERM, 11), (signal.SIGINT, 11), (signal.SIGINT, 14)],
+    ids=["SIGTERM", "Ctrl-C", "at the end of an epoch"],
+)
+def test_stopped_and_resumed_is_the_run_never_stopped(data, tmp_path, monkeypatch, capsys, number, at):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run(data, whole, "--max-steps", 20) == 0
 
@@ -115,13 +119,14 @@ def test_stopped_and_resumed_is_the_run_never_stopped(data, tmp_path, monkeypatc
 
     def signalled(self, images):
         original(self, images)
-        if int(self.step) == 11:
+        if int(self.step) == at:
             signal.raise_signal(number)
 
     monkeypatch.setattr(step.TrainingStep, "__call__", signalled)
     assert run(data, stopped, "--max-steps", 20) == 0
-    said = f"stopped at step 11 of 20; go on with: python -m bvae.train --resume {stopped}"
-    assert said in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"stopped at step {at} of 20." in said
+    assert f"go on with: {sys.executable} -m bvae.train --resume {stopped}" in said
     assert not (stopped / "model.safetensors").exists()
     monkeypatch.undo()
 
@@ -190,7 +195,7 @@ def test_the_seeds_configuration_runs_as_written(data, tmp_path, capsys):
     out = tmp_path / "logs" / "BetaVAE_B"
     written = yaml.safe_load((out / "config.yaml").read_text())
     assert written["model"]["hidden_dims"] == [32, 64, 128, 256, 512]
-    assert written["objective"]["kl_weight"] == 128 / 64**2
+    assert metrics(out)[-1]["beta_norm"] == 10 * (128 / 64**2) * 128  # gamma M_N M
     assert "trainer_params.gpus" in capsys.readouterr().out
 
 
@@ -281,6 +286,53 @@ def test_resume_refuses_other_data(data, tmp_path, capsys):
     assert "trained on 120 images, the data now hold 80" in capsys.readouterr().err
 
 
+def test_extended_run_goes_on_as_extended(data, tmp_path, capsys):
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    run(data, whole, "--max-steps", 10, "--capacity-iters", 5)
+    run(data, longer, "--max-steps", 5, "--capacity-iters", 5)
+    assert main(["--resume", str(longer), "--max-steps", "10"]) == 0
+    assert main(["--config", str(longer / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(longer)[name]), name
+        assert torch.equal(value, weights(tmp_path / "again")[name]), name
+    assert main(["--resume", str(longer), "--max-steps", "3"]) == 2
+    assert "is at step 10 already, beyond the 3 asked for" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_changes_nothing(data, tmp_path):
+    run(data, tmp_path / "run", "--epochs", 2)
+    before = weights(tmp_path / "run"), metrics(tmp_path / "run"), metrics(tmp_path / "run", "valid")
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert metrics(tmp_path / "run") == before[1]
+    assert metrics(tmp_path / "run", "valid") == before[2]
+    for name, value in weights(tmp_path / "run").items():
+        assert torch.equal(value, before[0][name]), name
+
+
+def test_config_of_a_run_follows_new_options(data, tmp_path):
+    """What was 'm_over_n' or 'auto' is worked out anew, not frozen at the first run's numbers."""
+    run(data, tmp_path / "a", "--max-steps", 4)
+    again = ["--config", str(tmp_path / "a" / "config.yaml"), "--latent-dim", "6", "--max-steps", "8"]
+    assert main([*again, "--out", str(tmp_path / "b")]) == 0
+    state = checkpoint.load_newest(tmp_path / "b" / "checkpoints", torch.device("cpu"))
+    objective = yaml.safe_load(state["config"])["objective"]
+    assert (objective["kl_weight"], objective["capacity_iters"]) == (6 / 32**2, 4)
+
+
+def test_learning_rate_falls_each_epoch(data, tmp_path):
+    run(data, tmp_path / "run", "--epochs", 2, "--lr", 1e-3, "--lr-gamma", 0.5)
+    assert [(r["step"], r["lr"]) for r in metrics(tmp_path / "run")] == [(5, 1e-3), (10, 5e-4), (14, 5e-4)]
+
+
+def test_first_drawing_interrupted(tmp_path, monkeypatch):
+    """What is left of it does not count as the data set."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "faces").mkdir(parents=True)
+    monkeypatch.setattr("bvae.datasets.DRAWN", 60)
+    assert main([*TINY, "--max-steps", "2", "--out", "run"]) == 0
+    assert (tmp_path / "data" / "faces" / "celeba" / "factors.csv").is_file()
+
+
 def test_damaged_checkpoint_is_named(data, tmp_path, capsys):
     run(data, tmp_path / "run", "--epochs", 2)
     older, newest = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
@@ -318,11 +370,10 @@ def test_full_disk_keeps_the_last_checkpoint(data, tmp_path, capsys):
     assert [path.name for path in folder.iterdir()] == ["step-00000007.pt"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_read_only_folder(data, tmp_path, capsys):
-    tmp_path.chmod(0o500)
-    assert run(data, tmp_path / "run") == 2
-    assert "Permission denied" in capsys.readouterr().err
+def test_run_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("/absent", tmp_path / "file" / "run") == 2  # found before the data are looked for
+    assert f"{tmp_path / 'file'} is a file: name another run folder" in capsys.readouterr().err
 
 
 # ---- in a process of its own -------------------------------------------------------------------------------
@@ -348,7 +399,7 @@ def test_a_terminal_gets_one_live_bar(data, tmp_path):
         *TINY,
     ]
     screen, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))  # rows, columns
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # rows, columns
     subprocess.run([*command, "--max-steps", "10"], stdout=terminal, stderr=terminal, check=True)
     os.close(terminal)
     shown = b""
@@ -358,6 +409,8 @@ def test_a_terminal_gets_one_live_bar(data, tmp_path):
         except OSError:  # the end of a terminal whose writers are gone
             break
     assert b"\r" in shown
-    assert b"step 10/10" in shown
+    last = shown[shown.rindex(b"step 10/10") :].split(b"\r")[0]
+    for part in (b"ETA", b"epoch 2", b"loss", b"KL", b"C ", b"images/s"):
+        assert part in last
     assert b"explained variance" in shown
     assert b"ETA 0:00:00" not in shown  # the lines that stand in for the bar elsewhere
