@@ -45,7 +45,7 @@ class _Objective(nn.Module):
     ) -> None:
         super().__init__()
         ops.check_objective(likelihood, activation, reduction, decoder_variance)
-        self._factor, self._kl_weight = factor, kl_weight
+        self._factor, self._kl_weight, self._by_shape = factor, kl_weight, kl_weight == "m_over_n"
         self.register_buffer("_weight", torch.zeros((), dtype=torch.float32), persistent=False)
         self._set_factor(factor)
         self.kl_weight = kl_weight
@@ -69,6 +69,7 @@ class _Objective(nn.Module):
         if not _is_weight(value) and not (isinstance(value, str) and value == "m_over_n"):
             raise ValueError(f"kl_weight must be 'm_over_n' or a finite number of at least 0, got {value!r}")
         before, self._kl_weight = self._kl_weight, value
+        self._by_shape = isinstance(value, str)  # so that a compiled forward looks at no number
         if value != before:
             self._write_weight()
 
@@ -79,7 +80,7 @@ class _Objective(nn.Module):
             self._write_weight()
 
     def _number(self) -> float:
-        return float(self._factor) * (1.0 if self._kl_weight == "m_over_n" else float(self._kl_weight))
+        return float(self._factor) * (1.0 if self._by_shape else float(self._kl_weight))
 
     def _write_weight(self) -> None:
         with torch.no_grad():
@@ -96,7 +97,7 @@ class _Objective(nn.Module):
         """kl `[B]` and the part of its weight that the shapes give, from (kl) or from (mu, log_var)."""
         if log_var is not None:
             mu, kl = kl, ops.gaussian_kl(kl, log_var)
-        if self._kl_weight != "m_over_n":
+        if not self._by_shape:
             return kl, 1.0
         if log_var is None or recon.dim() != 4:
             raise ValueError(
@@ -137,8 +138,12 @@ class BetaLoss(_Objective):
     Args:
         beta: at least 0.
         kl_weight: 'm_over_n' is M / N, latent dimensions over pixels (H x W), to go with a mean squared
-            error; a number is taken as it is: 1 with `reduction="sum"` is the paper's objective.
+            error; a number is taken as it is: 1 with `reduction="sum"` is the paper's objective. It and beta
+            may be assigned later, each step too.
         likelihood, activation, reduction, decoder_variance: see `bvae.ops.vae_loss`.
+
+    One launch forward and one backward; with (mu, log_var) another of each, for the KL, which
+    `bvae.ops.reparam_kl` gives with the sample at no cost.
     """
 
     def __init__(
@@ -181,8 +186,7 @@ class CapacityLoss(_Objective):
     activation checkpointing the recomputed pass counts too, as it does for BatchNorm's statistics: leave the
     loss out of what is checkpointed.
 
-    Launches, forward: the counter's and the kernel's; with (mu, log_var) one more, of the KL, whose backward
-    pass is a second one too. `bvae.ops.reparam_kl` gives the KL with the sample at no cost.
+    Launches: those of `BetaLoss`, and the counter's.
 
     Args:
         gamma: at least 0.
