@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from bvae import config, metrics
 from bvae.arguments import choose_device
+from bvae.datasets import CELEBA_CROP, DRAWN_ROOT
 from bvae.metrics import inputs, posterior, truth
 from bvae.metrics.dci import Boosting, dci
 from bvae.metrics.heat_map import heat_map
@@ -95,7 +96,7 @@ def open_truth(arguments: Arguments, model: BetaVAE) -> truth.Truth:
     if name == "sprites":
         return truth.sprites(model)
     return truth.folder(
-        root or Path("data/faces"), model, arguments.factor_bins, truth.CROP if crop is None else crop
+        root or DRAWN_ROOT, model, arguments.factor_bins, CELEBA_CROP if crop is None else crop
     )
 
 

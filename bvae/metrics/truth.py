@@ -10,13 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bvae.datasets import CELEBA_CROP
 from bvae.metrics.inputs import Factors
 from bvae.model import BetaVAE
 from bvae.pipelines import sprites as shapes
 from bvae.reference import scale_pixels
 from bvae.traverse import read_image
-
-CROP = 148  # pixels of CelebA's and the drawn faces' 178 x 218, as in training
 
 
 class Truth(NamedTuple):
@@ -44,7 +43,7 @@ def sprites(model: BetaVAE) -> Truth:
     return Truth(shapes.FACTORS, shapes.unravel(torch.arange(shapes.COUNT)).numpy(), images)
 
 
-def folder(root: Path, model: BetaVAE, bins: int, crop: int = CROP) -> Truth:
+def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Truth:
     """The images of a folder in CelebA's layout that holds a factors.csv, as `bvae.data faces` writes it.
 
     Args:
