@@ -40,7 +40,7 @@ FACTORS = (
     Factor("glasses", "binary", 0, 1, "1 wears glasses"),
     Factor("age", "continuous", 0, 1, "depth of the lines on forehead, cheeks and around the eyes"),
     Factor("background", "circular", 0, 360, "hue of the wall and the jumper, degrees"),
-    Factor("light", "continuous", -65, 65, "degrees the light stands to the image's right"),
+    Factor("light", "continuous", -50, 50, "degrees the light stands to the image's right"),
 )
 
 
@@ -279,8 +279,8 @@ class Scene(NamedTuple):
             Light(0.88 * side.sin(), -0.475, 0.88 * side.cos()),
             _ramp(SKIN, skin),
             _ramp(HAIR_COLOURS, hair),
-            _tint(hue, 0.22, 0.97),
-            _tint(hue, 0.42, 0.80),
+            _tint(hue, 0.28, 0.97),
+            _tint(hue, 0.46, 0.80),
             _tint(hue, 0.55, 0.62),
             *(f[:, None, None] for f in (smile, length, glasses, age)),
         )
