@@ -53,16 +53,20 @@ def _locate(root: Path) -> tuple[Path, Path]:
 def _read_partition(base: Path) -> list[tuple[str, int]]:
     """(file name, split number) of every listed image."""
     path = next(
-        (p for p in (base / f"list_eval_partition.{end}" for end in ("txt", "csv")) if p.is_file()), None
+        (p for p in (base / f"list_eval_partition.{end}" for end in ("txt", "csv")) if p.exists()), None
     )
     if path is None:
         raise FileNotFoundError(f"{base} holds no list_eval_partition.txt (or .csv), which gives the splits")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"{path} is empty")
     if path.suffix == ".csv":
-        lines = [line.replace(",", " ") for line in lines[1:]]  # image_id,partition
+        if lines[0].strip() != "image_id,partition":
+            raise ValueError(f"{path}: expected the header image_id,partition, got {lines[0]!r}")
+        lines = [line.replace(",", " ") for line in lines[1:]]
     partition = []
     for number, line in enumerate(lines, start=2 if path.suffix == ".csv" else 1):
         words = line.split()

@@ -20,7 +20,9 @@ def splits(root: Path) -> dict[str, list[ImageFile]]:
         raise FileNotFoundError(f"no folder at {root}; give the folder of images with --data-root")
     images: list[ImageFile] = []
     for path in sorted(Path(root).rglob("*")):
-        if path.suffix.lower() in SUFFIXES:
+        if path.name.startswith("."):  # macOS leaves ._x.jpg beside x.jpg
+            continue
+        if path.suffix.lower() in SUFFIXES and path.is_file():
             images.append(str(path))
         elif path.suffix.lower() == ".tar":
             images += members(path, SUFFIXES)

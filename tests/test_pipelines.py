@@ -53,6 +53,9 @@ def test_partial_celeba_without_validation_images_holds_some_out(tmp_path, capsy
         ("quota page", "is not a zip file. Downloads often save"),
         ("no list", "holds no list_eval_partition.txt"),
         ("binary list", "cannot be read"),
+        ("empty list", "list_eval_partition.txt is empty"),
+        ("list is a folder", "list_eval_partition.txt cannot be read"),
+        ("web page as CSV", "expected the header image_id,partition, got '<html>'"),
         ("bad line", "list_eval_partition.txt, line 3: expected a file name and a split"),
         ("unknown split", "line 1: expected a file name and a split, .* got '000001.jpg 7'"),
         ("climbing name", "line 1: ../../secret.jpg leads out of the folder of the images"),
@@ -74,6 +77,14 @@ def test_celeba_damage(tmp_path, damage, message):
         partition.unlink()
     elif damage == "binary list":
         partition.write_bytes(b"\xff\xfe\x00\x80")
+    elif damage == "empty list":
+        partition.write_text("")
+    elif damage == "list is a folder":
+        partition.unlink()
+        partition.mkdir()
+    elif damage == "web page as CSV":
+        partition.unlink()
+        partition.with_suffix(".csv").write_text("<html>\nQuota exceeded\n</html>\n")
     elif damage == "bad line":
         partition.write_text("000001.jpg 0\n000002.jpg 0\nnonsense\n")
     elif damage == "unknown split":
@@ -90,6 +101,8 @@ def test_folder_takes_any_tree(tmp_path):
     for i in range(20):
         write_image(tmp_path / f"{i % 3}" / "deep" / f"{i:02}{('.jpg', '.PNG', '.jpeg')[i % 3]}", (40, 40))
     (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "._00.jpg").write_text("what macOS leaves beside 00.jpg")
+    (tmp_path / "folder.jpg").mkdir()
     parts = folder.splits(tmp_path)
     assert {split: len(files) for split, files in parts.items()} == {"train": 16, "valid": 2, "test": 2}
     assert len({file for files in parts.values() for file in files}) == 20
