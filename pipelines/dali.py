@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,17 @@ class _Work(NamedTuple):
     jpegs: list[int]  # places of what DALI decodes
     apart: dict[int, Future[str | None]]  # places of what torchvision decodes
     bad: dict[int, str]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch's other threads would spin for a while after each operation, on cores where DALI decodes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class DaliDecoder:
@@ -55,16 +66,18 @@ class DaliDecoder:
         """The batches in their order, each of MAX_BATCH files at most."""
         queue: deque[_Work] = deque()
         pipeline = self._pipeline()
-        pool = ThreadPoolExecutor(cores())
+        pool = ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,))
         try:
             for files in batches:
-                work = self._start(pipeline, pool, files)
-                queue.append(work)
+                with _one_thread():
+                    queue.append(self._start(pipeline, pool, files))
+                    if len(queue) > AHEAD:
+                        pipeline = self._collect(pipeline, pool, queue)
                 if len(queue) > AHEAD:
-                    pipeline = self._collect(pipeline, pool, queue)
                     yield self._finish(queue.popleft())
             while queue:
-                pipeline = self._collect(pipeline, pool, queue)
+                with _one_thread():
+                    pipeline = self._collect(pipeline, pool, queue)
                 yield self._finish(queue.popleft())
         finally:
             pool.shutdown(cancel_futures=True)

@@ -106,7 +106,8 @@ class TorchDecoder:
             images, work = queue.popleft()
             return Decoded(images, {i: text for i, task in enumerate(work) if (text := task.result())})
 
-        pool = ThreadPoolExecutor(cores())
+        # One thread of torch per worker: whole images in parallel scale better than each operation does.
+        pool = ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,))
         try:
             for files in batches:
                 images = torch.zeros(
