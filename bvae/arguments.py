@@ -42,9 +42,11 @@ def parse(argv: list[str], description: str) -> Arguments:
         SystemExit: --help, or options that cannot be read (status 2).
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--resume", "--data", "--device"):
+    for name in ("--config", "--resume", "--data", "--device", "--loss-type"):
         early.add_argument(name, nargs="?")
     given, _ = early.parse_known_args(argv)
+    if given.loss_type not in (None, "VAE", "H", "B"):
+        raise ValueError(f"Undefined loss type. --loss-type must be VAE, H or B, got {given.loss_type}")
     base, out = Config(), None
     notes: list[str] = []  # said once the command line turns out to be sound
     if given.resume and given.config:

@@ -232,6 +232,7 @@ def test_compiled_run(data, tmp_path):
         ("--data celeba --data-root {empty}", "holds no img_align_celeba/ folder"),
         ("--batch-size 1000", "holds 120 training images, fewer than a batch of 1000"),
         ("--crop 200", "135 of 135 images cannot be used"),
+        ("--loss-type TC", "Undefined loss type. --loss-type must be VAE, H or B, got TC"),
         ("--latent-dim 0", "model.latent_dim must be positive, got 0"),
         ("--lr -1", "training.lr must be positive, got -1.0"),
         ("--config /absent.yaml", "no configuration at /absent.yaml"),
