@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import tyro
@@ -12,7 +12,7 @@ import yaml
 
 from bvae import checkpoint
 from bvae import config as configuration
-from bvae.config import Config
+from bvae.config import Config, LossType
 
 # In a resumed run: where things are, how long it goes on, and the way out of a loss that is not finite.
 MAY_CHANGE = ("root", "cache_dir", "epochs", "max_steps", "log_every", "lr", "lr_gamma")
@@ -45,7 +45,7 @@ def parse(argv: list[str], description: str) -> Arguments:
     for name in ("--config", "--resume", "--data", "--device", "--loss-type"):
         early.add_argument(name, nargs="?")
     given, _ = early.parse_known_args(argv)
-    if given.loss_type not in (None, "VAE", "H", "B"):
+    if given.loss_type not in (None, *get_args(LossType)):
         raise ValueError(f"Undefined loss type. --loss-type must be VAE, H or B, got {given.loss_type}")
     base, out = Config(), None
     notes: list[str] = []  # said once the command line turns out to be sound

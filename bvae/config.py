@@ -17,6 +17,7 @@ from tyro.conf import arg
 
 from bvae.dialect import is_dialect, translate, unknown_key
 
+LossType = Literal["VAE", "H", "B"]
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -64,7 +65,7 @@ class ObjectiveConfig:
     """The loss. VAE: recon + kl_weight KL. H: recon + beta kl_weight KL (Higgins et al. 2017).
     B: recon + gamma kl_weight |KL - C|, C rising to max_capacity (Burgess et al. 2018)."""
 
-    loss_type: Literal["VAE", "H", "B"] = "B"
+    loss_type: LossType = "B"
     """VAE, H (beta) or B (capacity)."""
     beta: float = 4.0
     """Weight of the KL in H."""

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from bvae import pytorch_vae
 from bvae.ops import reparam_kl
 
 ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
@@ -163,8 +164,6 @@ class BetaVAE(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: the file is not such a checkpoint.
         """
-        from bvae import pytorch_vae
-
         config, state = pytorch_vae.load(path)
         model = cls(**config)
         model.load_state_dict(state)

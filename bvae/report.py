@@ -135,12 +135,13 @@ def grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> Image.Image:
 def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: Path, rows: int = 8) -> None:
     """Write reconstructions.png, samples.png, traversals.png and traversals.gif.
 
+    Leaves the model in evaluation mode.
+
     Args:
         x: validation images [N, C, H, W] in the decoder's range. The traversals of the PNG start from the
             most typical one, whose mu is the shortest; those of the GIF from the first ones.
         kl_per_dim: nats per latent; the `rows` latents with the highest are traversed, highest first.
     """
-    was_training = model.training
     model.eval()
     activation = model.activation
     pairs = [to_uint8(part, activation) for x8 in x[:32].split(8) for part in (x8, model.reconstruct(x8))]
@@ -162,7 +163,6 @@ def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: P
         for t in there_and_back
     ]
     frames[0].save(out / "traversals.gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
-    model.train(was_training)
 
 
 def traversal(model: BetaVAE, z: Tensor, latent: int, steps: int) -> Tensor:

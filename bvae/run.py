@@ -85,14 +85,14 @@ class Run:
         scalars = self.step.read(self.done)
         n_pixels = math.prod(self.model.input_shape)
         objective = self.config.objective
-        # The papers' beta weighs the KL against a reconstruction summed over pixels.
-        beta = objective.weight_on_kl * (n_pixels if objective.recon == "mean" else 1)
-        kl_per_dim = self.step.kl_per_dim
+        # The papers sum the reconstruction over pixels, and their beta weighs the KL against that sum.
+        summed = n_pixels if objective.recon == "mean" else 1
+        beta = objective.weight_on_kl * summed
         return {
             **scalars,
-            "recon_nats": scalars["recon"] * (n_pixels if objective.recon == "mean" else 1),
+            "recon_nats": scalars["recon"] * summed,
             "beta_norm": beta * self.model.latent_dim / n_pixels,  # Higgins et al. 2017: beta M / N
-            "active_units": int((kl_per_dim > ACTIVE).sum()),
+            "active_units": int((self.step.kl_per_dim > ACTIVE).sum()),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
 
