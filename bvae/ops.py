@@ -79,6 +79,7 @@ def reparam_kl(
     *,
     seed: Tensor | int | None = None,
     step: Tensor | int | None = None,
+    first_sample: int = 0,
     clamp: tuple[float, float] | None = None,
     per_dim: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -96,6 +97,8 @@ def reparam_kl(
         seed: 0-d int64 tensor on mu's device, or an int up to 2**64 - 1, which a captured graph freezes. None
             draws one from torch's generator, so that `torch.manual_seed` reproduces and each call differs.
         step: 0-d int64 tensor on mu's device, or an int: another step of one seed is other noise. None is 0.
+        first_sample: the first sample's number, where the batch is a part of a larger one: together the parts
+            draw what the whole would.
         clamp: (low, high) bounds of log_var, at and outside which its gradient is zero; diffusers: (-30, 20).
         per_dim: also return the batch's mean KL of each dimension.
 
@@ -112,11 +115,15 @@ def reparam_kl(
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=mu.device)
     seed = _counter("seed", seed, mu.device)
     step = None if step is None else _counter("step", step, mu.device)
+    if not 0 <= first_sample <= 2**32 - len(mu):
+        raise ValueError(
+            f"first_sample must be 0 or more and number {len(mu)} samples in 32 bits, got {first_sample}"
+        )
     if launch.runs_triton(mu, log_var):
         bounds = None if clamp is None else list(clamp)
-        z, kl, kl_per_dim, _ = latent_kernel.forward(mu, log_var, seed, step, bounds, per_dim)
+        z, kl, kl_per_dim, _ = latent_kernel.forward(mu, log_var, seed, step, bounds, per_dim, first_sample)
     else:
-        eps = noise.normal(mu.shape, seed, step)
+        eps = noise.normal(mu.shape, seed, step, first_sample)
         z, kl, kl_per_dim = reference.reparam_kl(mu, log_var, eps, clamp=clamp)
     return (z, kl, kl_per_dim) if per_dim else (z, kl)
 

@@ -96,16 +96,18 @@ def normal_pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     return r * first, r * second
 
 
-def normal(shape: torch.Size | tuple[int, ...], seed: Tensor, step: Tensor | None = None) -> Tensor:
+def normal(
+    shape: torch.Size | tuple[int, ...], seed: Tensor, step: Tensor | None = None, first_sample: int = 0
+) -> Tensor:
     """Standard normal noise of `shape` `[B, ...]`, float32, on the seed's device.
 
-    `seed` and `step` are 0-d int64 tensors; no step is step 0.
+    `seed` and `step` are 0-d int64 tensors; no step is step 0. The samples' numbers begin at `first_sample`.
     """
     samples, elements = shape[0], math.prod(shape[1:])
     if step is None:
         step = torch.zeros_like(seed)
     group = torch.arange((elements + 3) // 4, device=seed.device)[None, :]
-    sample = torch.arange(samples, device=seed.device)[:, None]
+    sample = torch.arange(first_sample, first_sample + samples, device=seed.device)[:, None]
     counter = (group, sample, step & _MASK, (step >> 32) & _MASK)
     w0, w1, w2, w3 = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
     pairs = normal_pair(torch.stack((w0, w2), dim=-1), torch.stack((w1, w3), dim=-1))

@@ -38,10 +38,10 @@ def _tile(row_block, column_block, batch, row_length, ROWS: tl.constexpr, COLUMN
 
 
 @triton.jit
-def _noise(rows, column_block, seed, step, COLUMNS: tl.constexpr):
+def _noise(samples, column_block, seed, step, COLUMNS: tl.constexpr):
     """The tile's noise `[ROWS, COLUMNS]`: four neighbours share a Philox block."""
     groups = (column_block * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4))[None, :]
-    n0, n1, n2, n3 = four_normals(groups, rows, seed, step)
+    n0, n1, n2, n3 = four_normals(groups, samples, seed, step)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
 
 
@@ -51,7 +51,9 @@ def _clamped(log_var, low, high):
     return tl.where(log_var < low, low, tl.where(log_var > high, high, log_var))
 
 
-@triton.jit(do_not_specialize=["batch", "splits"])  # another batch size compiles only if the tile changes
+@triton.jit(
+    do_not_specialize=["batch", "splits", "first_sample"]
+)  # another batch size compiles only if the tile changes
 def _forward_kernel(
     mu,  # [batch, row_length] in 1 + DIMS dimensions, as log_var and z
     log_var,
@@ -61,6 +63,7 @@ def _forward_kernel(
     key,  # [2] int64: seed and step as this launch read them, for the backward pass
     seed,  # 0-d int64
     step,  # 0-d int64, or None for 0
+    first_sample,  # row 0's number, which keys its noise
     row_sums,  # [batch, splits] float32, or None if splits is 1
     column_sums,  # [row blocks, row_length] float32, or None
     ticket,  # int32 zeros, one per row block, then one per column block; None without either of the sums
@@ -105,7 +108,7 @@ def _forward_kernel(
         if CLAMP:
             v = _clamped(v, low, high)
         if z is not None:
-            eps = _noise(rows, column_block, seed_value, step_value, COLUMNS)
+            eps = _noise(rows + first_sample, column_block, seed_value, step_value, COLUMNS)
             z_at = z + rows * z_row_stride + offsets(columns, sizes, z_strides, DIMS)
             tl.store(z_at, (m + tl.exp(0.5 * v) * eps).to(z.dtype.element_ty), mask=mask)
         kl_element = tl.where(mask, 0.5 * (m * m + tl.exp(v) - 1 - v), 0.0)
@@ -136,7 +139,9 @@ def _forward_kernel(
             tl.store(kl + row, tl.sum(parts, 1))
 
 
-@triton.jit(do_not_specialize=["batch"])  # another batch size compiles only if the tile changes
+@triton.jit(
+    do_not_specialize=["batch", "first_sample"]
+)  # another batch size compiles only if the tile changes
 def _backward_kernel(
     mu,  # [batch, row_length] in 1 + DIMS dimensions, as log_var and the gradients of both and of z
     log_var,
@@ -146,6 +151,7 @@ def _backward_kernel(
     grad_mu,
     grad_log_var,
     key,  # [2] int64: seed and step
+    first_sample,
     batch,
     row_length,
     low,
@@ -184,7 +190,7 @@ def _backward_kernel(
     if grad_z is not None:
         grad_z_at = grad_z + rows * grad_z_row_stride + offsets(columns, sizes, grad_z_strides, DIMS)
         d_z = tl.load(grad_z_at, mask=mask, other=0.0).to(tl.float32)
-        eps = _noise(rows, column_block, tl.load(key), tl.load(key + 1), COLUMNS)
+        eps = _noise(rows + first_sample, column_block, tl.load(key), tl.load(key + 1), COLUMNS)
         d_mu += d_z
         d_log_var += d_z * eps * (0.5 * tl.exp(0.5 * v))
     if grad_kl is not None:
@@ -243,6 +249,7 @@ def plan_forward(
     step: Tensor | None,
     clamp: list[float] | None,
     per_dim: bool,
+    first_sample: int = 0,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The forward launch, and the outputs it fills: z, kl, kl_per_dim and key, empty where not asked for."""
     outputs = z, kl, kl_per_dim, key = _outputs(mu, seed, per_dim)
@@ -262,6 +269,7 @@ def plan_forward(
         "key": key if sample else None,
         "seed": seed,
         "step": step,
+        "first_sample": first_sample,
         "row_sums": kl.new_empty(batch, splits) if splits > 1 else None,
         "column_sums": kl.new_empty(row_blocks, row_length) if per_dim else None,
         "ticket": tickets(counters, mu.device) if counters else None,
@@ -292,6 +300,7 @@ def plan_backward(
     grad_kl: Tensor | None,
     grad_kl_per_dim: Tensor | None,
     clamp: list[float] | None,
+    first_sample: int = 0,
 ) -> tuple[Launch, tuple[Tensor, Tensor]]:
     """The backward launch and the outputs that it fills: the gradients of mu and log_var."""
     outputs = grad_mu, grad_log_var = torch.empty_like(mu), torch.empty_like(log_var)
@@ -309,6 +318,7 @@ def plan_backward(
         "grad_mu": grad_mu,
         "grad_log_var": grad_log_var,
         "key": key,
+        "first_sample": first_sample,
         "batch": batch,
         "row_length": row_length,
         "grad_kl_stride": 0 if grad_kl is None else grad_kl.stride(0),
@@ -350,18 +360,19 @@ def forward(
     step: Tensor | None,
     clamp: list[float] | None,
     per_dim: bool,
+    first_sample: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z, kl, kl_per_dim and the (seed, step) they were drawn with; without a seed, kl alone is filled.
 
     The key is an output because the caller may advance its step before the backward pass reads it.
     """
-    launch, outputs = plan_forward(mu, log_var, seed, step, clamp, per_dim)
+    launch, outputs = plan_forward(mu, log_var, seed, step, clamp, per_dim, first_sample)
     launch.run(mu.device)
     return outputs
 
 
 @forward.register_fake
-def _(mu, log_var, seed, step, clamp, per_dim):
+def _(mu, log_var, seed, step, clamp, per_dim, first_sample=0):
     return _outputs(mu, seed, per_dim)
 
 
@@ -374,22 +385,23 @@ def backward(
     grad_kl: Tensor | None,
     grad_kl_per_dim: Tensor | None,
     clamp: list[float] | None,
+    first_sample: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of mu and log_var, each in its tensor's dtype."""
-    launch, outputs = plan_backward(mu, log_var, key, grad_z, grad_kl, grad_kl_per_dim, clamp)
+    launch, outputs = plan_backward(mu, log_var, key, grad_z, grad_kl, grad_kl_per_dim, clamp, first_sample)
     launch.run(mu.device)
     return outputs
 
 
 @backward.register_fake
-def _(mu, log_var, key, grad_z, grad_kl, grad_kl_per_dim, clamp):
+def _(mu, log_var, key, grad_z, grad_kl, grad_kl_per_dim, clamp, first_sample=0):
     return torch.empty_like(mu), torch.empty_like(log_var)
 
 
 def _save(ctx, inputs, output):
-    mu, log_var, seed, _, clamp, per_dim = inputs
+    mu, log_var, seed, _, clamp, per_dim, first_sample = inputs
     ctx.save_for_backward(mu, log_var, output[3])
-    ctx.sample, ctx.clamp, ctx.per_dim = seed is not None, clamp, per_dim
+    ctx.sample, ctx.clamp, ctx.per_dim, ctx.first_sample = seed is not None, clamp, per_dim, first_sample
     ctx.set_materialize_grads(False)  # an output that nobody used costs no zeros
 
 
@@ -400,8 +412,9 @@ def _differentiate(ctx, grad_z, grad_kl, grad_kl_per_dim, _):
         grad_kl,
         grad_kl_per_dim if ctx.per_dim else None,
         ctx.clamp,
+        ctx.first_sample,
     )
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 forward.register_autograd(_differentiate, setup_context=_save)

@@ -376,3 +376,22 @@ MISUSE = {
 def test_misuse_says_what_was_expected(args, options, error, message):
     with pytest.raises(error, match=message):
         ops.reparam_kl(*args, **options)
+
+
+def test_the_parts_of_a_batch_draw_what_the_whole_does(backend):
+    whole = heads((7, 10), torch.float32, backend)
+    z, kl = ops.reparam_kl(*whole.chunk(2, 1), seed=SEED, step=STEP)
+    (z.sum() + kl.sum()).backward()
+    for first, last in ((0, 3), (3, 7)):
+        part = whole.detach()[first:last].requires_grad_()
+        z_part, kl_part = ops.reparam_kl(*part.chunk(2, 1), seed=SEED, step=STEP, first_sample=first)
+        (z_part.sum() + kl_part.sum()).backward()
+        assert torch.equal(z_part, z[first:last])
+        assert torch.equal(kl_part, kl[first:last])
+        assert torch.equal(part.grad, whole.grad[first:last])
+
+
+@pytest.mark.parametrize("first_sample", [-1, 2**32 - 2])
+def test_a_first_sample_out_of_range_is_named(first_sample):
+    with pytest.raises(ValueError, match="first_sample must be"):
+        ops.reparam_kl(torch.zeros(3, 4), torch.zeros(3, 4), first_sample=first_sample)
