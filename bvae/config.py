@@ -95,16 +95,18 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The run: Adam with an exponential schedule."""
+    """The run: an optimizer with an exponential schedule."""
 
     batch_size: int = 144
     """Images a step."""
+    optimizer: Literal["adam", "adagrad"] = "adam"
+    """adagrad: the beta-VAE paper's, for 2D shapes."""
     lr: float = 5e-4
-    """Adam's learning rate in the first epoch."""
+    """Learning rate in the first epoch."""
     lr_gamma: float = 0.95
     """Factor on the learning rate after each epoch."""
     weight_decay: float = 0.0
-    """Adam's L2 penalty."""
+    """L2 penalty."""
     epochs: int = 50
     """Passes over the training images."""
     max_steps: int | None = None

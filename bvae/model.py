@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bvae import pytorch_vae
+from bvae.batch_norm import BatchNorm2d
+from bvae.config import Config
 from bvae.ops import reparam_kl
 
 ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
@@ -170,12 +172,23 @@ class BetaVAE(nn.Module):
         return model.eval()
 
 
+def build(config: Config) -> BetaVAE:
+    """The untrained model of a configuration; its weights come from torch's generator."""
+    return BetaVAE(
+        config.data.channels,
+        config.model.latent_dim,
+        config.model.hidden_dims,
+        config.data.image_size,
+        "tanh" if config.objective.likelihood == "gaussian" else "sigmoid",
+    )
+
+
 def _down(in_channels: int, out_channels: int) -> nn.Sequential:
     # No bias: BatchNorm subtracts it again, so its gradient is zero, yet it would cost a pass over the layer.
     # In place: BatchNorm keeps its input for the backward pass, not its output. 1.06 times faster on a CPU.
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
+        BatchNorm2d(out_channels),
         nn.LeakyReLU(0.01, inplace=True),
     )
 
@@ -186,6 +199,6 @@ def _up(in_channels: int, out_channels: int, size: int, new_size: int) -> nn.Seq
         nn.ConvTranspose2d(
             in_channels, out_channels, 3, stride=2, padding=1, output_padding=output_padding, bias=False
         ),
-        nn.BatchNorm2d(out_channels),
+        BatchNorm2d(out_channels),
         nn.LeakyReLU(0.01, inplace=True),
     )

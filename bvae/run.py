@@ -14,7 +14,8 @@ from bvae.arguments import Arguments, choose_device
 from bvae.config import Config, ObjectiveConfig
 from bvae.datasets import open_data
 from bvae.losses import BetaLoss, CapacityLoss
-from bvae.model import BetaVAE
+from bvae.model import BetaVAE, build
+from bvae.optimizer import build_optimizer
 from bvae.pipelines.epochs import Epochs
 from bvae.step import TrainingStep, autocast_dtype, compiles
 
@@ -169,18 +170,10 @@ def prepare(arguments: Arguments) -> Run:
         config = replace(config, data=replace(config.data, root=config.data.root.resolve()))
 
     torch.manual_seed(training.seed)
-    model = BetaVAE(
-        config.data.channels,
-        config.model.latent_dim,
-        config.model.hidden_dims,
-        config.data.image_size,
-        "tanh" if config.objective.likelihood == "gaussian" else "sigmoid",
-    ).to(device)
+    model = build(config).to(device)
     model.to(memory_format=torch.channels_last)  # what tensor cores want; faster on a CPU too
     loss = build_loss(config.objective).to(device)
-    optimizer = torch.optim.Adam(
-        model.parameters(), training.lr, weight_decay=training.weight_decay, fused=True
-    )
+    optimizer = build_optimizer(training, model.parameters())
     dtype, precision = autocast_dtype(device, training.amp)
     compiled, execution = compiles(device, training.compile)
     step = TrainingStep(

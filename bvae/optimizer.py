@@ -1,0 +1,15 @@
+"""The optimizers that a run can choose from."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from bvae.config import TrainingConfig
+
+
+def build_optimizer(training: TrainingConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam (Kingma & Ba 2015), one launch for all parameters, or Adagrad (Duchi et al. 2011)."""
+    if training.optimizer == "adagrad":
+        return torch.optim.Adagrad(parameters, training.lr, weight_decay=training.weight_decay)
+    return torch.optim.Adam(parameters, training.lr, weight_decay=training.weight_decay, fused=True)

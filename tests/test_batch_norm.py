@@ -1,0 +1,35 @@
+"""BatchNorm2d against PyTorch's."""
+
+import torch
+from torch import nn
+
+from bvae.batch_norm import BatchNorm2d
+
+
+def test_outputs_gradients_and_statistics_are_pytorchs():
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm2d(3), nn.BatchNorm2d(3)
+    for _ in range(3):
+        x = torch.randn(4, 3, 5, 5) * 2 + 1
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, expected = ours(a), theirs(b)
+        assert torch.equal(y, expected)
+        y.square().sum().backward(), expected.square().sum().backward()
+        assert torch.equal(a.grad, b.grad)
+    assert torch.equal(ours.running_mean, theirs.running_mean)
+    assert torch.equal(ours.running_var, theirs.running_var)
+    ours.eval(), theirs.eval()
+    assert torch.equal(ours(x), theirs(x))
+    assert (ours.num_batches_tracked, theirs.num_batches_tracked) == (0, 3)
+
+
+def test_weights_go_from_one_to_the_other():
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm2d(3), nn.BatchNorm2d(3)
+    theirs(torch.randn(4, 3, 5, 5))
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.num_batches_tracked == 1
+    assert torch.equal(ours.running_mean, theirs.running_mean)
+    ours(torch.randn(4, 3, 5, 5))
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(ours.running_var, theirs.running_var)
