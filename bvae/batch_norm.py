@@ -26,6 +26,6 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.weight,
             self.bias,
             training=self.training,
-            momentum=self.momentum,
+            momentum=self.momentum,  # type: ignore[arg-type]  # only an argument could make it None
             eps=self.eps,
         )

@@ -52,12 +52,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network of PyTorch-VAE's BetaVAE."""
+    """The network."""
 
+    arch: Literal["pytorch-vae", "burgess", "higgins-fc", "locatello"] = "pytorch-vae"
+    """pytorch-vae: BatchNorm and convolutions of hidden_dims. burgess, higgins-fc, locatello: those of the
+    papers on 2D shapes."""
     latent_dim: int = 128
     """Dimensions of z."""
     hidden_dims: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """Channels of the encoder's stages; the decoder runs them backwards."""
+    """Channels of the stages of pytorch-vae's encoder; the decoder runs them backwards."""
 
 
 @dataclass(frozen=True)

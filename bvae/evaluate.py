@@ -31,7 +31,7 @@ from bvae.metrics.information import discretise, entropy, mutual_information
 from bvae.metrics.reconstruction import reconstruction
 from bvae.metrics.sampling import Table
 from bvae.model import BetaVAE
-from bvae.traverse import load_model, save, traverse
+from bvae.traverse import save, traverse
 
 BATCH = 256  # images encoded at a time
 ROWS = 20  # latents in the picture, those of the highest KL
@@ -211,7 +211,7 @@ def evaluate(arguments: Arguments) -> str:
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}")
     device = choose_device(arguments.device)
-    model = load_model(arguments.run, device)
+    model = BetaVAE.from_pretrained(arguments.run).to(device)
     known = open_truth(arguments, model)
     seconds: dict[str, float] = {}
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from torch import Tensor
 
 from bvae.arguments import choose_device
@@ -61,19 +60,6 @@ class Arguments:
             raise ValueError(f"--crop must be positive, got {self.crop}")
         if self.out and self.out.suffix.lower() not in (".png", ".gif"):
             raise ValueError(f"--out must end in .png or .gif, got {self.out}")
-
-
-def load_model(folder: Path, device: torch.device) -> BetaVAE:
-    """The model of a folder, on the device and in evaluation mode.
-
-    Raises:
-        FileNotFoundError: the folder lacks `config.json` or `model.safetensors`.
-        ValueError: they are damaged, or not of a BetaVAE.
-    """
-    try:
-        return BetaVAE.from_pretrained(folder).to(device)
-    except (TypeError, KeyError, RuntimeError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{folder} holds another model, or a damaged one: {error}") from None
 
 
 def read_image(path: Path, crop: int | None, shape: tuple[int, int, int], activation: str) -> Tensor:
@@ -126,7 +112,7 @@ def save(images: Tensor, labels: Sequence[str], path: Path) -> None:
 
 def draw(arguments: Arguments) -> Path:
     """Walk, and give the path of the picture."""
-    model = load_model(arguments.run, choose_device(arguments.device))
+    model = BetaVAE.from_pretrained(arguments.run).to(choose_device(arguments.device))
     arguments.check(model.latent_dim)
     device = model.head.weight.device
     z = torch.zeros(1, model.latent_dim, device=device)

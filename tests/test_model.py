@@ -1,5 +1,6 @@
 """The network: shapes, sizes, saving, and PyTorch-VAE's checkpoints."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -120,6 +121,7 @@ def test_reconstruct_decodes_the_posterior_mean():
         ({"hidden_dims": [8, 0]}, "hidden_dims must be one or more"),
         ({"image_size": 16}, "image_size must be 32 to 256 pixels, got 16"),
         ({"activation": "relu"}, "activation must be one of tanh, sigmoid"),
+        ({"arch": "resnet"}, "arch must be one of pytorch-vae, burgess, .* got 'resnet'"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -140,6 +142,24 @@ def test_pretrained_round_trip(tmp_path):
     assert torch.equal(model.reconstruct(x), again.reconstruct(x))
     with pytest.raises(FileNotFoundError, match="holds no config.json"):
         BetaVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["burgess", "higgins-fc", "locatello"])
+def test_every_architecture_is_saved_and_loaded(tmp_path, arch):
+    model = BetaVAE(1, 3, image_size=32, arch=arch).eval()
+    model.save_pretrained(tmp_path)
+    x = torch.rand(2, 1, 32, 32)
+    assert torch.equal(BetaVAE.from_pretrained(tmp_path).reconstruct(x), model.reconstruct(x))
+
+
+def test_folders_from_before_there_were_architectures(tmp_path):
+    model = BetaVAE(1, 3, [4, 8], 40).eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("arch") == "pytorch-vae"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    x = torch.rand(2, 1, 40, 40)
+    assert torch.equal(BetaVAE.from_pretrained(tmp_path).reconstruct(x), model.reconstruct(x))
 
 
 @pytest.mark.parametrize("form", ["bare", "lightning"])

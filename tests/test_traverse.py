@@ -9,7 +9,7 @@ from PIL import Image
 
 from bvae.model import BetaVAE
 from bvae.report import LABEL, MARGIN
-from bvae.traverse import load_model, main, most_visible, read_image, traverse
+from bvae.traverse import main, most_visible, read_image, traverse
 
 SIDE = 32
 
@@ -139,12 +139,21 @@ def test_folders_of_no_model_of_another_one_and_of_a_damaged_one(run, tmp_path, 
     assert main([str(tmp_path)]) == 2
     assert "holds no config.json" in capsys.readouterr().err
     config = json.loads((run / "config.json").read_text())
-    for other, weights in [
-        ({**config, "hidden_dims": [4, 8, 8]}, (run / "model.safetensors").read_bytes()),
-        ({"architecture": "another"}, (run / "model.safetensors").read_bytes()),
-        (config, (run / "model.safetensors").read_bytes()[:-100]),
+    weights = (run / "model.safetensors").read_bytes()
+    for other, held, message in [
+        ({**config, "hidden_dims": [4, 8, 8]}, weights, "holds another model than the pytorch-vae"),
+        ({**config, "image_size": 64}, weights, r"head.weight is \[\d+, \d+\] instead of"),
+        ({**config, "arch": "burgess"}, weights, r"than the burgess .* encoder.0.0.weight is \[4, 3, 3, 3\]"),
+        ({**config, "arch": "resnet"}, weights, "does not describe a BetaVAE: arch must be one of"),
+        ({"architecture": "another"}, weights, "config.json does not describe a BetaVAE"),
+        ([], weights, "config.json does not describe a BetaVAE"),
+        (config, weights[:-100], "model.safetensors is damaged"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(other))
-        (tmp_path / "model.safetensors").write_bytes(weights)
-        with pytest.raises(ValueError, match="holds another model, or a damaged one"):
-            load_model(tmp_path, torch.device("cpu"))
+        (tmp_path / "model.safetensors").write_bytes(held)
+        with pytest.raises(ValueError, match=message):
+            BetaVAE.from_pretrained(tmp_path)
+        assert main([str(tmp_path)]) == 2
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json does not describe a BetaVAE"):
+        BetaVAE.from_pretrained(tmp_path)
