@@ -1,58 +1,181 @@
-"""A run's state on disk: written whole or not at all, read without pickle."""
+"""A run's state on disk: written whole or not at all, verified when it is read, without pickle."""
 
+import contextlib
+import errno
+import io
+import json
+import math
 import os
+import shutil
+import sys
+import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bvae import __version__
+
 FOLDER = "checkpoints"  # in the run folder
-KEPT = 2  # the newest, and the one before it
+KEPT = 2  # the newest, and the one before it; the best one too
+BEST = "best.json"  # which one that is
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `step-<step>.pt` atomically and drop all but the newest `KEPT`.
+class Damaged(Exception):
+    """A file that is not the checkpoint that was written."""
 
-    The file is complete before it gets its name, so that a crash or a full disk leaves the ones before.
+
+def save(folder: Path, step: int, state: dict[str, Any], score: float | None = None) -> Path:
+    """Write `step-<step>.pt` atomically and drop all but the newest `KEPT` and the one of the highest score.
+
+    The file is complete and on the disk before it gets its name, so that a crash or a full disk leaves the
+    ones before. `torch`'s, `bvae`'s and `triton`'s versions are added to the state.
+
+    Args:
+        score: what the model is worth on held-out images: its ELBO.
+
+    Raises:
+        OSError: the file cannot be written; of a full disk it says how many bytes are needed and free.
     """
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    unfinished = path.with_suffix(".tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch.save hides ENOSPC behind a RuntimeError of its own
-        raise
+    _write(path, lambda file: torch.save({**state, "versions": versions()}, file), _bytes(state))
+    best = _best(folder)
+    if score is not None and score > (best["score"] if best else -math.inf):
+        best = {"step": step, "score": score}
+        text = json.dumps(best).encode()
+        _write(folder / BEST, lambda file: file.write(text), len(text))
     for old in checkpoints(folder)[:-KEPT]:
-        old.unlink()
+        if best is None or _step(old) != best["step"]:
+            old.unlink()
+    for left in folder.glob("*.tmp"):  # by a process that was killed
+        left.unlink()
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The folder's checkpoints, oldest first."""
-    return sorted(folder.glob("step-*.pt"))
+    return sorted((path for path in folder.glob("step-*.pt") if path.stem[5:].isdigit()), key=_step)
 
 
 def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
     """The newest checkpoint's state, its tensors on the device.
 
+    A damaged file is renamed, which a line on stderr says, and the one before it is taken.
+
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
-        ValueError: the file is damaged.
+        ValueError: all that it holds are damaged.
+        OSError: the newest cannot be read.
     """
     found = checkpoints(folder)
     if not found:
         raise FileNotFoundError(
             f"{folder} holds no checkpoint: the run stopped before its first one; start it anew"
         )
+    for path in reversed(found):
+        try:
+            return _load(path, device)
+        except Damaged as damage:
+            print(f"{path} is damaged ({damage}) and set aside", file=sys.stderr, flush=True)
+            # Another process of this run may have been faster, or the disk is read-only.
+            with contextlib.suppress(OSError):
+                path.rename(path.with_suffix(".damaged"))
+    raise ValueError(f"{folder} holds no checkpoint that is not damaged: start the run anew")
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's numbers."""
+    found = {"torch": str(torch.__version__), "bvae": __version__}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["triton"] = metadata.version("triton")
+    return found
+
+
+def _write(path: Path, write: Any, needed: int) -> None:
+    """Give a file its name once it is complete and on the disk, and the name too."""
+    unfinished = path.with_suffix(".tmp")
     try:
-        return torch.load(found[-1], map_location=device, weights_only=True)
-    except Exception as error:  # torch.load has no common exception type for damaged files
-        before = f"; remove it to go on from {found[-2].name}" if len(found) > 1 else ""
-        raise ValueError(f"{found[-1]} is damaged ({str(error).splitlines()[0]}){before}") from None
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        _sync(path.parent)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        # torch.save hides ENOSPC behind a RuntimeError of its own
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            free = shutil.disk_usage(path.parent).free
+            text = f"{cause.strerror}: {path.name} needs {needed:,} bytes, and {free:,} are free"
+            raise OSError(cause.errno, text, str(path.parent)) from None
+        if isinstance(cause, OSError):
+            raise cause from None
+        raise
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _load(path: Path, device: torch.device) -> dict[str, Any]:
+    """A checkpoint's state. Raises Damaged; OSError if the file cannot be read at all."""
+    data = path.read_bytes()
+    try:
+        _verify(data)
+        state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except (Damaged, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception:  # of a kind for each way of being damaged; torch's text would teach to run foreign code
+        raise Damaged("it does not hold tensors and plain values alone") from None
+    if not isinstance(state, dict) or state.get("step") != _step(path):
+        raise Damaged("it is not the state at the step in its name")
+    return state
+
+
+def _verify(data: bytes) -> None:
+    """Compare every byte with its checksum: torch.save writes CRCs, and torch.load does not look at them."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            entries = file.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise Damaged("torch.save did not write it")
+            if sum(entry.file_size for entry in entries) > len(data):
+                raise Damaged("it claims to be longer than it is")
+            broken = file.testzip()
+    except Damaged:
+        raise
+    except Exception:  # zipfile has no common exception type for damaged files
+        raise Damaged("it is cut short or overwritten") from None
+    if broken:
+        raise Damaged(f"the checksum of {broken} is not the one that was written")
+
+
+def _best(folder: Path) -> dict[str, Any] | None:
+    """Step and score of the best checkpoint, where one is known."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((folder / BEST).read_bytes())
+        best = {"step": int(found["step"]), "score": float(found["score"])}
+        if (folder / f"step-{best['step']:08d}.pt").is_file():
+            return best
+    return None
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def _bytes(state: Any) -> int:
+    """Of all tensors in a state."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict | list | tuple):
+        return sum(map(_bytes, state.values() if isinstance(state, dict) else state))
+    return 0

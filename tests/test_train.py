@@ -332,14 +332,17 @@ def test_first_drawing_interrupted(tmp_path, monkeypatch):
     assert (tmp_path / "data" / "faces" / "celeba" / "factors.csv").is_file()
 
 
-def test_damaged_checkpoint_is_named(data, tmp_path, capsys):
-    run(data, tmp_path / "run", "--epochs", 2)
-    older, newest = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
+def test_damaged_checkpoint_falls_back_to_the_one_before(data, tmp_path, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    run(data, whole, "--epochs", 2)
+    run(data, out, "--epochs", 2)
+    _, newest = checkpoint.checkpoints(out / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:1000])
-    assert main(["--resume", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert newest.name in error
-    assert f"remove it to go on from {older.name}" in error
+    assert main(["--resume", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.err.count(f"{newest} is damaged (it is cut short or overwritten) and set aside") == 1
+    assert "steps 7 to 14" in said.out
+    assert_same_run(whole, out)
 
 
 def test_nan_stops_the_run_and_names_the_step(data, tmp_path, monkeypatch, capsys):
