@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint clean
+.PHONY: help train test bench lint clean
 
 help:             ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -18,6 +18,10 @@ train: .venv/installed  ## train on drawn faces; more options: make train ARGS="
 
 test: .venv/installed   ## the fast tests; the slow ones too, as CI: make test ARGS='-m "not gpu"'
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/installed  ## measure everything on this machine, keep the record, rewrite the README's table
+	$(BIN)/python -m pytest bench -v --record bench/results --benchmark-columns=median,iqr,rounds $(ARGS)
+	$(BIN)/python -m bench.report
 
 lint: .venv/installed   ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,0 +1,70 @@
+"""`pytest bench`: the machine, its record, and the race that every benchmark runs."""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.race import Race, Result, stopwatch
+from bench.record import Record
+from bench.report import markdown
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record",
+        type=Path,
+        help="write a record if all passes: a .json file, or a folder such as bench/results",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.exit("unset TRITON_INTERPRET: a kernel's time in the interpreter says nothing", returncode=4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "race" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=stopwatch, group=Path(item.path).stem))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def record(device: torch.device, request: pytest.FixtureRequest) -> Record:
+    request.config.stash[RECORD] = made = Record(device)
+    return made
+
+
+@pytest.fixture
+def race(device: torch.device, record: Record, benchmark) -> Iterator[Callable[..., Result]]:
+    """`Race.run` for this test."""
+    samples, calls = (0.02, 20) if device.type == "cuda" else (0.04, 2)
+    torch.manual_seed(0)
+    yield partial(Race(device, record.results, samples, calls).run, benchmark)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+RECORD = pytest.StashKey[Record]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    made = config.stash.get(RECORD, None)
+    if made is None or not made.results:
+        return
+    terminalreporter.write_line("\n" + markdown(made.as_json()))
+    path = config.getoption("--record")
+    if path is None:
+        return
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line("no record is written: a benchmark failed")
+    else:
+        terminalreporter.write_line(f"record: {made.save(path)}")

@@ -1,0 +1,188 @@
+"""Contenders that take turns: each round times all of them, so that what disturbs one disturbs the others.
+
+Times are medians over the rounds with their quartiles; a ratio is the median of the rounds' own ratios. What
+comes before the clock starts (the gate, compiling, warming up, counting launches) is kept apart.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+Spread = tuple[float, float, float]  # median, lower and upper quartile
+
+
+class Benchmark(Protocol):
+    """What is used of pytest-benchmark's fixture."""
+
+    extra_info: dict[str, Any]
+
+    def pedantic(self, target: Callable[[], Any], **options: Any) -> Any: ...
+
+
+@dataclass
+class Timing:
+    """What one contender took."""
+
+    seconds: Spread  # a call
+    first_call: float | None  # seconds; compiling is in it
+    ratio: Spread  # its time over the hero's, round by round: how many times as fast the hero is
+    launches: int | None = None  # kernels, copies and fills of a call; on a GPU
+    device_seconds: float | None = None  # of these, without the gaps between them
+    peak_bytes: int | None = None  # allocated beyond what was there before the call; on a GPU
+
+
+@dataclass
+class Result:
+    """One benchmark: its contenders in order, the first of which is what people have today."""
+
+    group: str
+    name: str
+    timings: dict[str, Timing]
+    hero: str  # the contender that the ratios speak of
+    missing: str | None  # a contender that cannot run on this device
+    rounds: int
+    facts: dict[str, Any] = field(default_factory=dict)  # images, bytes, the model: whatever the report needs
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, lower and upper quartile."""
+    median, low, high = np.percentile(values, (50, 25, 75))
+    return float(median), float(low), float(high)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """pytest-benchmark's timer: runs by the seconds of one call, where a sample is many."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+stopwatch = Stopwatch()
+
+
+def clock(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds a call, with the device done before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _launches(call: Callable[[], object], device: torch.device) -> tuple[int, float]:
+    """Everything that the device ran for a call, and how many seconds that took."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        synchronize(device)
+    events = [e for e in profile.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+    return len(events), sum(e.time_range.elapsed_us() for e in events) * 1e-6
+
+
+def _peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@dataclass
+class Race:
+    """Times contenders on a device and keeps the results.
+
+    A round's sample of a contender is as many calls as fill `sample_seconds`; the warm-up lasts as long, and
+    at least `warm_calls`: a captured step is captured within them.
+    """
+
+    device: torch.device
+    results: list[Result]
+    sample_seconds: float
+    warm_calls: int
+
+    def run(
+        self,
+        benchmark: Benchmark,
+        group: str,
+        name: str,
+        *,
+        gate: Callable[[], dict[str, float]],
+        prepare: Callable[[], dict[str, Callable[[], object]]],
+        missing: str | None = None,
+        rounds: int = 9,
+        single: bool = False,
+        **facts: Any,
+    ) -> Result:
+        """Time what `prepare` gives, once `gate` has passed.
+
+        Args:
+            benchmark: pytest-benchmark's fixture, which shows the hero's time.
+            gate: compares what the contenders compute, and raises if they differ: then nothing is timed.
+                Returns how many seconds each one's first call took.
+            prepare: the contenders' calls, in order: what people have today, its better settings, "ours", and
+                "ours" without this or that. Where "ours" is `missing`, the last one takes its place.
+            single: a call takes long and needs no warm-up: one call a round, and the first round counts.
+            facts: for the record; those that are None are left out.
+        """
+        first = gate()
+        contenders = prepare()
+        calls = {key: 1 if single else self._warm_up(call) for key, call in contenders.items()}
+        times: dict[str, list[float]] = {key: [] for key in contenders}
+
+        def time_one(key: str) -> None:
+            times[key].append(clock(contenders[key], self.device, calls[key]))
+
+        hero = "ours" if "ours" in contenders else list(contenders)[-1]
+        others = [key for key in contenders if key != hero]
+
+        def before() -> None:  # a, b, hero; hero, b, a; a, b, hero: a steady drift leaves the ratios alone
+            if len(times[hero]) % 2 == 0:
+                for key in others:
+                    time_one(key)
+
+        def after() -> None:
+            if len(times[others[0]]) < len(times[hero]):
+                for key in reversed(others):
+                    time_one(key)
+
+        def shown() -> None:
+            time_one(hero)
+            stopwatch.seconds += times[hero][-1]
+
+        benchmark.pedantic(shown, setup=before, teardown=after, rounds=rounds)
+        timings = {}
+        for key, measured in times.items():
+            ratio = spread([m / h for m, h in zip(measured, times[hero], strict=True)])
+            timing = Timing(spread(measured), first.get(key), ratio)
+            if self.device.type == "cuda" and not single:
+                timing.launches, timing.device_seconds = _launches(contenders[key], self.device)
+                timing.peak_bytes = _peak_bytes(contenders[key], self.device)
+            timings[key] = timing
+        known = {key: value for key, value in facts.items() if value is not None}
+        result = Result(group, name, timings, hero, missing, len(times[hero]), known)
+        self.results.append(result)
+        benchmark.extra_info.update(result.as_json())
+        return result
+
+    def _warm_up(self, call: Callable[[], object]) -> int:
+        """Call until it is warm; how many calls make a sample."""
+        start, taken = time.perf_counter(), list[float]()
+        while len(taken) < self.warm_calls or time.perf_counter() - start < self.sample_seconds:
+            taken.append(clock(call, self.device))
+        return max(1, round(self.sample_seconds / max(min(taken), 1e-9)))

@@ -1,0 +1,266 @@
+"""Records to Markdown and plots: `python -m bench.report`.
+
+Prints the newest record of a CPU and of a GPU as one table each, rewrites the README's table between its two
+markers, and draws ratios.png, roofline.png and scaling.png beside each record.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.record import RESULTS, ROOT, load, newest
+from bench.roofline import cost, share
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+NOT_MEASURED = "not measured yet"
+BUSY = 0.5  # processes beside the benchmarks' own
+
+Record = dict[str, Any]
+Result = dict[str, Any]
+
+
+def quantity(seconds: float, images: int | None) -> str:
+    """A time a call or, where the call works on images, images a second."""
+    if images:
+        return (
+            f"{images / seconds:.4g} images/s"
+            if images / seconds < 1e4
+            else f"{images / seconds:,.0f} images/s"
+        )
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1 or unit == "µs":
+            return f"{seconds * factor:.3g} {unit}"
+    raise AssertionError
+
+
+def times(ratio: list[float]) -> str:
+    """A ratio and its quartiles."""
+    median, low, high = (f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in ratio)
+    return f"{median} x ({low} to {high})"
+
+
+def _conditions(record: Record) -> str:
+    machine, uncommitted = record["machine"], " with changes" if record["uncommitted"] else ""
+    return f"{machine['device']}, {record['date'][:10]}, commit {record['commit'] or 'none'}{uncommitted}"
+
+
+def _busy(record: Record) -> str:
+    """A remark if the machine did other work before the benchmarks began."""
+    load = record["load_before"]
+    return f" The machine was shared: load {load:.1f} before the first benchmark." if load > BUSY else ""
+
+
+def markdown(record: Record) -> str:
+    """The whole record: one table a group, a line a benchmark, a column a contender.
+
+    A contender's cell has its rate and how many times as fast the hero is: "ours", or what stands in for it.
+    """
+    machine, rates = record["machine"], record["rates"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    measured = f"copy {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s"
+    for dtype in ("float32", "bfloat16"):
+        if rate := rates.get(f"{dtype}_flop_per_s"):
+            measured += f", {dtype} {rate / 1e9:,.0f} GFLOP/s"
+    driver = f"; driver {machine['driver']}, CUDA {machine['cuda']}" if machine["driver"] else ""
+    lines = [
+        f"# {_conditions(record)}",
+        "",
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}{driver}; {versions}. "
+        f"Measured in the same run: {measured}.{_busy(record)}",
+        "",
+        "Medians over alternating rounds. In brackets: how many times as fast the contender without brackets "
+        "is, and the quartiles of that. Its first call includes compiling; its share of the floor is that of "
+        "`bench/roofline.py`.",
+    ]
+    for group in dict.fromkeys(result["group"] for result in record["results"]):
+        lines += ["", *_group([r for r in record["results"] if r["group"] == group], rates)]
+    return "\n".join(lines) + "\n"
+
+
+def _group(results: list[Result], rates: dict[str, float]) -> list[str]:
+    names = list(dict.fromkeys(name for result in results for name in result["timings"]))
+    names += list(dict.fromkeys(r["missing"] for r in results if r["missing"]))
+    header = [results[0]["group"], *names, "first call", "of the floor"]
+    if any(t["launches"] for r in results for t in r["timings"].values()):
+        header += ["launches", "extra MB"]
+    lines = [_row(header), "|---" * len(header) + "|"]
+    for result in results:
+        cells = [result["name"]]
+        timings, floor = result["timings"], share(result, rates)
+        for name in names:
+            if name == result["missing"]:
+                cells.append(NOT_MEASURED)
+            elif name not in timings:
+                cells.append("")
+            else:
+                cell = quantity(timings[name]["seconds"][0], result["facts"].get("images"))
+                cells.append(cell if name == result["hero"] else f"{cell} ({times(timings[name]['ratio'])})")
+        hero = timings[result["hero"]]
+        cells.append("" if hero["first_call"] is None else f"{hero['first_call']:.3g} s")
+        cells.append("" if floor is None else f"{floor:.0%}")
+        if len(header) > len(cells):
+            cells += [
+                "" if hero[k] is None else f"{hero[k] / d:.3g}"
+                for k, d in (("launches", 1), ("peak_bytes", 1e6))
+            ]
+        lines.append(_row(cells))
+    return lines
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _headline(result: Result) -> str:
+    """The hero's rate, how many times that of the first contender it is, and of the fastest other."""
+    timings, hero = result["timings"], result["hero"]
+    cell = quantity(timings[hero]["seconds"][0], result["facts"].get("images"))
+    first, *others = [name for name in timings if not name.startswith("ours") and name != hero]
+    cell += f": {times(timings[first]['ratio'])} {first}"
+    if others:
+        fastest = min(others, key=lambda name: timings[name]["seconds"][0])
+        cell += f", {times(timings[fastest]['ratio'])} {fastest}"
+    return f"{hero} {cell}; {result['missing']}: {NOT_MEASURED}" if result["missing"] else cell
+
+
+def readme_table(cpu: Record | None, gpu: Record | None) -> str:
+    """The README's table: what the records call a headline, each in its own column.
+
+    Raises:
+        ValueError: a record is in the other's place; no CPU's figure ever stands in the GPU's column.
+    """
+    records = {"CPU": cpu, "GPU": gpu}
+    for name, record in records.items():
+        if record and record["machine"]["kind"] != {"CPU": "cpu", "GPU": "cuda"}[name]:
+            raise ValueError(f"a record of {record['machine']['device']} is not one of a {name}")
+    labels: list[str] = []
+    cells: dict[str, dict[str, str]] = {"CPU": {}, "GPU": {}}
+    for name, record in records.items():
+        for result in record["results"] if record else []:
+            label = result["facts"].get("headline")
+            if label:
+                cells[name][label] = _headline(result)
+                labels += [] if label in labels else [label]
+    header = ["", *(_conditions(record) if record else name for name, record in records.items())]
+    lines = [_row(header), "|---|---|---|"]
+    for label in labels:
+        lines.append(
+            _row([label, *(cells[n].get(label, "" if records[n] else NOT_MEASURED) for n in records)])
+        )
+    remark = "".join(_busy(record) for record in records.values() if record)
+    return "\n".join(lines) + (f"\n\n{remark.strip()}" if remark else "")
+
+
+def rewrite(text: str, table: str) -> str:
+    """A README with `table` between its markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the README needs each of the lines {BEGIN} and {END} once")
+    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL)
+
+
+def _ratios(record: Record, plt: Any) -> Any:
+    """Bars: how many times as fast as the first contender, with quartiles."""
+    results = [r for r in record["results"] if "headline" in r["facts"]]
+    if not results:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(results)))
+    for y, result in enumerate(reversed(results)):
+        first = next(iter(result["timings"]))
+        median, low, high = result["timings"][first]["ratio"]
+        axes.barh(y, median, xerr=[[median - low], [high - median]], color="tab:blue", capsize=3)
+        axes.text(0, y, f" {result['hero']} / {first}", va="center", color="white", fontsize=8)
+    axes.set_yticks(range(len(results)), [r["facts"]["headline"] for r in reversed(results)])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times as fast; whiskers: quartiles")
+    return figure
+
+
+def _roofline(record: Record, plt: Any) -> Any:
+    """Steps between the copy's and the arithmetic's roof."""
+    rates, results = record["rates"], [r for r in record["results"] if "model" in r["facts"]]
+    if not results:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 5))
+    intensities = [2.0**i for i in range(1, 12)]
+    for dtype in sorted({r["facts"]["dtype"] for r in results}):
+        roof = [min(rates["copy_bytes_per_s"] * i, rates[f"{dtype}_flop_per_s"]) / 1e9 for i in intensities]
+        axes.loglog(intensities, roof, label=f"roof, {dtype}")
+    for group in dict.fromkeys(r["group"] for r in results):
+        x, y = [], []
+        for facts, result in ((r["facts"], r) for r in results if r["group"] == group):
+            found = cost(facts["model"], 2 if facts["dtype"] == "bfloat16" else 4)
+            flop = facts["images"] * found.flop
+            x.append(flop / found.bytes_per_step(facts["images"]))
+            y.append(flop / result["timings"][result["hero"]]["seconds"][0] / 1e9)
+        axes.loglog(x, y, "o", label=group)
+    axes.set_xlabel("arithmetic intensity at the fused floor, FLOP a byte")
+    axes.set_ylabel("GFLOP/s")
+    axes.legend()
+    return figure
+
+
+def _scaling(record: Record, plt: Any) -> Any:
+    """Images a second over each of the axes."""
+    results = [r for r in record["results"] if r["group"] == "scaling"]
+    if not results:
+        return None
+    names = list(dict.fromkeys(r["facts"]["axis"] for r in results))
+    figure, panels = plt.subplots(1, len(names), figsize=(4 * len(names), 4), sharey=True, squeeze=False)
+    for axes, name in zip(panels[0], names, strict=True):
+        line = [r for r in results if r["facts"]["axis"] == name]
+        for contender in line[0]["timings"]:
+            y = [r["facts"]["images"] / r["timings"][contender]["seconds"][0] for r in line]
+            axes.loglog([r["facts"]["value"] for r in line], y, "o-", label=contender)
+        axes.set_xlabel(name)
+        axes.grid(True, which="both", alpha=0.3)
+    panels[0][0].set_ylabel("images/s")
+    panels[0][0].legend()
+    return figure
+
+
+def draw(record: Record, folder: Path) -> list[Path]:
+    """Write the record's plots into a folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    written = []
+    for name, plot in (("ratios", _ratios), ("roofline", _roofline), ("scaling", _scaling)):
+        figure = plot(record, plt)
+        if figure is None:
+            continue
+        figure.suptitle(_conditions(record), fontsize=9)
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png", dpi=80)
+        plt.close(figure)
+        written.append(folder / f"{name}.png")
+    return written
+
+
+def main(readme: Path = README, results: Path = RESULTS) -> int:
+    """Exit status: 0 done, 1 there is no record or the README has no markers."""
+    paths = {kind: newest(kind, results) for kind in ("cpu", "cuda")}
+    records = {kind: load(path) if path else None for kind, path in paths.items()}
+    if not any(paths.values()):
+        print(f"error: no record under {results}: make one with `make bench`", file=sys.stderr)
+        return 1
+    for kind, path in paths.items():
+        if path and (record := records[kind]):
+            print(markdown(record))
+            for picture in draw(record, path.parent):
+                print(f"wrote {picture}")
+    try:
+        text = rewrite(readme.read_text(), readme_table(records["cpu"], records["cuda"]))
+    except ValueError as error:
+        print(f"error: {readme}: {error}", file=sys.stderr)
+        return 1
+    readme.write_text(text)
+    print(f"wrote {readme}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

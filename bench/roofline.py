@@ -1,0 +1,191 @@
+"""The least that a training step costs, from the model's own modules, and how near a record comes to it.
+
+    python -m bench.roofline                                    the seed's network, and the newest records
+    python -m bench.roofline --latent-dim 10 --hidden-dims 32 64 --image-size 128 --batch 64 --itemsize 4
+
+Arithmetic is counted by running the model on meta tensors. Memory traffic is counted in passes over each
+tensor; weights and Adam come once a step. Two floors:
+
+    fused   what torch.compile can reach: BatchNorm and LeakyReLU are one kernel for the statistics and one
+            for the rest, each way; a convolution reads its operands and writes its result
+    ideal   the statistics come with the convolution before, the normalisation with the one after, and both
+            gradients of a convolution share a read
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.record import load, newest
+from bvae.model import BetaVAE
+
+WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+ADAM = 28  # bytes a parameter: it, both moments read and written; its gradient read; all float32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A training step's arithmetic and traffic."""
+
+    parameters: int
+    forward_flop: int  # an image's
+    flop: int  # an image's, forward and backward
+    fused_bytes: int  # an image's, by the floors above
+    ideal_bytes: int
+    weight_bytes: int  # a step's
+    launches: int  # a step's kernels at the fused floor
+
+    def bytes_per_step(self, batch: int, floor: str = "fused") -> int:
+        """Memory traffic of a step; floor is 'fused' or 'ideal'."""
+        return batch * (self.fused_bytes if floor == "fused" else self.ideal_bytes) + self.weight_bytes
+
+    def seconds(self, batch: int, copy_bytes_per_s: float, flop_per_s: float, floor: str = "fused") -> float:
+        """The step's least time on a machine of these rates: its traffic's or its arithmetic's."""
+        traffic = self.bytes_per_step(batch, floor) / copy_bytes_per_s
+        return max(traffic, batch * self.flop / flop_per_s)
+
+
+def _flop(model: BetaVAE) -> tuple[int, int]:
+    """Of one image: forward, and forward with backward. BatchNorm needs two, so it is two halved."""
+    x = torch.empty(2, *model.input_shape, device="meta")
+    with FlopCounterMode(display=False) as forward:
+        mu, log_var = model.encode(x)
+        recon = model.decode_raw(mu + log_var)
+    with FlopCounterMode(display=False) as backward:
+        recon.sum().backward()
+    ahead, back = forward.get_total_flops() // 2, backward.get_total_flops() // 2
+    return ahead, ahead + back
+
+
+def _sizes(model: BetaVAE) -> list[tuple[nn.Module, int, int]]:
+    """Every layer with weights or statistics: elements of one image that it reads and writes."""
+    found: list[tuple[nn.Module, int, int]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append((module, inputs[0][0].numel(), output[0].numel()))
+
+    hooks = [
+        module.register_forward_hook(note)
+        for module in model.modules()
+        if isinstance(module, (*WEIGHTED, nn.BatchNorm2d))
+    ]
+    mu, log_var = model.encode(torch.empty(2, *model.input_shape, device="meta"))
+    model.decode_raw(mu + log_var)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def cost(config: dict[str, Any], itemsize: int = 2) -> Cost:
+    """Of `BetaVAE(**config)` with activations of `itemsize` bytes, weights in float32 and Adam.
+
+    Args:
+        config: BetaVAE's arguments.
+        itemsize: 2 in mixed precision, which also casts the weights and their gradients; 4 in float32.
+    """
+    with torch.device("meta"):
+        model = BetaVAE(**config)
+    layers = _sizes(model)
+    pixels = torch.Size(model.input_shape).numel()
+    # uint8 read, scaled and written; raw output and target read, its gradient written; the latents' few
+    fused = ideal = pixels * (1 + itemsize) + pixels * (2 * itemsize + 1) + 8 * model.latent_dim * itemsize
+    launches = 6  # scaling, latents, loss, each way where it has one; Adam
+    for position, (module, read, written) in enumerate(layers):
+        if isinstance(module, nn.BatchNorm2d):
+            # forward: read, read, write; backward: two tensors read, two read, one written. In between
+            # convolutions nothing of it is left at the ideal floor.
+            fused += 8 * written * itemsize
+            launches += 4
+            continue
+        first = position == 0  # the images get no gradient
+        # forward: read, write; input's gradient: read, write; weights' gradient: two read
+        passes = read + written + (0 if first else written + read) + written + read
+        fused += passes * itemsize
+        # forward: read, write; gradient and output read once for both gradients, the input's written
+        normed = not isinstance(module, nn.Linear) and position + 1 < len(layers)
+        ideal += itemsize * (
+            read + written + written + (written if normed else 0) + read + (0 if first else read)
+        )
+        launches += 2 if first else 3
+    parameters = sum(p.numel() for p in model.parameters())
+    # forward and the inputs' gradients read the weights, the weights' gradients are written; mixed precision
+    # reads and writes each once more to cast it
+    touched = 3 * itemsize + (2 * (4 + itemsize) if itemsize < 4 else 0)
+    forward_flop, flop = _flop(model)
+    return Cost(parameters, forward_flop, flop, fused, ideal, parameters * (ADAM + touched), launches)
+
+
+def floor_seconds(result: dict[str, Any], rates: dict[str, float]) -> float | None:
+    """The fused floor of a record's result on its machine; None where it has none."""
+    facts = result["facts"]
+    if "bytes" in facts:
+        return facts["bytes"] / rates["copy_bytes_per_s"]
+    if "model" in facts:
+        dtype = facts["dtype"]
+        found = cost(facts["model"], 2 if dtype == "bfloat16" else 4)
+        return found.seconds(facts["images"], rates["copy_bytes_per_s"], rates[f"{dtype}_flop_per_s"])
+    return None
+
+
+def share(result: dict[str, Any], rates: dict[str, float]) -> float | None:
+    """The floor over the time taken; above 1 where a cache serves what the floor reads from memory."""
+    floor = floor_seconds(result, rates)
+    timing = result["timings"][result["hero"]]
+    return floor and floor / (timing["device_seconds"] or timing["seconds"][0])
+
+
+def _print_record(path: Path) -> None:
+    record = load(path)
+    rates = record["rates"]
+    print(f"\n{record['machine']['device']}, {record['date'][:10]}, commit {record['commit']}")
+    for result in record["results"]:
+        found = share(result, rates)
+        if found is not None:
+            name = f"{result['group']}: {result['name']}"
+            print(f"  {name:66}{result['hero']:>10}{found:8.0%} of the floor's rate")
+
+
+def main(
+    latent_dim: int = 128,
+    hidden_dims: tuple[int, ...] = (32, 64, 128, 256, 512),
+    image_size: int = 64,
+    channels: int = 3,
+    batch: int = 144,
+    itemsize: int = 2,
+) -> None:
+    """Print a configuration's costs, and each newest record's share of its floors.
+
+    Args:
+        batch: images a step, over which the weights' traffic and the launches are spread.
+        itemsize: bytes of an activation: 2 in mixed precision, 4 in float32.
+    """
+    config = {
+        "in_channels": channels,
+        "latent_dim": latent_dim,
+        "hidden_dims": hidden_dims,
+        "image_size": image_size,
+    }
+    found = cost(config, itemsize)
+    print(f"parameters          {found.parameters:>12}")
+    print(
+        f"MFLOP an image      {found.forward_flop / 1e6:12.1f} forward, {found.flop / 1e6:.1f} with backward"
+    )
+    for floor in ("fused", "ideal"):
+        print(
+            f"MB an image, {floor}  {found.bytes_per_step(batch, floor) / batch / 1e6:12.2f} at batch {batch}"
+        )
+    print(f"MB a step, weights  {found.weight_bytes / 1e6:12.1f}")
+    print(f"launches a step     {found.launches:>12} = {found.launches / batch:.2f} an image")
+    for kind in ("cpu", "cuda"):
+        path = newest(kind)
+        if path:
+            _print_record(path)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

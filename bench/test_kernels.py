@@ -1,0 +1,221 @@
+"""The fused operations against the same mathematics in PyTorch, eager and compiled.
+
+Forward, backward and both apart. All contenders get the same inputs, in turn from several sets, so that no
+cache holds all of them: mu and log_var are halves of one tensor, as an encoder gives them; a decoder's output
+is channels last, its target uint8. On a CPU the reference is the product, and the Triton kernels, which an
+interpreter would run, are not timed.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+from bench.race import clock
+from bvae import ops, reference
+
+# A backward pass that is timed twice needs what the first one would free.
+torch._functorch.config.donated_buffer = False
+
+GPU = torch.cuda.is_available()
+PASSES = ("forward", "backward", "both")
+N_LEAVES = 2
+TOLD = (144, 128), torch.bfloat16  # in the README
+INPUT_BYTES, MAX_SETS = (256 << 20, 32) if GPU else (64 << 20, 4)
+
+Operation = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation and its inputs: `make` gives one set, the first two of which are differentiated."""
+
+    name: str
+    make: Callable[[torch.device], tuple[Tensor, ...]]
+    eager: Operation
+    ours: Operation
+    check: Callable[
+        [str, Operation, tuple[Tensor, ...]], None
+    ]  # raises if the outputs or gradients are wrong
+    moved: tuple[int, int, int]  # bytes that forward, backward and both must move
+    headline: str | None  # for the README, what the case is
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
+
+
+def _run(operation: Operation, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Outputs, and the gradients of their sum by the leaves."""
+    outputs = operation(*inputs)
+    total = torch.stack([output.float().sum() for output in outputs]).sum()
+    return *outputs, *torch.autograd.grad(total, inputs[:N_LEAVES])
+
+
+def _close(name: str, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for a, e in zip(actual, expected, strict=True):
+        scale = e.abs().max().item()
+        error = (a.float() - e.float()).abs().max().item()
+        assert error <= tolerance * scale, (
+            f"{name} is off by {error:.2g} where the reference reaches {scale:.2g}"
+        )
+
+
+# Sampling: z and the KL
+
+
+def _eager_sample(mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.reparam_kl(mu, log_var, torch.randn_like(mu, dtype=torch.float32))[:2]
+
+
+def _our_sample(mu: Tensor, log_var: Tensor) -> tuple[Tensor, ...]:
+    return ops.reparam_kl(mu, log_var, seed=_counter(1265, mu.device), step=_counter(1, mu.device))
+
+
+@cache
+def _counter(value: int, device: torch.device) -> Tensor:
+    return torch.tensor(value, device=device)
+
+
+def _check_sample(name: str, operation: Operation, inputs: tuple[Tensor, ...]) -> None:
+    """With the noise that z implies the reference gives the same z, KL and gradients; the noise is normal."""
+    actual = _run(operation, inputs)
+    mu, log_var = (t.detach().float().requires_grad_() for t in inputs)
+    eps = ((actual[0].float() - mu) * torch.exp(-0.5 * log_var)).detach()
+    assert abs(eps.mean().item()) < 0.05, f"the mean of {name}'s noise is {eps.mean().item():.2g}"
+    assert abs(eps.std().item() - 1) < 0.05, f"the deviation of {name}'s noise is {eps.std().item():.2g}"
+    expected = _run(lambda m, v: reference.reparam_kl(m, v, eps)[:2], (mu, log_var))
+    _close(name, actual, expected, inputs[0].dtype)
+
+
+def _sample_case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+    batch, channels, *rest = shape
+
+    def make(device: torch.device) -> tuple[Tensor, ...]:
+        both = 0.5 * torch.randn(batch, 2 * channels, *rest, device=device)
+        mu, log_var = both.to(dtype).chunk(2, dim=1)
+        return mu.detach().requires_grad_(), log_var.detach().requires_grad_()
+
+    n, size = math.prod(shape), dtype.itemsize
+    # mu, log_var to z and KL; with z's gradient to theirs
+    moved = 3 * n * size + 4 * batch, 5 * n * size + 4 * batch, 8 * n * size + 8 * batch
+    label = f"sample {' x '.join(map(str, shape))}, {_short(dtype)}"
+    headline = f"Sample and KL, {label.removeprefix('sample ')}" if (shape, dtype) == TOLD else None
+    return Case(label, make, _eager_sample, _our_sample, _check_sample, moved, headline)
+
+
+# The loss: a decoder's raw output, its uint8 target and the KL
+
+
+def _loss(function: Callable[..., Any], options: dict[str, Any]) -> Operation:
+    def operation(recon: Tensor, kl: Tensor, target: Tensor, step: Tensor) -> tuple[Tensor]:
+        schedule = {"step": step} if options["activation"] else {}
+        return (function(recon, target, kl, kl_weight=0.03, **schedule, **options).loss,)
+
+    return operation
+
+
+def _loss_case(label: str, shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Case:
+    batch, channels, *size = shape
+
+    def make(device: torch.device) -> tuple[Tensor, ...]:
+        recon = torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
+        target = torch.randint(256, (batch, *size, channels), dtype=torch.uint8, device=device)
+        kl = 20 + torch.rand(batch, device=device)
+        leaves = recon.requires_grad_(), kl.requires_grad_()
+        return *leaves, target.permute(0, 3, 1, 2), torch.tensor(3000, device=device)
+
+    n = math.prod(shape)
+    # recon and its target to a number; with both again to recon's gradient; in one pass
+    forward, backward = n * (dtype.itemsize + 1), n * (2 * dtype.itemsize + 1)
+    name = f"{label} {' x '.join(map(str, shape))}, {_short(dtype)}"
+    eager, ours = _loss(reference.vae_loss, options), _loss(ops.vae_loss, options)
+
+    def check(name: str, operation: Operation, inputs: tuple[Tensor, ...]) -> None:
+        leaves = (t.detach().float().requires_grad_() for t in inputs[:N_LEAVES])
+        _close(name, _run(operation, inputs), _run(eager, (*leaves, *inputs[N_LEAVES:])), dtype)
+
+    told = name.replace("loss", "Loss", 1) if dtype == TOLD[1] and batch == TOLD[0][0] else None
+    return Case(name, make, eager, ours, check, (forward, backward, backward), told)
+
+
+GAUSSIAN = {"likelihood": "gaussian", "activation": "tanh"}  # with the capacity objective
+BERNOULLI = {"likelihood": "bernoulli", "activation": None}
+FLOATS = (torch.float32, torch.bfloat16)
+if GPU:
+    LATENTS = ((144, 128), (1024, 128), (8192, 128), (65536, 128), (16, 4, 64, 64))
+    IMAGES = ((144, 3, 64, 64), (1024, 3, 64, 64))
+else:
+    LATENTS = ((144, 128), (16, 4, 64, 64))
+    IMAGES = ((144, 3, 64, 64),)
+CASES = [
+    *itertools.starmap(_sample_case, itertools.product(LATENTS, FLOATS)),
+    *(_loss_case("loss B", *shape, **GAUSSIAN) for shape in itertools.product(IMAGES, FLOATS)),
+    *(_loss_case("loss Bernoulli", *shape, **BERNOULLI) for shape in itertools.product(IMAGES, FLOATS[1:])),
+]
+
+
+@cache
+def _operations(case: Case) -> dict[str, Operation]:
+    """The contenders; compiled once for the three passes."""
+    found = {"eager": case.eager, "compiled": torch.compile(case.eager, dynamic=False)}
+    return {**found, "ours": case.ours} if GPU else found
+
+
+@cache
+def _check(case: Case, device: torch.device) -> dict[str, float]:
+    """Hold every contender to the reference; how many seconds the first call of each took."""
+    first_calls = {}
+    for name, operation in _operations(case).items():
+        inputs = case.make(device)
+        first_calls[name] = clock(lambda o=operation, i=inputs: _run(o, i), device)
+        case.check(name, operation, inputs)
+    return first_calls
+
+
+def _pass(which: str, operation: Operation, sets: list[tuple[Tensor, ...]]) -> Callable[[], object]:
+    """The pass to be timed, on the next set of inputs at each call."""
+    if which == "forward":
+        turns = itertools.cycle(sets)
+        return lambda: operation(*next(turns))
+    outputs = [operation(*inputs) for inputs in sets]
+    grads = [[torch.randn_like(output) for output in each] for each in outputs]
+    leaves = [inputs[:N_LEAVES] for inputs in sets]
+    if which == "backward":
+        saved = itertools.cycle(zip(outputs, leaves, grads, strict=True))
+        return lambda: torch.autograd.grad(*next(saved), retain_graph=True)
+    whole = itertools.cycle(zip(sets, leaves, grads, strict=True))
+
+    def both() -> object:
+        inputs, by, grad = next(whole)
+        return torch.autograd.grad(operation(*inputs), by, grad)
+
+    return both
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernel(case: Case, which: str, device: torch.device, race: Callable[..., Any]) -> None:
+    def prepare() -> dict[str, Callable[[], object]]:
+        first = case.make(device)
+        n_sets = max(1, min(MAX_SETS, INPUT_BYTES // sum(t.nbytes for t in first)))
+        sets = [first, *(case.make(device) for _ in range(n_sets - 1))]
+        return {name: _pass(which, o, sets) for name, o in _operations(case).items()}
+
+    race(
+        "kernels",
+        f"{case.name}, {which}",
+        gate=lambda: _check(case, device),
+        prepare=prepare,
+        missing=None if GPU else "ours",
+        bytes=case.moved[PASSES.index(which)],
+        headline=case.headline if which == "both" else None,
+    )

@@ -1,0 +1,257 @@
+"""The benchmarks' own code: the race, the records, the floors and the report."""
+
+import json
+
+import pytest
+import torch
+
+from bench import race as racing
+from bench import record as records
+from bench import report, roofline
+from bench.reference_step import SeedStep, SeedVAE
+from bench.test_kernels import CASES
+from bvae.model import BetaVAE
+
+CPU = torch.device("cpu")
+
+
+class Benchmark:
+    """As much of pytest-benchmark's fixture as a race uses."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, target, setup, teardown, rounds):
+        for _ in range(rounds):
+            setup()
+            target()
+            teardown()
+
+
+def run(contenders, gate=dict, rounds=4, **facts):
+    results = []
+    race = racing.Race(CPU, results, sample_seconds=0.0, warm_calls=1)
+    race.run(Benchmark(), "group", "name", gate=gate, prepare=lambda: contenders, rounds=rounds, **facts)
+    return results[0]
+
+
+def test_contenders_alternate():
+    turns = []
+    contenders = {name: lambda name=name: turns.append(name) for name in ("eager", "compiled", "ours")}
+    run(contenders, rounds=3)
+    warm_up, rounds = turns[:3], turns[3:]
+    assert warm_up == ["eager", "compiled", "ours"]
+    there = ["eager", "compiled", "ours"]
+    assert rounds == there + there[::-1] + there
+
+
+def test_ratios_are_the_rounds_own(monkeypatch):
+    """The machine slows down tenfold on the way; the ratio stays what it is."""
+    seconds = {"eager": 3.0, "ours": 2.0}
+    pace = iter([1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 10.0, 10.0])
+    monkeypatch.setattr(racing, "clock", lambda call, device, calls=1: call() * next(pace))
+    result = run({name: lambda s=s: s for name, s in seconds.items()}, rounds=3)
+    assert result.timings["eager"].ratio == pytest.approx((1.5, 1.5, 1.5))
+    assert result.timings["eager"].seconds == pytest.approx((15.0, 9.0, 22.5))
+    assert result.hero == "ours"
+
+
+def test_a_red_gate_times_nothing():
+    timed = []
+
+    def gate():
+        raise AssertionError("ours is off by 3")
+
+    with pytest.raises(AssertionError, match="off by 3"):
+        run({"eager": lambda: timed.append(1), "ours": lambda: timed.append(2)}, gate=gate)
+    assert timed == []
+
+
+@pytest.mark.parametrize("index", [0, -1], ids=["sample", "loss"])
+def test_the_kernels_gate_sees_a_wrong_output_and_a_wrong_gradient(index):
+    case = CASES[index]
+    inputs = case.make(CPU)
+    case.check("eager", case.eager, inputs)
+
+    def wrong_output(*args):
+        *first, last = case.eager(*args)
+        return *first, 1.1 * last
+
+    def wrong_gradient(*args):
+        *first, last = case.eager(*args)
+        return *first, 1.1 * last - 0.1 * last.detach()
+
+    for wrong in (wrong_output, wrong_gradient):
+        with pytest.raises(AssertionError, match="ours is off by"):
+            case.check("ours", wrong, inputs)
+
+
+def test_the_kernels_gate_sees_noise_that_is_not_normal():
+    case = CASES[0]
+    with pytest.raises(AssertionError, match="deviation of ours's noise is 0.5"):
+        case.check(
+            "ours", lambda mu, v: (case.eager(mu, v - 1.3863)[0], case.eager(mu, v)[1]), case.make(CPU)
+        )
+
+
+def test_the_seeds_network_and_step():
+    model = SeedVAE()
+    assert sum(p.numel() for p in model.parameters()) == 3_937_635
+    step = SeedStep(SeedVAE(4, (4, 8), 16), kl_weight=4 / 256, max_capacity=2.0, capacity_iters=4)
+    images = torch.rand(8, 3, 16, 16) * 2 - 1
+    losses = [step(images) for _ in range(30)]
+    loss, mse, kld = losses[0]
+    assert loss == pytest.approx(mse + 10 * 4 / 256 * abs(kld - 0.5), rel=1e-5)
+    assert losses[-1][1] < 0.9 * losses[0][1]
+
+
+def test_the_floor_of_the_seeds_network():
+    """Its published arithmetic, and the passes over its tensors that were counted by hand."""
+    cost = roofline.cost({}, itemsize=2)
+    assert cost.forward_flop == pytest.approx(104.8e6, rel=1e-3)
+    assert cost.flop == pytest.approx(312.6e6, rel=1e-3)
+    assert cost.fused_bytes == pytest.approx(7.5e6, rel=0.05)
+    assert cost.ideal_bytes == pytest.approx(3.2e6, rel=0.05)
+    assert cost.weight_bytes == pytest.approx(181e6, rel=0.01)
+
+
+def test_the_floor_of_another_network():
+    config = {"in_channels": 1, "latent_dim": 3, "hidden_dims": [8], "image_size": 32}
+    cost = roofline.cost(config, itemsize=4)
+    down, head, back = 2 * 16 * 16 * 8 * 9, 2 * 2048 * 6, 2 * 3 * 2048
+    up, last = 2 * 16 * 16 * 8 * 8 * 9, 2 * 32 * 32 * 8 * 9
+    assert cost.forward_flop == down + head + back + up + last
+    assert cost.flop == 3 * cost.forward_flop - down  # the images get no gradient
+    assert cost.parameters == sum(p.numel() for p in BetaVAE(**config).parameters())
+    assert cost.seconds(1, 1e9, 1e30) == cost.bytes_per_step(1) / 1e9
+    assert cost.seconds(1, 1e30, 1e9) == cost.flop / 1e9
+
+
+def timing(seconds, ratio, **more):
+    return racing.Timing((seconds, 0.9 * seconds, 1.1 * seconds), 12.0, ratio, **more)
+
+
+def made(kind="cpu", date="2026-01-02T03:04:05+00:00", device="Some CPU, 2 CPU threads"):
+    """A record of a step and of a kernel that a GPU would be needed for."""
+    even = (1.0, 1.0, 1.0)
+    step = racing.Result(
+        "step",
+        "seed's network, batch 64",
+        {"the seed's code": timing(0.64, (4.0, 3.9, 4.2)), "ours": timing(0.16, even)},
+        "ours",
+        None,
+        9,
+        {"images": 64, "model": {}, "dtype": "float32", "headline": "Training step"},
+    )
+    kernel = racing.Result(
+        "kernels",
+        "loss",
+        {"eager": timing(0.002, (2.0, 1.9, 2.1)), "compiled": timing(0.001, even)},
+        "compiled",
+        "ours",
+        9,
+        {"bytes": 10_000_000, "headline": "Loss"},
+    )
+    scaling = racing.Result(
+        "scaling", "batch 16", step.timings, "ours", None, 9, {"axis": "batch", "value": 16, "images": 16}
+    )
+    machine = {
+        "kind": kind,
+        "device": device,
+        "cpu": "Some CPU",
+        "threads": 2,
+        "cpu_capability": "AVX512",
+        "driver": None,
+        "versions": {"torch": "2.15"},
+    }
+    return {
+        "date": date,
+        "commit": "abc1234",
+        "uncommitted": False,
+        "machine": machine,
+        "rates": {"copy_bytes_per_s": 2e10, "float32_flop_per_s": 1e11, "bfloat16_flop_per_s": 2e11},
+        "load_before": 0.0,
+        "results": [result.as_json() for result in (step, kernel, scaling)],
+    }
+
+
+def test_a_record_names_its_machine_and_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "rates", lambda device: {"copy_bytes_per_s": 12345678.9})
+    record = records.Record(CPU)
+    record.results.append(run({"eager": lambda: None, "ours": lambda: None}, bytes=8, nothing=None))
+    path = record.save(tmp_path)
+    saved = records.load(path)
+    assert path.parent.name == records.slug(saved)
+    assert path.name == f"{saved['date'][:10]}-{saved['commit']}.json"
+    assert saved["machine"]["versions"]["torch"] == torch.__version__
+    assert saved["machine"]["threads"] == torch.get_num_threads()
+    assert saved["rates"] == {"copy_bytes_per_s": 12350000.0}  # four digits
+    assert saved["results"][0]["facts"] == {"bytes": 8}
+    assert list(saved["results"][0]["timings"]) == ["eager", "ours"]
+    assert record.save(tmp_path / "mine.json") == tmp_path / "mine.json"
+
+
+def test_the_newest_record_of_a_kind(tmp_path):
+    for name, kind, date in (
+        ("a", "cpu", "2026-03-01"),
+        ("b", "cpu", "2026-02-01"),
+        ("c", "cuda", "2026-04-01"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "r.json").write_text(json.dumps(made(kind, date)))
+    assert records.newest("cpu", tmp_path) == tmp_path / "a" / "r.json"
+    assert records.newest("cuda", tmp_path) == tmp_path / "c" / "r.json"
+    assert records.newest("cuda", tmp_path / "a") is None
+
+
+def test_the_readmes_table():
+    table = report.readme_table(made(), None)
+    header, _, step, kernel = table.splitlines()
+    assert header == "|  | Some CPU, 2 CPU threads, 2026-01-02, commit abc1234 | GPU |"
+    assert (
+        step == "| Training step | 400 images/s: 4.00 x (3.90 to 4.20) the seed's code | not measured yet |"
+    )
+    assert kernel == (
+        "| Loss | compiled 1 ms: 2.00 x (1.90 to 2.10) eager; ours: not measured yet | not measured yet |"
+    )
+
+
+def test_a_cpus_figures_never_stand_in_the_gpus_column():
+    with pytest.raises(ValueError, match="Some CPU.* is not one of a GPU"):
+        report.readme_table(None, made("cpu"))
+    assert "400 images/s" in report.readme_table(None, made("cuda")).splitlines()[2].split("|")[3]
+
+
+def test_a_busy_machine_is_said_to_be_one():
+    assert "shared: load 1.7" in report.readme_table({**made(), "load_before": 1.71}, None)
+
+
+def test_the_whole_record_as_markdown():
+    text = report.markdown(made())
+    assert "| step | the seed's code | ours | first call | of the floor |" in text
+    assert "| 100 images/s (4.00 x (3.90 to 4.20)) | 400 images/s | 12 s | 125% |" in text  # 64 x 312.6 MFLOP
+    assert "| 2 ms (2.00 x (1.90 to 2.10)) | 1 ms | not measured yet | 12 s | 50% |" in text
+
+
+def test_only_the_table_between_the_markers_is_rewritten():
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    once = report.rewrite(text, "| new \\1 |")
+    assert once == f"before\n{report.BEGIN}\n| new \\1 |\n{report.END}\nafter\n"
+    assert report.rewrite(once, "| new \\1 |") == once
+    with pytest.raises(ValueError, match="needs each of the lines"):
+        report.rewrite("no markers", "")
+
+
+def test_the_report_rewrites_the_readme_and_draws(tmp_path, capsys):
+    readme, folder = tmp_path / "README.md", tmp_path / "results" / "some-cpu"
+    folder.mkdir(parents=True)
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main(readme, tmp_path / "results") == 1
+    assert "make one with `make bench`" in capsys.readouterr().err
+    (folder / "r.json").write_text(json.dumps(made()))
+    assert report.main(readme, tmp_path / "results") == 0
+    assert report.readme_table(made(), None) in readme.read_text()
+    for name in ("ratios", "roofline", "scaling"):
+        assert (folder / f"{name}.png").stat().st_size > 1000
+    readme.write_text("no markers")
+    assert report.main(readme, tmp_path / "results") == 1
