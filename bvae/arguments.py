@@ -12,7 +12,7 @@ import yaml
 
 from bvae import checkpoint
 from bvae import config as configuration
-from bvae.config import Config, LossType
+from bvae.config import SHAPES, Config, LossType
 
 # In a resumed run: where things are, how long it goes on, and the way out of a loss that is not finite.
 MAY_CHANGE = ("root", "cache_dir", "epochs", "max_steps", "log_every", "lr", "lr_gamma")
@@ -57,6 +57,9 @@ def parse(argv: list[str], description: str) -> Arguments:
         base, unused, out = configuration.read(given.config)
         if unused:
             notes.append(f"{given.config}: no counterpart here, not used: {', '.join(unused)}")
+    elif given.data in SHAPES:
+        base, _, _ = configuration.read("burgess_sprites")
+        notes.append("the preset burgess_sprites gives what the command line leaves open")
     elif given.data in (None, "faces") and choose_device(given.device or "auto").type == "cpu":
         base, _, _ = configuration.read("faces_cpu")
         notes.append("no GPU: the preset faces_cpu, sized for a CPU, gives what the command line leaves open")

@@ -25,11 +25,12 @@ PRESETS = Path(__file__).parent / "presets"
 class DataConfig:
     """Which images, and how they become pixels."""
 
-    name: Annotated[Literal["faces", "celeba", "folder"], arg(name="data")] = "faces"
+    name: Annotated[Literal["faces", "celeba", "folder", "sprites", "dsprites"], arg(name="data")] = "faces"
     """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
-    folder: any tree of JPEG and PNG files, or of tar shards that hold them."""
+    folder: any tree of JPEG and PNG files, or of tar shards that hold them. sprites: the images of dSprites,
+    drawn here. dsprites: your own dsprites_*.npz."""
     root: Annotated[Path | None, arg(name="data-root")] = None
-    """Folder of the images. None: data/faces, for faces alone."""
+    """Folder of the images; of dsprites the npz file. None: data/faces, for faces alone."""
     crop: int | None = None
     """Side of the centred square that is cut out, in pixels. None: 148 for celeba and faces, the largest
     square for folder."""
@@ -48,6 +49,9 @@ class DataConfig:
     """Where decoded images are kept for the next run. None: bvae in the user's cache folder."""
     stream: bool = False
     """Decode the files anew each epoch instead: for data that fit on no disk."""
+
+
+SHAPES = ("sprites", "dsprites")  # data sets of 2D shapes
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,12 @@ class Config:
         _require(self, "data.image_size", lambda size: 32 <= size <= 256, "32 to 256 pixels")
         _require(self, "training.batch_size", lambda size: size >= 2, "2 or more, for BatchNorm's sake")
         _require(self, "training.seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1")
+        data = self.data
+        if data.name in SHAPES and (data.image_size, data.channels, data.flip) != (64, 1, False):
+            raise ValueError(
+                f"{data.name} are grey, of 64 x 64 pixels, and must not be mirrored: data.image_size 64, "
+                "data.channels 1, data.flip false (--image-size 64 --channels 1 --no-flip)"
+            )
         if not self.model.hidden_dims or min(self.model.hidden_dims) < 1:
             raise ValueError(f"model.hidden_dims must be positive widths, got {list(self.model.hidden_dims)}")
 

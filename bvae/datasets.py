@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from bvae.config import DataConfig
-from bvae.pipelines import cache, celeba, decoder, faces, folder
+from bvae.config import SHAPES, DataConfig
+from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, sprites
+from bvae.pipelines.bits import Bits
 from bvae.pipelines.epochs import Epochs
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.resident import place
@@ -18,6 +20,7 @@ DRAWN = 12_000  # faces in the data set that ships
 DRAWN_ROOT = Path("data/faces")
 CELEBA_CROP = 148  # PyTorch-VAE's
 LABELS = ("training images", "validation images")
+VALIDATED = 10_000  # of the 2D shapes, all of which are trained on
 SHOWN = 10  # bad files named on the screen
 
 
@@ -47,6 +50,8 @@ def open_data(
         FileNotFoundError, ValueError: no such data, damaged images, or fewer images than a batch.
         OSError: the cache cannot be written.
     """
+    if config.name in SHAPES:
+        return _open_shapes(config, batch_size, seed, device, rank, world)
     source = find(config)
     _check_enough(source.root, len(source.train), len(source.valid), batch_size, world)
     sharding = {"rank": rank, "world": world}
@@ -75,7 +80,40 @@ def open_data(
     return Data(sets[0], sets[1], bad)
 
 
-def _check_enough(root: Path, train: int, valid: int, batch_size: int, world: int) -> None:
+def _open_shapes(
+    config: DataConfig, batch_size: int, seed: int, device: torch.device, rank: int, world: int
+) -> Data:
+    """All shapes to train on, as disentanglement_lib does, and a fixed draw of them to look at."""
+    packed = shapes(config, device)
+    drawn = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))[:VALIDATED]
+    _check_enough(config.root or config.name, len(packed), len(drawn), batch_size, world)
+    sharding = {"rank": rank, "world": world}
+    train = Bits(packed, sprites.SIDE, batch_size, seed, train=True, flip=False, **sharding)
+    held = packed[drawn.to(device)]
+    valid = Bits(held, sprites.SIDE, batch_size, seed, train=False, flip=False, **sharding)
+    print(
+        f"{LABELS[0]}: {train.count}, {packed.nbytes / 1e6:.0f} MB of one bit a pixel; "
+        f"{LABELS[1]}: {valid.count} of them",
+        flush=True,
+    )
+    return Data(train, valid, [])
+
+
+def shapes(config: DataConfig, device: torch.device) -> Tensor:
+    """The images of sprites or dsprites, one bit a pixel: uint8 [N, 512] on the device.
+
+    Raises:
+        FileNotFoundError, ValueError: no such data.
+        OSError: what is drawn cannot be kept.
+    """
+    if config.name == "sprites":
+        return sprites.whole(config.cache_dir or cache.default_folder(), device)
+    if config.root is None:
+        raise ValueError("--data dsprites needs --data-root, the dsprites_*.npz file")
+    return dsprites.read(config.root).packed.to(device)
+
+
+def _check_enough(root: Path | str, train: int, valid: int, batch_size: int, world: int) -> None:
     if train < batch_size * world:
         each = f" for each of {world} processes" if world > 1 else ""
         raise ValueError(f"{root} holds {train} training images, fewer than a batch of {batch_size}{each}")

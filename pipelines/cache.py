@@ -127,7 +127,7 @@ def obtain(
     own = request.share(rank, world)
     if world > 1:
         obtain(own, folder, decoder, f"{label}, share {rank + 1} of {world}")
-    with _lock(entry, label):
+    with lock(entry, label):
         try:
             found = read(entry)  # built while this process waited
             if world > 1:
@@ -293,7 +293,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _lock(entry: Path, label: str) -> Iterator[None]:
+def lock(entry: Path, label: str) -> Iterator[None]:
     """Hold the right to build an entry; it ends with the process, however that ends."""
     path = entry.with_name(f"{entry.name}.lock")
     if not fcntl:
@@ -304,7 +304,7 @@ def _lock(entry: Path, label: str) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"{label}: another process is decoding them: waiting for it", flush=True)
+                print(f"{label}: another process is making them: waiting for it", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not _has_name(file, path):
                 continue

@@ -8,22 +8,24 @@ The shapes' sizes were fitted to 320 frames of the original, from which the draw
 pixels: one pixel and its mirror image, at the edge of one heart that is shown four times.
 """
 
+import contextlib
 import errno
 import math
 import os
 import shutil
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from bvae.pipelines.bits import pack
+from bvae.pipelines.cache import lock
 
 FACTORS = ("shape", "scale", "orientation", "x", "y")
 SIZES = (3, 6, 40, 32, 32)  # values of each factor
@@ -43,13 +45,6 @@ HEART = (9.5938, 0.6622, 1.4363)  # half the width, the stretch upwards, the shi
 WINDOW = 29  # pixels: covers 13.6 to either side of a shape's centre, wherever in a pixel that lies
 CHUNK = 256  # images drawn at a time: what is computed for them stays in a core's cache
 BLOCK = 16 * CHUNK  # images that a worker draws at a time
-
-
-class Sprites(NamedTuple):
-    """Images and the indices that they were drawn from."""
-
-    images: Tensor  # uint8 [N, 64, 64] of 0 and 1
-    indices: Tensor  # int64 [N, 5], in the order of FACTORS
 
 
 # --- Names of images --------------------------------------------------------------------------------------
@@ -147,32 +142,32 @@ def _in_heart(u: Tensor, v: Tensor) -> Tensor:
 
 # --- The whole set ----------------------------------------------------------------------------------------
 def whole(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Tensor:
-    """All images in the order of `ravel`, uint8 [737 280, 64, 64] of 0 and 1 on a device: 3.0 GB.
+    """All images in the order of `ravel`, one bit a pixel: uint8 [737 280, 512] on a device, 377 MB.
 
-    They are drawn once and kept in the folder, 377 MB of one bit a pixel.
+    A GPU draws them where it needs them. A CPU draws them once, and they are kept in the folder.
 
     Raises:
         OSError: the file cannot be written; nothing of it remains.
     """
+    device = torch.device(device)
+    if device.type != "cpu":
+        return _draw_all(device)
     path = Path(folder) / FILE
-    try:
-        packed = _read(path)
-    except FileNotFoundError:
-        packed = _write(path)
-    except ValueError as damage:
-        print(f"{path} is damaged ({damage}): drawing again", flush=True)
-        packed = _write(path)
-    images = torch.empty(COUNT, PACKED, dtype=torch.int64, device=device)  # eight pixels in each
-    bits = torch.arange(256)[:, None] >> torch.arange(7, -1, -1) & 1
-    pixels = bits.to(torch.uint8).view(torch.int64).squeeze(1).to(device)  # of every byte
-    for part, eight in zip(packed.split(BLOCK), images.split(BLOCK), strict=True):
-        torch.index_select(pixels, 0, part.flatten().to(device).int(), out=eight.view(-1))
-    return images.view(torch.uint8).view(COUNT, SIDE, SIDE)
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return _read(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path, "sprites"):
+        try:
+            return _read(path)  # drawn while this process waited
+        except FileNotFoundError:
+            pass
+        except ValueError as damage:
+            print(f"{path} is damaged ({damage}): drawing again", flush=True)
+        return _write(path)
 
 
 def _write(path: Path) -> Tensor:
     """Draw the whole set; the file takes its name when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(path.parent).free) < COUNT * PACKED:
         raise OSError(
             errno.ENOSPC,
@@ -180,31 +175,33 @@ def _write(path: Path) -> Tensor:
             "make room or choose another folder",
             str(path.parent),
         )
-    packed = _draw_all()
+    packed = _draw_all(torch.device("cpu"))
+    data = packed.numpy().data
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".sprites-", delete=False) as file:
         try:
-            file.write(packed.data)
-            file.write(zlib.crc32(packed.data).to_bytes(CHECKSUM, "little"))
+            file.write(data)
+            file.write(zlib.crc32(data).to_bytes(CHECKSUM, "little"))
             file.flush()
             os.fsync(file.fileno())
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
-    return torch.from_numpy(packed)
+    return packed
 
 
-def _draw_all() -> np.ndarray:
-    """uint8 [COUNT, PACKED], with a progress bar."""
-    packed = np.empty((COUNT, PACKED), np.uint8)
+def _draw_all(device: torch.device) -> Tensor:
+    """uint8 [COUNT, PACKED] on the device, with a progress bar."""
+    packed = torch.empty(COUNT, PACKED, dtype=torch.uint8, device=device)
 
     def draw(start: int) -> int:
-        numbers = torch.arange(start, min(start + BLOCK, COUNT))
-        packed[start : start + BLOCK] = np.packbits(render(unravel(numbers)).flatten(1).numpy(), axis=1)
+        numbers = torch.arange(start, min(start + BLOCK, COUNT), device=device)
+        packed[start : start + BLOCK] = pack(render(unravel(numbers)))
         return len(numbers)
 
     # One thread of torch per worker: whole blocks in parallel scale better than each operation does.
-    pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     with tqdm(total=COUNT, desc="sprites", unit=" images", disable=None) as bar:
         try:
             for done in pool.map(draw, range(0, COUNT, BLOCK)):
@@ -223,29 +220,3 @@ def _read(path: Path) -> Tensor:
     if zlib.crc32(data[:-CHECKSUM].data) != int.from_bytes(data[-CHECKSUM:].tobytes(), "little"):
         raise ValueError("its checksum is not the one that was written")
     return torch.from_numpy(data[:-CHECKSUM].reshape(COUNT, PACKED))
-
-
-# --- The original -----------------------------------------------------------------------------------------
-def read(path: str | os.PathLike[str]) -> Sprites:
-    """The images and indices of a user's own `dsprites_*.npz`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not such a file; the message says what it lacks.
-    """
-    try:
-        with np.load(path) as file:
-            images, classes = file["imgs"], file["latents_classes"]
-    except (KeyError, ValueError, AttributeError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is not dSprites' npz of imgs and latents_classes: {error}") from None
-    if images.shape[1:] != (SIDE, SIDE) or images.dtype != np.uint8 or images.max(initial=0) > 1:
-        raise ValueError(
-            f"{path}: imgs must be uint8 [N, {SIDE}, {SIDE}] of 0 and 1, got {images.dtype} {images.shape}"
-        )
-    columns = len(SIZES) + 1  # the colour, which is white throughout, comes first
-    if classes.shape != (len(images), columns) or classes.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path}: latents_classes must be integers [{len(images)}, {columns}], "
-            f"got {classes.dtype} {classes.shape}"
-        )
-    return Sprites(torch.from_numpy(images), torch.from_numpy(classes[:, 1:].astype(np.int64)))

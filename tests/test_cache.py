@@ -216,7 +216,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(root, folder):
     second = Elsewhere(root, folder)
     one, two = first.printed(), second.printed()
     assert "decoding 20 with" in one
-    assert "another process is decoding them: waiting for it" in two
+    assert "another process is making them: waiting for it" in two
     assert "decoding 20" not in two
     assert one.splitlines()[-1] == two.splitlines()[-1]  # the same bytes
     assert [path.suffix for path in folder.iterdir()] == [""]

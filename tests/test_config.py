@@ -129,6 +129,10 @@ def test_capacity_fits_the_run():
         ("objective: {gamma: -1}", "objective.gamma must be 0 or more"),
         ("objective: {capacity_iters: 0}", "objective.capacity_iters must be positive"),
         ("data: {image_size: 20}", "data.image_size must be 32 to 256"),
+        ("data: {name: sprites}", "sprites are grey, .* --channels 1 --no-flip"),
+        ("data: {name: dsprites, channels: 1, flip: false, image_size: 32}", "dsprites are grey, of 64 x 64"),
+        ("model: {arch: resnet}", "model.arch must be .*burgess.*, got 'resnet'"),
+        ("training: {optimizer: sgd}", "training.optimizer must be .*, got 'sgd'"),
     ],
 )
 def test_refused(tmp_path, text, message):

@@ -1,5 +1,6 @@
-"""Sprites: the drawing against frames of dSprites, the whole set's cache, and a user's own copy."""
+"""Sprites: the drawing against frames of dSprites, and the whole set's cache."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from bvae.pipelines import sprites
-from bvae.pipelines.sprites import COUNT, FACTORS, SHAPES, SIZES, ravel, read, render, unravel, whole
+from bvae.pipelines.bits import pack, unpack
+from bvae.pipelines.sprites import COUNT, FACTORS, SHAPES, SIZES, ravel, render, unravel, whole
 
 FRAMES = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "dsprites_gif_frames.npz"
 
@@ -122,7 +124,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> int:
 
 def test_the_cache_is_drawn_once(small, tmp_path, monkeypatch):
     images = whole(tmp_path / "new")
-    assert torch.equal(images, render(unravel(torch.arange(small))))
+    assert torch.equal(images, pack(render(unravel(torch.arange(small)))))
     (file,) = (tmp_path / "new").iterdir()
     assert file.stat().st_size == small * 512 + 4
     monkeypatch.setattr(sprites, "render", None)
@@ -160,52 +162,37 @@ def test_too_little_room_is_said_beforehand(small, tmp_path, monkeypatch):
         whole(tmp_path)
 
 
+def test_a_cache_that_must_not_be_written_to_is_read(small, tmp_path, monkeypatch):
+    images = whole(tmp_path)
+    monkeypatch.setattr(sprites, "lock", None)
+    assert torch.equal(whole(tmp_path), images)
+
+
+def test_who_waited_for_another_process_takes_what_it_drew(small, tmp_path, monkeypatch):
+    images = whole(tmp_path / "other")
+
+    @contextlib.contextmanager
+    def waited(path, label):
+        (tmp_path / "other" / path.name).rename(path)
+        yield
+
+    monkeypatch.setattr(sprites, "lock", waited)
+    monkeypatch.setattr(sprites, "render", None)
+    assert torch.equal(whole(tmp_path), images)
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_a_cpu_draws(tmp_path):
+    numbers = torch.randint(COUNT, (20_000,), generator=torch.Generator().manual_seed(0))
+    drawn = whole(tmp_path, "cuda")[numbers.cuda()]
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(drawn.cpu(), pack(render(unravel(numbers))))
+
+
 @pytest.mark.slow
 def test_all_737_280_images(tmp_path):
     images = whole(tmp_path)
-    assert images.shape == (737_280, 64, 64)
+    assert images.shape == (737_280, 512)
     numbers = torch.randint(COUNT, (2000,), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(images[numbers], render(unravel(numbers)))
+    assert torch.equal(unpack(images[numbers], 64)[..., 0], 255 * render(unravel(numbers)))
     assert torch.equal(whole(tmp_path)[numbers], images[numbers])
-
-
-# --- The original -----------------------------------------------------------------------------------------
-def archive(path, **changed) -> Path:
-    """What a user's `dsprites_*.npz` holds, of twelve images; None leaves an array out."""
-    indices = unravel(torch.arange(0, COUNT, COUNT // 12)[:12])
-    arrays = {
-        "imgs": render(indices).numpy(),
-        "latents_classes": np.column_stack([np.zeros(12, np.int64), indices.numpy()]),
-        "metadata": np.array({"title": "dSprites"}, dtype=object),  # pickled, as in the original
-    }
-    np.savez_compressed(path, **{k: v for k, v in {**arrays, **changed}.items() if v is not None})
-    return path
-
-
-def test_a_users_own_file(tmp_path):
-    images, indices = read(archive(tmp_path / "dsprites_64x64.npz"))
-    assert indices.dtype == torch.int64
-    assert torch.equal(images, render(indices))
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"imgs": None}, "not dSprites' npz.*imgs"),
-        ({"imgs": np.full((12, 64, 64), 255, np.uint8)}, "imgs must be uint8 .* of 0 and 1"),
-        ({"imgs": np.zeros((12, 32, 32), np.uint8)}, r"got uint8 \(12, 32, 32\)"),
-        ({"latents_classes": np.zeros((12, 5), int)}, r"latents_classes must be integers \[12, 6\]"),
-        ({"latents_classes": np.zeros((12, 6))}, "got float64"),
-    ],
-)
-def test_a_file_that_is_not_dsprites(tmp_path, changed, message):
-    with pytest.raises(ValueError, match=message):
-        read(archive(tmp_path / "other.npz", **changed))
-
-
-def test_a_file_that_is_no_archive(tmp_path):
-    (tmp_path / "page.npz").write_text("<html>quota exceeded</html>")
-    with pytest.raises(ValueError, match="page.npz is not dSprites' npz"):
-        read(tmp_path / "page.npz")
-    with pytest.raises(FileNotFoundError):
-        read(tmp_path / "nothing.npz")

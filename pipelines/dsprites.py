@@ -1,0 +1,81 @@
+"""A user's own `dsprites_*.npz`, read without its pickled description and without holding it unpacked."""
+
+import os
+import zipfile
+import zlib
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bvae.pipelines.bits import pack
+from bvae.pipelines.sprites import FACTORS, SIDE, SIZES
+
+AT_A_TIME = 8192  # images: 34 MB
+
+
+class Original(NamedTuple):
+    """The images of the file, and the indices that name them."""
+
+    packed: Tensor  # uint8 [N, 512], one bit a pixel
+    indices: Tensor  # int64 [N, 5], in the order of sprites.FACTORS
+
+
+def read(path: str | os.PathLike[str]) -> Original:
+    """The images and indices of the file, with a progress bar.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such a file, or damaged; the message says how.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            with archive.open("latents_classes.npy") as file:
+                classes = np.lib.format.read_array(file, allow_pickle=False)
+            with archive.open("imgs.npy") as file:
+                packed = _read_images(file)
+        indices = _check(classes, len(packed))
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not dSprites' npz of imgs and latents_classes: {error}") from None
+    return Original(packed, torch.from_numpy(indices))
+
+
+def _read_images(file: IO[bytes]) -> Tensor:
+    """uint8 [N, 512] from the array of images, some at a time."""
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, columns_first, dtype = header(file)
+    expected = f"imgs must be uint8 [N, {SIDE}, {SIDE}] of 0 and 1, got"
+    if shape[1:] != (SIDE, SIDE) or dtype != np.uint8 or columns_first:
+        raise ValueError(f"{expected} {dtype} {list(shape)}")
+    parts = []
+    with tqdm(total=shape[0], desc="dsprites", unit=" images", disable=None) as bar:
+        for start in range(0, shape[0], AT_A_TIME):
+            count = min(AT_A_TIME, shape[0] - start)
+            data = file.read(count * SIDE**2)
+            if len(data) < count * SIDE**2:
+                raise ValueError("imgs ends too early")
+            images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, -1)
+            if images.max() > 1:
+                raise ValueError(f"{expected} {images.max()} in one of them")
+            parts.append(pack(images))
+            bar.update(count)
+    return torch.cat(parts) if parts else torch.empty(0, SIDE**2 // 8, dtype=torch.uint8)
+
+
+def _check(classes: np.ndarray, count: int) -> np.ndarray:
+    """The columns of FACTORS, int64 [count, 5]; the colour before them is white throughout."""
+    if classes.shape != (count, 1 + len(SIZES)) or classes.dtype.kind not in "iu":
+        raise ValueError(
+            f"latents_classes must be integers [{count}, {1 + len(SIZES)}], "
+            f"got {classes.dtype} {list(classes.shape)}"
+        )
+    indices = classes[:, 1:].astype(np.int64)
+    for name, size, column in zip(FACTORS, SIZES, indices.T, strict=True):
+        if count and not 0 <= column.min() <= column.max() < size:
+            raise ValueError(
+                f"latents_classes: {name} must be 0 to {size - 1}, got {column.min()} to {column.max()}"
+            )
+    return indices

@@ -1,0 +1,30 @@
+"""Images of one bit a pixel, against NumPy's packing and against images that are not packed."""
+
+import numpy as np
+import pytest
+import torch
+
+from bvae.pipelines.bits import Bits, pack, unpack
+from bvae.pipelines.resident import Resident
+
+IMAGES = torch.randint(2, (50, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_packing_is_numpys_and_unpacking_its_inverse():
+    packed = pack(IMAGES)
+    assert np.array_equal(packed.numpy(), np.packbits(IMAGES.flatten(1).numpy(), axis=1))
+    assert torch.equal(unpack(packed, 8)[..., 0], 255 * IMAGES)
+    assert torch.equal(pack(torch.ones(1, 64, dtype=torch.uint8)), torch.full((1, 8), 255, dtype=torch.uint8))
+    assert torch.equal(pack(IMAGES.mT), pack(IMAGES.mT.contiguous()))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batches_are_those_of_the_images_themselves(train):
+    options = {"train": train, "flip": False, "rank": 1, "world": 2}
+    bits = Bits(pack(IMAGES), 8, 7, 3, **options)
+    plain = Resident(255 * IMAGES[..., None], 7, 3, **options)
+    assert len(bits) == len(plain)
+    for (a, i), (b, j) in zip(bits.epoch(2), plain.epoch(2), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(i, j)
+    assert torch.equal(bits.head(3), plain.head(3))
