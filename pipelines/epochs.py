@@ -86,6 +86,8 @@ class Epochs(ABC):
 
 def _flip(images: Tensor, flipped: Tensor) -> Tensor:
     """Mirror the images [B, H, W, C] for which flipped [B] holds."""
-    both = torch.cat([images, images.flip(2)])  # on a CPU three times as fast as torch.where
-    n = len(images)
-    return both.index_select(0, torch.arange(n, device=images.device) + n * flipped)
+    # a ^ ((b ^ a) & mask) is b under the mask and a elsewhere. In place, it takes a CPU a quarter of the time
+    # of torch.where, and needs no large new memory, whose first touch costs as much as the arithmetic.
+    given, chosen = images.flatten(1), images.flip(2).flatten(1)
+    mask = (flipped.to(images.dtype) * 255)[:, None]
+    return chosen.bitwise_xor_(given).bitwise_and_(mask).bitwise_xor_(given).view(images.shape)
