@@ -24,7 +24,7 @@ ImageFile = str | Member  # a path, or a part of a shard
 def read(file: ImageFile) -> bytes:
     """The whole file. Raises OSError, or ValueError for a shard that ends too early."""
     if isinstance(file, str):
-        with open(file, "rb") as whole:
+        with open(file, "rb", buffering=0) as whole:
             return whole.read()
     with open(file.shard, "rb") as shard:
         data = os.pread(shard.fileno(), file.size, file.offset)

@@ -189,6 +189,32 @@ def test_a_batch_without_a_jpeg(drawn, tmp_path):
     assert [len(images) for images, _ in reader.decode(batches)] == [1, 2, 1, 0]
 
 
+@needs_dali
+def test_a_second_epoch_begins_where_no_other_left_anything(drawn, tmp_path):
+    """The decoder keeps its pipeline, unless batches are still in it or another epoch has it."""
+    batches = [drawn[i : i + 8] for i in range(0, 60, 8)]
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(damaged()["table flipped"][0])
+    expected = decode("dali", drawn)[0]
+    reader = decoder.build("dali", CELEBA, CPU)
+
+    def epoch():
+        return torch.cat([images for images, _ in reader.decode(batches)])
+
+    for images, _ in reader.decode(batches):
+        assert torch.equal(images, expected[:8])
+        break
+    assert torch.equal(epoch(), expected)
+    kept = reader._idle
+    assert torch.equal(epoch(), expected)
+    assert reader._idle is kept
+    beside = zip(reader.decode(batches), reader.decode(batches[::-1]), strict=True)
+    assert all(torch.equal(a.images, expected[8 * i : 8 * i + 8]) for i, (a, _) in enumerate(beside))
+    for bad in ([str(broken)], [*drawn[:7], str(broken)]):
+        assert [len(wrong) for _, wrong in reader.decode([drawn[:8], bad])] == [0, 1]
+        assert torch.equal(epoch(), expected)
+
+
 def test_auto_takes_dali_where_it_is_installed(monkeypatch):
     assert decoder.choose("auto") == ("dali" if find_spec("nvidia.dali") else "torchvision")
     monkeypatch.setattr(decoder, "find_spec", lambda name: None)
