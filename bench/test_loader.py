@@ -4,19 +4,24 @@
     python -m pytest bench/test_loader.py -s -m gpu         what a GPU tells
 
 Every contender does the same work on the same drawn faces, 178 x 218 JPEGs of 7 kB: decode, cut out 148
-pixels, resize to 64, uint8 batches of 144. They take turns, and the ratios are medians over the turns. All
-may use both cores; on cores that others use too, they measure how long they wait for each other.
+pixels, resize to 64, uint8 batches of 144, from files that the system has in memory. They take turns, and the
+ratios are medians over the turns. All may use both cores. On cores that others use too, wall time tells how
+long a contender waits for them: the CPU time per image, of its process and its workers, is told beside it.
 """
 
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from bvae.losses import BetaLoss
@@ -49,6 +54,17 @@ class Files(Dataset):
             return self.transform(image.convert("RGB"))
 
 
+class FilesWithoutPil(Files):
+    """What few write: torchvision's own decoder, and its transforms on tensors."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = files
+        self.transform = v2.Compose([v2.CenterCrop(148), v2.Resize(64)])
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.transform(decode_image(self.files[i], ImageReadMode.RGB))
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = faces.write(tmp_path_factory.mktemp("faces"), n=N, progress=False)
@@ -68,30 +84,60 @@ def rate(epoch: Callable[[], int]) -> float:
     return images / (time.perf_counter() - start)
 
 
+class Turn(NamedTuple):
+    """What one epoch took, in seconds an image."""
+
+    wall: float
+    cpu: float
+
+
+def cpu_seconds() -> float:
+    """Of this process and the DataLoaders' workers, which run on; Linux alone, as DALI."""
+    total = time.process_time()
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # in user and kernel mode
+    return total
+
+
+def take(epoch: Callable[[], int]) -> Turn:
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    images = epoch()
+    wall = time.perf_counter() - wall
+    return Turn(wall / images, (cpu_seconds() - cpu) / images)
+
+
 def test_ratios_on_a_cpu(files: list[str]) -> None:
     dali = pytest.importorskip("bvae.pipelines.dali")
-    loader = DataLoader(Files(files), BATCH, num_workers=2, persistent_workers=True)
+    loader, without_pil = (
+        DataLoader(dataset(files), BATCH, num_workers=2, persistent_workers=True)
+        for dataset in (Files, FilesWithoutPil)
+    )
     torchvision, dali_cpu = TorchDecoder(PICTURE), dali.DaliDecoder(PICTURE, CPU)
     cached = torch.cat([images for images, _ in torchvision.decode(batches(files))]).repeat(20, 1, 1, 1)
     resident = Resident(cached, BATCH, 0, train=True, flip=True)
     contenders: dict[str, Callable[[], int]] = {
         "DataLoader, 2 workers": lambda: sum(len(images) for images in loader),
+        "the same without PIL": lambda: sum(len(images) for images in without_pil),
         "torchvision, threads": lambda: sum(len(images) for images, _ in torchvision.decode(batches(files))),
         "DALI on the CPU": lambda: sum(len(images) for images, _ in dali_cpu.decode(batches(files))),
         "cached, shuffled, flipped": lambda: sum(len(images) for images, _ in resident.epoch(0)),
     }
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(WARM_UP + TURNS):
+    turns: dict[str, list[Turn]] = {name: [] for name in contenders}
+    for number in range(WARM_UP + TURNS):
         for name, epoch in contenders.items():
-            measured = rate(epoch)
-            if turn >= WARM_UP:
-                rates[name].append(measured)
-    base = rates["DataLoader, 2 workers"]
+            turn = take(epoch)
+            if number >= WARM_UP:
+                turns[name].append(turn)
+    base = turns["DataLoader, 2 workers"]
     ratios = {}
-    print()
-    for name, measured in rates.items():
-        ratios[name] = statistics.median(a / b for a, b in zip(measured, base, strict=True))
-        print(f"{name:26}{statistics.median(measured):10.0f} images/s  {ratios[name]:6.1f} x")
+    print(f"\n{'':26}{'images/s':>10}{'ratio':>9}{'CPU us/image':>15}{'ratio':>9}")
+    for name, took in turns.items():
+        ratios[name] = statistics.median(b.wall / a.wall for a, b in zip(took, base, strict=True))
+        # A worker's clock ticks in hundredths of a second: over all turns that is exact enough.
+        cpu, of_base = (statistics.fmean(turn.cpu for turn in all_turns) for all_turns in (took, base))
+        rate_of = 1 / statistics.median(turn.wall for turn in took)
+        print(f"{name:26}{rate_of:10.0f}{ratios[name]:7.1f} x{1e6 * cpu:15.1f}{of_base / cpu:7.1f} x")
     assert ratios["DALI on the CPU"] >= 1.5
     assert ratios["cached, shuffled, flipped"] >= 50
 
