@@ -2,13 +2,14 @@
 
 Prints a table and writes it to the run folder as evaluation.md and evaluation.json. evaluation.png holds the
 matrices of latents by factors, evaluation_traversals.png what the latents do. The factors of the data must be
-known: sprites, or the drawn faces' factors.csv.
+known: sprites, dSprites, or the drawn faces' factors.csv. CelebA's attributes are no independent factors: for
+them it is the area under the ROC curve of each latent.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -23,19 +24,22 @@ from tqdm import tqdm
 
 from bvae import config, metrics
 from bvae.arguments import choose_device
+from bvae.config import Config, DataConfig
 from bvae.datasets import CELEBA_CROP, DRAWN_ROOT
 from bvae.metrics import inputs, posterior, truth
+from bvae.metrics.auroc import auroc
 from bvae.metrics.dci import Boosting, dci
 from bvae.metrics.heat_map import heat_map
 from bvae.metrics.information import discretise, entropy, mutual_information
 from bvae.metrics.reconstruction import reconstruction
 from bvae.metrics.sampling import Table
 from bvae.model import BetaVAE
+from bvae.pipelines import dsprites, sprites
+from bvae.pipelines.cache import default_folder
 from bvae.traverse import save, traverse
 
 BATCH = 256  # images encoded at a time
 ROWS = 20  # latents in the picture, those of the highest KL
-VARIANCE = 0.5  # of the Gaussian likelihood, the trainer's default
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,11 @@ class Arguments:
 
     run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
     """A run folder, or any folder with model.safetensors and config.json."""
-    data: Literal["auto", "faces", "sprites"] = "auto"
+    data: Literal["auto", "faces", "celeba", "sprites", "dsprites"] = "auto"
     """What the model is measured on. auto: what the run's config.yaml names."""
     data_root: Path | None = None
-    """Folder of the faces and their factors.csv. None: the one in config.yaml, or data/faces."""
+    """Folder of the faces and their factors.csv, of CelebA and its list_attr_celeba, or dSprites' npz.
+    None: the one in config.yaml, or data/faces."""
     factor_bins: int = 10
     """A factor of more values than this is cut into as many bins of equal width (faces)."""
     seeds: int = 5
@@ -76,28 +81,40 @@ def interval(values: list[float]) -> Interval:
     return Interval(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * stats.sem(values)))
 
 
-def open_truth(arguments: Arguments, model: BetaVAE) -> truth.Truth:
+def settings(run: Path) -> Config | None:
+    """The configuration that a model was trained with, if its folder holds it."""
+    file = run / "config.yaml"
+    return config.read(file)[0] if file.is_file() else None
+
+
+def open_truth(arguments: Arguments, model: BetaVAE, device: torch.device) -> truth.Truth:
     """The data that the model is measured on.
 
     Raises:
-        ValueError, FileNotFoundError: no data with factors are named or found.
+        ValueError, FileNotFoundError: no data with factors or attributes are named or found.
     """
-    name, root, crop = arguments.data, arguments.data_root, None
-    file = arguments.run / "config.yaml"
-    if name != "sprites" and file.is_file():
-        data = config.read(file)[0].data
-        crop, root = data.crop, root or data.root
-        if name == "auto":
-            if data.name == "folder":
-                raise ValueError(f"{arguments.run} was trained on a folder of images without known factors")
-            name = "faces"
+    trained = settings(arguments.run)
+    data = trained.data if trained else DataConfig()
+    name = arguments.data
     if name == "auto":
-        raise ValueError(f"{arguments.run} does not say what it was trained on: give --data faces or sprites")
+        if trained is None:
+            raise ValueError(f"{arguments.run} does not say what it was trained on: name it with --data")
+        if data.name == "folder":
+            raise ValueError(f"{arguments.run} was trained on a folder of images without known factors")
+        name = data.name
+    root, crop = arguments.data_root or data.root, data.crop or CELEBA_CROP
+    if name == "faces":
+        return truth.folder(root or DRAWN_ROOT, model, arguments.factor_bins, crop)
     if name == "sprites":
-        return truth.sprites(model)
-    return truth.folder(
-        root or DRAWN_ROOT, model, arguments.factor_bins, CELEBA_CROP if crop is None else crop
-    )
+        truth.check_shapes(model)
+        packed = sprites.whole(data.cache_dir or default_folder(), device)
+        return truth.shapes(model, packed, sprites.unravel(torch.arange(len(packed))))
+    if root is None:
+        raise ValueError(f"--data {name} needs --data-root")
+    if name == "dsprites":
+        packed, indices = dsprites.read(root)
+        return truth.shapes(model, packed.to(device), indices)
+    return truth.attributes(root, model, crop)
 
 
 @torch.no_grad()
@@ -114,17 +131,23 @@ def encode(model: BetaVAE, known: truth.Truth, device: torch.device) -> NDArray[
 
 
 @torch.no_grad()
-def describe(model: BetaVAE, known: truth.Truth, points: int, device: torch.device) -> dict[str, Any]:
-    """Posteriors and reconstructions of as many images, the same ones on every call."""
+def describe(
+    model: BetaVAE, known: truth.Truth, points: int, variance: float, device: torch.device
+) -> dict[str, Any]:
+    """Posteriors and reconstructions of as many images, the same ones on every call.
+
+    Args:
+        variance: the Gaussian likelihood's; a model whose images are a Bernoulli's means has none.
+    """
     drawn = np.random.default_rng(0).permutation(len(known.factors))[:points]
     mus: list[Tensor] = []
     log_vars: list[Tensor] = []
     closeness: list[tuple[float, ...]] = []
-    variance = VARIANCE if model.activation == "tanh" else None
+    peak, spread = (2, variance) if model.activation == "tanh" else (1, None)
     for start in tqdm(range(0, len(drawn), BATCH), desc="decoding", disable=None):
         x = known.images(drawn[start : start + BATCH]).to(device)
         mu, log_var = model.encode(x)
-        found = reconstruction(model.decode(mu), x, peak=1 if variance is None else 2, variance=variance)
+        found = reconstruction(model.decode(mu), x, peak=peak, variance=spread)
         mus.append(mu.cpu())
         log_vars.append(log_var.cpu())
         closeness.append(tuple(len(x) * value for value in found))
@@ -190,12 +213,26 @@ def matrices(
     }
 
 
+def best_latents(areas: NDArray[np.float64], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of AUROCs [D, K]: for each attribute the latent that tells most, and its area if it rises with it."""
+    either_way = np.maximum(areas, 1 - areas)
+    best = either_way.argmax(0)
+    return {
+        name: {"latent": int(latent), "auroc": float(either_way[latent, k])}
+        for k, (name, latent) in enumerate(zip(names, best, strict=True))
+    }
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The result as a table that people read."""
     lines = [f"| {result['images']} images | mean | 95 % interval |", "|---|---|---|"]
     lines += [
         f"| {name} | {value['mean']:.3f} | ± {value['half_width']:.3f} |"
         for name, value in result["scores"].items()
+    ]
+    lines += [
+        f"| AUROC of {name}, by latent {told['latent']} | {told['auroc']:.3f} | |"
+        for name, told in result["attributes"].items()
     ]
     plain = {k: v for k, v in result["model"].items() if not k.endswith("per_latent")}
     lines += [
@@ -212,7 +249,9 @@ def evaluate(arguments: Arguments) -> str:
             raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}")
     device = choose_device(arguments.device)
     model = BetaVAE.from_pretrained(arguments.run).to(device)
-    known = open_truth(arguments, model)
+    known = open_truth(arguments, model, device)
+    trained = settings(arguments.run)
+    variance = (trained or Config()).objective.decoder_variance
     seconds: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -223,10 +262,16 @@ def evaluate(arguments: Arguments) -> str:
 
     codes = timed("encoding", lambda: encode(model, known, device))
     described = timed(
-        "posterior and reconstruction", lambda: describe(model, known, arguments.points, device)
+        "posterior and reconstruction", lambda: describe(model, known, arguments.points, variance, device)
     )
-    scores = rate(codes, known, arguments, seconds)
-    found = timed("matrices", lambda: matrices(codes, known, arguments))
+    if known.independent:
+        scores = rate(codes, known, arguments, seconds)
+        found = timed("matrices", lambda: matrices(codes, known, arguments))
+        told = {}
+    else:
+        areas = timed("AUROC", lambda: auroc(codes, known.factors))
+        scores, found, told = {}, {"|2 AUROC - 1|": np.abs(2 * areas - 1)}, best_latents(areas, known.names)
+    seconds["in all"] = sum(seconds.values())
 
     kl = described["kl_per_latent"]
     shown = sorted(range(model.latent_dim), key=lambda i: -kl[i])[:ROWS]
@@ -239,6 +284,7 @@ def evaluate(arguments: Arguments) -> str:
         "points": arguments.points,
         "boosting": arguments.boosting,
         "scores": {name: value._asdict() for name, value in scores.items()},
+        "attributes": told,
         "model": {k: v if np.isfinite(v).all() else None for k, v in described.items()},  # JSON has no inf
         "matrices": {title: matrix.tolist() for title, matrix in found.items()},
         "seconds": seconds,

@@ -30,6 +30,35 @@ def splits(root: Path) -> dict[str, list[str]]:
     return found
 
 
+def attributes(root: Path) -> tuple[list[str], dict[str, list[int]]]:
+    """The names of the attributes, and for each listed image whether it has them: 1 or -1.
+
+    Raises:
+        FileNotFoundError: no CelebA at root, or no list of attributes.
+        ValueError: the list cannot be read; the message names the line.
+    """
+    base, _ = _locate(Path(root))
+    path = _list_file(base, "list_attr_celeba", "the attributes")
+    lines = _read_lines(path)
+    if path.suffix == ".csv":
+        lines = [line.replace(",", " ") for line in lines]
+        names, first = lines[0].split()[1:], 1
+    else:  # the number of images comes before the names
+        names, first = lines[1].split() if len(lines) > 1 else [], 2
+    rows = {}
+    for number, line in enumerate(lines[first:], start=first + 1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) != 1 + len(names) or not set(words[1:]) <= {"1", "-1"}:
+            raise ValueError(
+                f"{path}, line {number}: expected a file name and {len(names)} times 1 or -1, "
+                f"got {line[:80]!r}"
+            )
+        rows[words[0]] = [int(word) for word in words[1:]]
+    return names, rows
+
+
 def _locate(root: Path) -> tuple[Path, Path]:
     """The folder of the lists and the folder of the images."""
     if not root.is_dir():
@@ -52,17 +81,8 @@ def _locate(root: Path) -> tuple[Path, Path]:
 
 def _read_partition(base: Path) -> list[tuple[str, int]]:
     """(file name, split number) of every listed image."""
-    path = next(
-        (p for p in (base / f"list_eval_partition.{end}" for end in ("txt", "csv")) if p.exists()), None
-    )
-    if path is None:
-        raise FileNotFoundError(f"{base} holds no list_eval_partition.txt (or .csv), which gives the splits")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"{path} is empty")
+    path = _list_file(base, "list_eval_partition", "the splits")
+    lines = _read_lines(path)
     if path.suffix == ".csv":
         if lines[0].strip() != "image_id,partition":
             raise ValueError(f"{path}: expected the header image_id,partition, got {lines[0]!r}")
@@ -81,3 +101,22 @@ def _read_partition(base: Path) -> list[tuple[str, int]]:
             raise ValueError(f"{path}, line {number}: {words[0]} leads out of the folder of the images")
         partition.append((words[0], int(words[1])))
     return partition
+
+
+def _list_file(base: Path, name: str, what: str) -> Path:
+    """torchvision's list or Kaggle's."""
+    for end in ("txt", "csv"):
+        if (base / f"{name}.{end}").exists():
+            return base / f"{name}.{end}"
+    raise FileNotFoundError(f"{base} holds no {name}.txt (or .csv), which gives {what}")
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Raises ValueError for a file that is no text, or empty."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"{path} is empty")
+    return lines

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from bvae.metrics import truth
 from bvae.metrics.heat_map import CELL, LEFT, TOP, heat_map
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
+from bvae.pipelines.bits import pack
 from bvae.report import LABEL, MARGIN
 
 N = 60
@@ -74,7 +76,7 @@ def test_files_and_table(run):
 def test_what_the_posteriors_and_reconstructions_are(run, data):
     model = BetaVAE.from_pretrained(run)
     known = truth.folder(data, model, bins=2)
-    found = evaluate.describe(model, known, N, torch.device("cpu"))
+    found = evaluate.describe(model, known, N, 0.5, torch.device("cpu"))
     x = known.images(np.arange(N))
     with torch.no_grad():
         mu, log_var = model.encode(x)
@@ -106,7 +108,7 @@ def test_options_that_cannot_be_used(run, options, message, capsys):
 def test_runs_whose_factors_are_not_known(tmp_path, capsys):
     small_model().save_pretrained(tmp_path)
     assert main([str(tmp_path)]) == 2
-    assert "give --data faces or sprites" in capsys.readouterr().err
+    assert "does not say what it was trained on: name it with --data" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text(Config(data=DataConfig(name="folder", root=tmp_path)).to_yaml())
     assert main([str(tmp_path)]) == 2
     assert "a folder of images without known factors" in capsys.readouterr().err
@@ -120,11 +122,99 @@ def test_what_is_infinite_is_said_so(tmp_path, monkeypatch):
     with torch.no_grad():
         model.head.weight[1], model.head.bias[1] = model.head.weight[0], model.head.bias[0]
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(evaluate, "open_truth", lambda arguments, model: known)
+    monkeypatch.setattr(evaluate, "open_truth", lambda *arguments: known)
     table = evaluate.evaluate(Arguments(tmp_path, seeds=1, points=30))
     assert "| total_correlation | infinite | |" in table
     text = (tmp_path / "evaluation.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["model"]["total_correlation"] is None
+
+
+def shapes_run(folder, **data) -> None:
+    small_model(1, "sigmoid", 64).save_pretrained(folder)
+    settings = DataConfig(**{"name": "sprites", "channels": 1, "flip": False, **data})
+    (folder / "config.yaml").write_text(Config(data=settings).to_yaml())
+
+
+def test_a_users_dsprites(tmp_path, capsys):
+    indices = 3 * torch.from_numpy(np.indices((1, 2, 3, 3, 3)).reshape(5, -1).T.repeat(3, 0))
+    indices[:, 0] = torch.arange(n := len(indices)) % 3
+    classes = np.column_stack([np.zeros(n, np.int64), indices.numpy()])
+    np.savez(tmp_path / "d.npz", imgs=sprites.render(indices).numpy(), latents_classes=classes)
+    shapes_run(tmp_path)
+    assert main([str(tmp_path), *FEW, "--data", "dsprites"]) == 2
+    assert "--data dsprites needs --data-root" in capsys.readouterr().err
+    shapes_run(tmp_path, name="dsprites", root=tmp_path / "d.npz")
+    assert main([str(tmp_path), "--seeds", "1", "--points", "100"]) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (result["images"], tuple(result["factors"])) == (n, sprites.FACTORS)
+    assert result["scores"].keys() == SCORES
+    model = BetaVAE.from_pretrained(tmp_path)
+    x = sprites.render(indices).float()[:, None]
+    error = torch.nn.functional.binary_cross_entropy(model.reconstruct(x), x, reduction="sum") / n
+    assert result["model"]["reconstruction_nats"] == pytest.approx(error.item(), rel=1e-4)
+
+
+def test_sprites_of_which_a_factor_does_not_vary(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sprites, "COUNT", 100)  # all of them squares of one size
+    shapes_run(tmp_path, cache_dir=tmp_path / "cache")
+    assert main([str(tmp_path), *FEW]) == 2
+    assert "factor 0 has no variation in 100 points" in capsys.readouterr().err
+
+
+def test_attributes_are_told_by_single_latents(data, tmp_path, monkeypatch):
+    """A latent that is the attribute's opposite tells it as well as any."""
+    model = small_model()
+    known = truth.attributes(data, model)
+    assert known.factors.shape == (6, len(known.names))  # a tenth of the images is for testing
+    with open(data / "celeba" / "factors.csv") as file:
+        rows = list(csv.DictReader(file))[-6:]
+    glasses = known.factors[:, known.names.index("Eyeglasses")]
+    assert glasses.tolist() == [1 if float(row["glasses"]) > 0.5 else -1 for row in rows]
+    codes = np.zeros((6, 4), np.float32)
+    codes[:, 2] = -glasses
+    monkeypatch.setattr(evaluate, "encode", lambda *_: codes)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.yaml").write_text(
+        Config(data=DataConfig(name="celeba", root=data, image_size=32)).to_yaml()
+    )
+    table = evaluate.evaluate(Arguments(tmp_path))
+    assert "| AUROC of Eyeglasses, by latent 2 | 1.000 | |" in table
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result["attributes"]["Eyeglasses"] == {"latent": 2, "auroc": 1.0}
+    assert result["scores"] == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "holds no list_attr_celeba.txt .or .csv., which gives the attributes"),
+        ("", "list_attr_celeba.txt is empty"),
+        ("2\nBald Young\n000055.jpg 1\n", "line 3: expected a file name and 2 times 1 or -1"),
+        ("2\nBald Young\n000055.jpg 1 0\n", "line 3: expected a file name and 2 times 1 or -1"),
+        ("2\nBald Young\n000001.jpg 1 1\n", "the list of attributes lacks 000055.jpg and 5 more"),
+        ("x\nBald\n" + "".join(f"0000{i}.jpg 1\n" for i in range(55, 61)), "in no attribute do its 6"),
+    ],
+)
+def test_attributes_that_cannot_be_used(data, tmp_path, text, message):
+    shutil.copytree(data / "celeba", tmp_path / "celeba")
+    path = tmp_path / "celeba" / "list_attr_celeba.txt"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        truth.attributes(tmp_path, small_model())
+
+
+def test_kaggles_attributes(data, tmp_path):
+    shutil.copytree(data / "celeba", tmp_path / "celeba")
+    path = tmp_path / "celeba" / "list_attr_celeba.txt"
+    _, names, *rows = path.read_text().splitlines()
+    lines = [",".join(["image_id", *names.split()]), *(",".join(row.split()) for row in rows)]
+    path.with_suffix(".csv").write_text("\n".join(lines) + "\n")
+    path.unlink()
+    ours, theirs = truth.attributes(tmp_path, small_model()), truth.attributes(data, small_model())
+    assert ours.names == theirs.names
+    assert np.array_equal(ours.factors, theirs.factors)
 
 
 # --- Its parts --------------------------------------------------------------------------------------------
@@ -181,9 +271,10 @@ def test_factors_that_are_no_table_of_numbers(tmp_path, text):
 
 @pytest.mark.parametrize(("activation", "low"), [("tanh", -1), ("sigmoid", 0)])
 def test_sprites_and_their_factors(activation, low):
-    known = truth.sprites(small_model(1, activation, 64))
-    numbers = np.array([5, 700_000, 300_000])
-    assert known.factors.shape == (sprites.COUNT, 5)
+    indices = sprites.unravel(torch.arange(0, sprites.COUNT, 1000))
+    known = truth.shapes(small_model(1, activation, 64), pack(sprites.render(indices)), indices)
+    numbers = np.array([5, 700, 300])
+    assert known.factors.shape == (738, 5)
     x = known.images(numbers)
     assert x.shape == (3, 1, 64, 64)
     assert x.unique().tolist() == [low, 1]

@@ -1,7 +1,7 @@
-"""Data sets whose factors are known, as a model sees them: sprites, and folders with a factors.csv."""
+"""Data sets whose factors or attributes are known, as a model sees them."""
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from bvae.datasets import CELEBA_CROP
 from bvae.metrics.inputs import Factors
 from bvae.model import BetaVAE
-from bvae.pipelines import sprites as shapes
+from bvae.pipelines import celeba, sprites
+from bvae.pipelines.bits import unpack
 from bvae.reference import scale_pixels
 from bvae.traverse import read_image
 
@@ -24,23 +25,49 @@ class Truth(NamedTuple):
     names: tuple[str, ...]  # of the factors
     factors: Factors  # [N, K]
     images: Callable[[NDArray[np.int64]], Tensor]  # numbers [n] to float32 [n, C, H, W], in the model's range
+    independent: bool = True  # factors of variation; False: attributes that go together, each -1 or 1
 
 
-def sprites(model: BetaVAE) -> Truth:
-    """All 737 280 sprites, drawn when they are asked for.
+def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
+    """2D shapes: packed images, uint8 [N, 512] of one bit a pixel, and their indices [N, 5].
 
     Raises:
         ValueError: a model of other images than grey ones of 64 x 64.
     """
-    if model.input_shape != (1, shapes.SIDE, shapes.SIDE):
-        raise ValueError(f"sprites are [1, 64, 64], and this model takes {list(model.input_shape)}")
+    check_shapes(model)
     low = -1.0 if model.activation == "tanh" else 0.0
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
-        drawn = shapes.render(shapes.unravel(torch.from_numpy(numbers)))
-        return scale_pixels(255 * drawn[:, None], low)
+        chosen = packed[torch.from_numpy(numbers).to(packed.device)]
+        return scale_pixels(unpack(chosen, sprites.SIDE).permute(0, 3, 1, 2), low)
 
-    return Truth(shapes.FACTORS, shapes.unravel(torch.arange(shapes.COUNT)).numpy(), images)
+    return Truth(sprites.FACTORS, indices.numpy(), images)
+
+
+def check_shapes(model: BetaVAE) -> None:
+    """Raise ValueError for a model of other images than grey ones of 64 x 64."""
+    if model.input_shape != (1, sprites.SIDE, sprites.SIDE):
+        raise ValueError(f"sprites are [1, 64, 64], and this model takes {list(model.input_shape)}")
+
+
+def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
+    """CelebA's test images (of a partial copy without any: those for validation, or else for training).
+
+    Attributes in which all of them agree are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: no CelebA at root, or lists that cannot be read or lack an image.
+    """
+    splits, (names, rows) = celeba.splits(root), celeba.attributes(root)
+    paths = [Path(file) for file in splits["test"] or splits["valid"] or splits["train"]]
+    if missing := [path.name for path in paths if path.name not in rows]:
+        raise ValueError(f"{root}: the list of attributes lacks {missing[0]} and {len(missing) - 1} more")
+    values = np.array([rows[path.name] for path in paths], np.int64).reshape(len(paths), len(names))
+    differ = (values != values[:1]).any(0)
+    if not differ.any():
+        raise ValueError(f"{root}: in no attribute do its {len(paths)} images differ")
+    kept = tuple(name for name, varies in zip(names, differ, strict=True) if varies)
+    return Truth(kept, values[:, differ], _files(paths, model, crop), independent=False)
 
 
 def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Truth:
@@ -69,11 +96,17 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Tr
     if not np.isfinite(values).all():
         raise ValueError(f"{table} holds values that are not finite")
     paths = [found[0] / "img_align_celeba" / row[0] for row in rows]
+    factors = np.stack([_levels(column, bins) for column in values.T], 1)
+    return Truth(tuple(names), factors, _files(paths, model, crop))
+
+
+def _files(paths: Sequence[Path], model: BetaVAE, crop: int) -> Callable[[NDArray[np.int64]], Tensor]:
+    """Images from their files."""
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
         return torch.cat([read_image(paths[i], crop, model.input_shape, model.activation) for i in numbers])
 
-    return Truth(tuple(names), np.stack([_levels(column, bins) for column in values.T], 1), images)
+    return images
 
 
 def _levels(values: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
