@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import bvae
 from bench.race import Race, Result, stopwatch
-from bench.record import Record
+from bench.record import ROOT, Record
 from bench.report import markdown
 
 
@@ -24,6 +25,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.exit("unset TRITON_INTERPRET: a kernel's time in the interpreter says nothing", returncode=4)
+    if not Path(bvae.__file__).is_relative_to(ROOT):
+        pytest.exit(
+            f"bvae is that of {bvae.__file__}, not of {ROOT}: run python -m pytest there", returncode=4
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

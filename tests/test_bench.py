@@ -1,13 +1,15 @@
 """The benchmarks' own code: the race, the records, the floors and the report."""
 
+import copy
 import json
+import subprocess
 
 import pytest
 import torch
 
+from bench import compare, report, roofline
 from bench import race as racing
 from bench import record as records
-from bench import report, roofline
 from bench.reference_step import SeedStep, SeedVAE
 from bench.test_kernels import CASES
 from bvae.model import BetaVAE
@@ -255,3 +257,44 @@ def test_the_report_rewrites_the_readme_and_draws(tmp_path, capsys):
         assert (folder / f"{name}.png").stat().st_size > 1000
     readme.write_text("no markers")
     assert report.main(readme, tmp_path / "results") == 1
+
+
+def slower(factor):
+    """The record with "ours" in the step slower, and everything else as it was within its spread."""
+    record = copy.deepcopy(made())
+    ours = record["results"][0]["timings"]["ours"]
+    ours["seconds"] = [factor * s for s in ours["seconds"]]
+    return record
+
+
+def test_a_regression_beyond_the_spread_is_seen():
+    moved = compare.moves([made(), made()], [slower(1.3), slower(1.3)])
+    assert [move.name for move in moved] == ["step: seed's network, batch 64: ours"]
+    assert moved[0].speedup == pytest.approx(1 / 1.3)
+    shown = compare.table([made()], [slower(1.3)])
+    assert "1 of 6 timings moved" in shown
+    assert "| 400 images/s | 307.7 images/s | 0.77 x |" in shown
+    assert compare.moves([made()], [slower(0.5)])[0].speedup == 2
+
+
+def test_a_change_within_the_spread_is_not():
+    assert compare.moves([made()], [slower(1.15)]) == []
+    assert compare.moves([made(), slower(1.3)], [slower(1.3)]) == []  # base varies as much itself
+    assert compare.table([made()], [made()]) == "0 of 6 timings moved beyond the spread."
+
+
+def test_a_base_that_is_no_commit(capsys):
+    assert compare.main(["no-such-commit"]) == 2
+    assert "error: no-such-commit: fatal:" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_commit_is_compared_with_the_tree(capfd):
+    """With itself: the base is checked out, measured in turn with the tree, and taken away again."""
+    trees = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, cwd=records.ROOT)
+    assert compare.main(["HEAD", "--rounds", "1", "-k", "sample and 144 and float32 and both"]) == 0
+    shown = capfd.readouterr().out
+    assert "round 1 of 1: base" in shown
+    assert "of 2 timings moved beyond the spread" in shown
+    after = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, cwd=records.ROOT)
+    assert after.stdout == trees.stdout
