@@ -1,8 +1,8 @@
 """Two commits, the same benchmarks: `python -m bench.compare BASE [--rounds 2] [pytest's options]`.
 
 BASE is checked out beside the source tree, gets the tree's own bench/ and is measured in turn with the tree:
-base, tree; tree, base. Printed is what moved beyond the spread: where the quartiles of all of one side's rounds
-lie beyond all of the other's.
+base, tree; tree, base. Printed is what moved beyond the spread: where the quartiles of one side's runs lie
+beyond all of the other's.
 
     python -m bench.compare main -k "kernels and 144"
 """
