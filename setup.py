@@ -36,6 +36,7 @@ setup(
             "pytest>=8",  # the tests
             "pytest-benchmark>=5",  # `pytest bench`: its fixture, table and options
             "matplotlib>=3.8",  # the benchmarks' plots
+            "hypothesis>=6.100",  # hostile files and options for them, by the thousand
             "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",  # as above
             "diffusers>=0.35",  # the drop-in's test compares with its posterior
             "transformers>=4.50",  # must still import beside us, and so must

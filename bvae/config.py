@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from tyro.conf import arg
 
-from bvae.dialect import is_dialect, translate, unknown_key
+from bvae.dialect import brief, is_dialect, translate, unknown_key
 
 LossType = Literal["VAE", "H", "B"]
 PRESETS = Path(__file__).parent / "presets"
@@ -248,14 +248,16 @@ def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
         if is_dialect(loaded):
             loaded, unused, out = translate(loaded)
         return from_mapping(Config, loaded), unused, out
-    except (ValueError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply for a configuration") from None
 
 
 def from_mapping(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
     """A dataclass from a mapping, nested dataclasses from nested mappings; ValueError names the key."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where.rstrip('.')} must be a section of keys, got {values!r}")
+        raise ValueError(f"{where.rstrip('.')} must be a section of keys, got {brief(values)}")
     types = get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
@@ -270,7 +272,7 @@ def from_mapping(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
         except TypeError:
             kind = types[key].__name__ if isinstance(types[key], type) else str(types[key])
             undefined = "Undefined loss type. " if key == "loss_type" else ""
-            raise ValueError(f"{undefined}{name} must be {kind}, got {value!r}") from None
+            raise ValueError(f"{undefined}{name} must be {kind}, got {brief(value)}") from None
     return cls(**arguments)
 
 
@@ -287,10 +289,10 @@ def _convert(kind: Any, value: Any) -> Any:
     elif origin is tuple and isinstance(value, list):
         return tuple(_convert(choices[0], item) for item in value)
     elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)  # text too: YAML 1.1 reads 5e-4 as text
     elif kind is int and isinstance(value, float | str):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             if float(value).is_integer():
                 return int(float(value))  # 1e4
     elif kind is Path and isinstance(value, str):

@@ -1,6 +1,7 @@
 """PyTorch-VAE's YAML configurations, of its older dialect and its newer one, in our words."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,13 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], lis
         if section not in _SECTIONS:
             raise unknown_key(section, _SECTIONS)
         if not isinstance(values or {}, Mapping):
-            raise ValueError(f"{section} must be a section of keys, got {values!r}")
+            raise ValueError(f"{section} must be a section of keys, got {brief(values)}")
         given.update(
             {f"{section}.{key}": value for key, value in (values or {}).items() if value is not None}
         )
     for key in ("model_params.name", "logging_params.save_dir", "logging_params.name"):
         if not isinstance(given.get(key, ""), str):
-            raise ValueError(f"{key} must be text, got {given[key]!r}")
+            raise ValueError(f"{key} must be text, got {brief(given[key])}")
 
     network = given.pop("model_params.name", "BetaVAE")
     if network not in _NETWORKS:
@@ -90,6 +91,13 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], lis
             section, field = target.split(".")
             ours.setdefault(section, {})[field] = value
     return ours, unused, out
+
+
+def brief(value: object) -> str:
+    """A value as it is shown in a message: a few lines of YAML can stand for billions of values."""
+    shown = reprlib.Repr()
+    shown.maxlevel, shown.maxstring, shown.maxother = 2, 100, 100
+    return shown.repr(value)
 
 
 def unknown_key(key: object, known: Iterable[str]) -> ValueError:

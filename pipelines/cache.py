@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -172,13 +173,30 @@ def read_manifest(entry: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no cache at {entry}")
     try:
         manifest = json.loads((entry / "manifest.json").read_bytes())
-        if manifest.pop("checksum") != _digest(manifest):
+        if not _is_manifest(manifest) or manifest.pop("checksum") != _digest(manifest):
             raise ValueError
     except FileNotFoundError:
         raise Damaged("manifest.json is missing") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError):
         raise Damaged("manifest.json is not what was written") from None
     return manifest
+
+
+def _is_manifest(found: Any) -> bool:
+    """Whether all that is read of a manifest is there, and of its kind."""
+    kinds = {
+        str: ("root", "decoder", "checksum"),
+        int: ("count", "size", "channels"),
+        list: ("bad", "checksums"),
+    }
+    return (
+        isinstance(found, dict)
+        and all(type(found.get(name)) is kind for kind, names in kinds.items() for name in names)
+        and "crop" in found
+        and found["count"] >= 0
+        and min(found["size"], found["channels"]) > 0
+        and all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in found["bad"])
+    )
 
 
 def is_entry(folder: Path) -> bool:
@@ -273,7 +291,7 @@ def _map(entry: Path, manifest: dict[str, Any]) -> Tensor:
     """The images, read from disk as they are used."""
     path = entry / "images.bin"
     shape = (manifest["count"], manifest["size"], manifest["size"], manifest["channels"])
-    expected, size = int(np.prod(shape)), path.stat().st_size if path.exists() else 0
+    expected, size = math.prod(shape), path.stat().st_size if path.exists() else 0
     if size != expected:
         raise Damaged(f"images.bin holds {size} bytes instead of {expected}")
     if not expected:

@@ -24,7 +24,7 @@ def splits(root: Path) -> dict[str, list[ImageFile]]:
             continue
         if path.suffix.lower() in SUFFIXES and path.is_file():
             images.append(str(path))
-        elif path.suffix.lower() == ".tar":
+        elif path.suffix.lower() == ".tar" and path.is_file():
             images += members(path, SUFFIXES)
     if not images:
         raise FileNotFoundError(f"no image ({', '.join(SUFFIXES)}) under {root}, nor a .tar with one")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 MAX_PIXELS = 80_000_000  # a larger image is taken for a decompression bomb
+MAX_SCANS = 30  # of a progressive JPEG: each goes over all pixels, and a few bytes are enough for one
 ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -81,7 +82,7 @@ def _what_it_is_instead(data: bytes) -> str:
 def _jpeg(data: bytes) -> Header:
     """Walk the segments up to the compressed data."""
     width = height = components = 0
-    plain, at = True, 2
+    plain, progressive, at = True, False, 2
     while True:
         if data[at] != 0xFF:
             raise ValueError("broken header: no JPEG marker where one belongs")
@@ -90,10 +91,15 @@ def _jpeg(data: bytes) -> Header:
             at += 1
             continue
         (length,) = struct.unpack_from(">H", data, at + 2)
+        if (
+            marker <= 0x01 or 0xD0 <= marker <= 0xD8 or length < 2
+        ):  # decoders would read on elsewhere than we do
+            raise ValueError("broken header: a JPEG marker where none belongs")
         body = at + 4
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             bits, height, width, components = struct.unpack_from(">BHHB", data, body)
             plain &= marker <= 0xC2 and bits == 8 and components in (1, 3)
+            progressive |= marker & 3 == 2
         elif marker == 0xE1 and data.startswith(b"Exif\0\0", body):
             plain &= _upright(data[body + 6 : at + 2 + length])
         elif marker == 0xEE and data.startswith(b"Adobe", body):
@@ -108,6 +114,8 @@ def _jpeg(data: bytes) -> Header:
     # In compressed data 0xFF is followed by 0 or a restart marker: the end cannot appear by chance.
     if data.rfind(b"\xff\xd9", at) < 0:
         raise ValueError("truncated: the end of the JPEG is missing")
+    if progressive and (scans := data.count(b"\xff\xda", at)) > MAX_SCANS:
+        raise ValueError(f"{scans} scans are more than {MAX_SCANS}: not decoded")
     return Header("jpeg", width, height, plain)
 
 

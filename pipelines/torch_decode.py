@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from bvae.pipelines.picture import Picture, inspect
+from bvae.pipelines.picture import Header, Picture, inspect
 from bvae.pipelines.webdataset import ImageFile, read
 
 AHEAD = 2  # batches in work while one is used
@@ -43,7 +43,7 @@ def decode_bytes(data: bytes, picture: Picture) -> Tensor:
     """
     header = inspect(data)
     if header.kind == "png":
-        image = _decode_png(data, picture.channels)
+        image = _decode_png(data, header, picture.channels)
     else:
         mode = ImageReadMode.RGB if picture.channels == 3 else ImageReadMode.GRAY
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -58,10 +58,12 @@ def resize(squares: Tensor, size: int) -> Tensor:
     return F.resize(squares.permute(0, 3, 1, 2), [size, size], antialias=True).permute(0, 2, 3, 1)
 
 
-def _decode_png(data: bytes, channels: int) -> Tensor:
+def _decode_png(data: bytes, header: Header, channels: int) -> Tensor:
     """uint8 [channels, H, W], by Pillow: torchvision's PNG decoder crashes the process on damaged data."""
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as file:
+            if file.size != (header.width, header.height):
+                raise ValueError("it has two headers")
             image: Image.Image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
                 image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))

@@ -1,9 +1,12 @@
 """Image files, on their own or as members of WebDataset's tar shards."""
 
 import os
+import stat
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
+
+MAX_BYTES = 1 << 30  # a longer file is no image
 
 
 class Member(NamedTuple):
@@ -22,30 +25,52 @@ ImageFile = str | Member  # a path, or a part of a shard
 
 
 def read(file: ImageFile) -> bytes:
-    """The whole file. Raises OSError, or ValueError for a shard that ends too early."""
-    if isinstance(file, str):
-        with open(file, "rb", buffering=0) as whole:
-            return whole.read()
-    with open(file.shard, "rb") as shard:
-        data = os.pread(shard.fileno(), file.size, file.offset)
+    """The whole file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is a pipe or a device, or too long for an image, or its shard ends too early.
+    """
+    path, size = (file, None) if isinstance(file, str) else (file.shard, file.size)
+    with open(path, "rb", buffering=0, opener=_without_waiting) as opened:
+        found = os.fstat(opened.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("not a regular file")
+        if (length := found.st_size if size is None else size) > MAX_BYTES:
+            raise ValueError(f"{length:,} bytes are more than {MAX_BYTES:,}: not read")
+        if isinstance(file, str):
+            return opened.read()
+        data = os.pread(opened.fileno(), file.size, file.offset)
     if len(data) < file.size:
         raise ValueError("its shard is truncated")
     return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that nobody writes to as well."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def members(shard: str | Path, suffixes: tuple[str, ...]) -> list[Member]:
     """The shard's regular files with one of the suffixes, in its order; reads the tar headers alone.
 
     Raises:
-        ValueError: not an uncompressed tar file, or one that ends too early.
+        OSError: it cannot be read.
+        ValueError: not an uncompressed tar file, one that ends too early, or a name that leads out of it.
     """
+    found: list[Member] = []
     try:
         with tarfile.open(shard, "r:") as tar:
-            found = [
-                Member(str(shard), entry.name, entry.offset_data, entry.size)
-                for entry in tar
-                if entry.isfile() and entry.name.lower().endswith(suffixes)
-            ]
-    except tarfile.TarError as error:
+            last = -1
+            for entry in tar:
+                if entry.size < 0 or entry.offset <= last:  # tarfile would go in circles for ever
+                    raise tarfile.ReadError("a negative size")
+                last = entry.offset
+                if not entry.isreg() or entry.issparse() or not entry.name.lower().endswith(suffixes):
+                    continue
+                if entry.name.startswith("/") or ".." in entry.name.split("/"):
+                    raise tarfile.ReadError(f"{entry.name!r} leads out of the folder that it stands for")
+                found.append(Member(str(shard), entry.name, entry.offset_data, entry.size))
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{shard} is not a tar file that can be read ({error}): fetch it again") from None
     return found

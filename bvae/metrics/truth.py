@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bvae.config import LARGEST
 from bvae.datasets import CELEBA_CROP
 from bvae.metrics.inputs import Factors
 from bvae.model import BetaVAE
@@ -89,12 +90,17 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Tr
     table = found[0] / "factors.csv"
     try:
         with open(table, newline="") as file:
-            (_, *names), *rows = csv.reader(file)
+            (_, *names), *rows = filter(None, csv.reader(file))
         values = np.array([row[1:] for row in rows], float).reshape(len(rows), len(names))
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{table} is not a table of numbers: {error}") from None
-    if not np.isfinite(values).all():
+    if not values.size:
+        raise ValueError(f"{table} holds no factors")
+    if not (np.abs(values) <= LARGEST).all():
         raise ValueError(f"{table} holds values that are not finite")
+    for name in (row[0] for row in rows):
+        if Path(name).name != name or name == "..":
+            raise ValueError(f"{table}: {name!r} leads out of the folder of the images")
     paths = [found[0] / "img_align_celeba" / row[0] for row in rows]
     factors = np.stack([_levels(column, bins) for column in values.T], 1)
     return Truth(tuple(names), factors, _files(paths, model, crop))
