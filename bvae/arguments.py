@@ -14,8 +14,12 @@ from bvae import checkpoint
 from bvae import config as configuration
 from bvae.config import SHAPES, Config, LossType
 
-# In a resumed run: where things are, how long it goes on, and the way out of a loss that is not finite.
-MAY_CHANGE = ("root", "cache_dir", "epochs", "max_steps", "log_every", "lr", "lr_gamma")
+# In a resumed run: where things are, how long it goes on, the way out of a loss that is not finite, and how
+# the same step is executed.
+MAY_CHANGE = (
+    *("root", "cache_dir", "epochs", "max_steps", "log_every", "checkpoint_every", "lr", "lr_gamma"),
+    *("compile", "capture", "fused"),
+)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features)
+        self.momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W], normalised over N, H and W: by its own statistics in training, else the running."""

@@ -105,7 +105,7 @@ class TrainingConfig:
     """The run: an optimizer with an exponential schedule."""
 
     batch_size: int = 144
-    """Images a step."""
+    """Images a step, of all processes together: their number changes neither steps nor learning rate."""
     optimizer: Literal["adam", "adagrad"] = "adam"
     """adagrad: the beta-VAE paper's, for 2D shapes."""
     lr: float = 5e-4
@@ -125,8 +125,20 @@ class TrainingConfig:
     bfloat16 arithmetic stays in float32 (autocast would be 15 times slower there)."""
     compile: bool = True
     """torch.compile. It takes about a minute once and gives it back in runs of more than some minutes."""
+    capture: bool = True
+    """On a GPU: the whole step as one CUDA graph."""
+    fused: bool = True
+    """On a GPU: the Triton kernels for sample, KL and loss. PyTorch's operations otherwise."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient. None: as it is."""
+    accumulate: int = 1
+    """Equal parts of a batch that go through the network one after the other, for the sake of memory.
+    BatchNorm and |KL - C| see a part at a time."""
     log_every: int = 50
-    """Steps between two lines of the log."""
+    """Steps between two lines of the log, after which a loss that is not finite ends the run."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints, each with a validation. None: after an epoch, but not more often than
+    every 10 seconds."""
 
     def steps(self, steps_per_epoch: int) -> int:
         """Steps in the whole run."""
@@ -188,6 +200,9 @@ _POSITIVE = (
     "training.lr_gamma",
     "training.epochs",
     "training.max_steps",
+    "training.clip_grad",
+    "training.accumulate",
+    "training.checkpoint_every",
     "training.log_every",
 )
 _NOT_NEGATIVE = (

@@ -84,6 +84,18 @@ class Report:
             self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
 
+class Silence:
+    """A `Report` of nothing, for all processes but the first."""
+
+    def advance(self) -> None: ...
+
+    def log(self, *_: object) -> None: ...
+
+    def validation(self, *_: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _drop_lines_after(path: Path, step: int, validate_again: bool) -> None:
     """Keep the records up to the checkpoint's step: a resumed run writes those after it again."""
     kept = []

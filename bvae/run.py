@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ from torch import Tensor
 
 from bvae import checkpoint
 from bvae.arguments import Arguments, choose_device
-from bvae.config import Config, ObjectiveConfig
-from bvae.datasets import open_data
+from bvae.config import Config, ObjectiveConfig, TrainingConfig
+from bvae.datasets import find, open_data
+from bvae.kernels import launch
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE, build
 from bvae.optimizer import build_optimizer
 from bvae.pipelines.epochs import Epochs
-from bvae.step import TrainingStep, autocast_dtype, compiles
+from bvae.pipelines.resident import Resident
+from bvae.processes import Processes, join
+from bvae.step import Scalars, TrainingStep, autocast_dtype, captures, compiles
 
 ACTIVE = 0.01  # nats; a latent whose KL is above it is in use
 
@@ -57,6 +62,7 @@ class Run:
     step: TrainingStep
     train: Epochs
     valid: Epochs
+    processes: Processes
     done: int = 0  # steps
 
     @property
@@ -64,50 +70,64 @@ class Run:
         """Steps in the whole run."""
         return self.config.training.steps(len(self.train))
 
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next step: a function of its epoch."""
+    def lr(self, step: int) -> float:
+        """The learning rate of a step, 1 on the first: a function of its epoch."""
         training = self.config.training
-        return training.lr * training.lr_gamma ** (self.done // len(self.train))
+        return training.lr * training.lr_gamma ** ((step - 1) // len(self.train))
 
-    def advance(self, images: Tensor) -> None:
-        """One training step on uint8 images [B, H, W, C]."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-        self.step(images)
+    def batches(self) -> Iterator[Tensor | None]:
+        """For each step in the rest of the epoch uint8 images [B, H, W, C]; None where it gathers them."""
+        number, start = divmod(self.done, len(self.train))
+        if self.step.gathers and isinstance(self.train, Resident):
+            self.train.begin(number)
+            yield from repeat(None, len(self.train) - start)
+        else:
+            for images, _ in self.train.epoch(number, start):
+                yield images
+
+    def advance(self, images: Tensor | None) -> None:
+        """One training step on what `batches` gave."""
         self.done += 1
+        if self.lr(self.done) != self.lr(self.done - 1) or self.done == 1:
+            self.step.set_lr(self.lr(self.done))
+        self.step(images)
 
-    def metrics(self) -> dict[str, float]:
-        """What the last step's log record says of the objective; waits for the device.
-
-        Raises:
-            FloatingPointError: a loss since the last call is not finite; names its step.
-        """
-        scalars = self.step.read(self.done)
+    def metrics(self, scalars: Scalars) -> dict[str, float]:
+        """What a step's log record says of the objective."""
         n_pixels = math.prod(self.model.input_shape)
         objective = self.config.objective
         # The papers sum the reconstruction over pixels, and their beta weighs the KL against that sum.
         summed = n_pixels if objective.recon == "mean" else 1
         beta = objective.weight_on_kl * summed
         return {
-            **scalars,
-            "recon_nats": scalars["recon"] * summed,
+            "loss": scalars.loss,
+            "recon": scalars.recon,
+            "kld": scalars.kld,
+            "capacity": scalars.capacity,
+            "mse": scalars.mse,
+            "recon_nats": scalars.recon * summed,
             "beta_norm": beta * self.model.latent_dim / n_pixels,  # Higgins et al. 2017: beta M / N
-            "active_units": int((self.step.kl_per_dim > ACTIVE).sum()),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "active_units": sum(kl > ACTIVE for kl in scalars.kl_per_dim),
+            "lr": self.lr(scalars.step),
         }
 
-    def save(self) -> Path:
-        """Write a checkpoint, unless the weights or the last losses are not finite.
+    def synchronize(self) -> None:
+        """Give all processes the mean of their BatchNorm statistics, which no gradient keeps together."""
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        self.processes.average(statistics)
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the weights are not finite; the first process does.
 
         Raises:
             FloatingPointError: they are not; the checkpoints before stay as they are.
             OSError: it cannot be written; the same.
         """
-        self.step.read(self.done)
         for name, value in self.model.state_dict().items():
             if not value.isfinite().all():
                 raise FloatingPointError(f"{name} is not finite after step {self.done}")
+        if not self.processes.is_first:
+            return
         state = {
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict(),
@@ -117,7 +137,7 @@ class Run:
             "images": self.train.count,
             "config": self.config.to_yaml(),
         }
-        return checkpoint.save(self.out / checkpoint.FOLDER, self.done, state)
+        checkpoint.save(self.out / checkpoint.FOLDER, self.done, state)
 
     def restore(self) -> None:
         """Go back to the newest checkpoint of the run folder.
@@ -133,10 +153,15 @@ class Run:
             )
         self.model.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step.scaler.load_state_dict(state["scaler"])
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)  # this device's and this command's, not the checkpoint's
+        if state["scaler"]:  # that of a run without float16 is empty
+            self.step.scaler.load_state_dict(state["scaler"])
         self.done = state["step"]
         self.step.restore(self.done)
+        self.step.set_lr(self.lr(self.done + 1))
         if self.done > self.steps:
             raise ValueError(
                 f"{self.out} is at step {self.done} already, beyond the {self.steps} asked for: "
@@ -154,51 +179,82 @@ def _check_writable(out: Path) -> None:
 
 
 def prepare(arguments: Arguments) -> Run:
-    """Open the data, build the parts, make the run folder or restore its newest checkpoint."""
-    config = arguments.settings
-    out = arguments.resume or arguments.out or free_run_folder(config)
+    """Open the data, build the parts, make the run folder or restore its newest checkpoint.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: the run cannot be what was asked for.
+    """
+    config, training = arguments.settings, arguments.settings.training
+    device = choose_device(arguments.device)
+    processes = join(device)
+    out = processes.first_says(arguments.resume or arguments.out or free_run_folder(config))
     if out.exists() and not arguments.resume:
         raise FileExistsError(
             f"{out} exists: name another folder with --out, or continue with --resume {out}"
         )
     _check_writable(out)
-    device = choose_device(arguments.device)
-    training = config.training
-    train, valid, bad = open_data(config.data, training.batch_size, training.seed, device)
+    share = _share(training, processes)
+    if processes.world > 1:
+        if processes.local_rank == 0:
+            find(config.data)  # draws the faces if need be
+        processes.wait()
+    train, valid, bad = open_data(config.data, share, training.seed, device, processes.rank, processes.world)
     given, config = config, config.resolve(len(train))
     if config.data.root:  # a checkpoint may be resumed from another folder
         config = replace(config, data=replace(config.data, root=config.data.root.resolve()))
 
-    torch.manual_seed(training.seed)
+    torch.manual_seed(training.seed)  # all processes begin with the same weights
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    launch.ENABLED = training.fused
     model = build(config).to(device)
     model.to(memory_format=torch.channels_last)  # what tensor cores want; faster on a CPU too
     loss = build_loss(config.objective).to(device)
-    optimizer = build_optimizer(training, model.parameters())
     dtype, precision = autocast_dtype(device, training.amp)
     compiled, execution = compiles(device, training.compile)
     step = TrainingStep(
         model,
         loss,
-        optimizer,
+        build_optimizer(training, model.parameters()),
         seed=training.seed,
         dtype=dtype,
         compile=compiled,
         history=min(training.log_every, training.steps(len(train))),
+        clip_grad=training.clip_grad,
+        accumulate=training.accumulate,
+        processes=processes,
     )
-    run = Run(config, out, model, loss, optimizer, step, train, valid)
+    run = Run(config, out, model, loss, step.optimizer, step, train, valid, processes)
     if arguments.resume:
         run.restore()
-    else:
-        out.mkdir(parents=True)
-    (out / "config.yaml").write_text(given.to_yaml())
-    if bad:
-        (out / "bad_files.txt").write_text("".join(f"{file}\t{text}\n" for file, text in bad))
+    captured, how = captures(device, training)
+    if captured and run.done < run.steps:
+        captured = step.capture(train if isinstance(train, Resident) else train.head(train.batch_size))
+        how = "captured" if captured else "not captured: the graph does not fit the GPU's memory"
+    processes.wait()  # nobody writes before all are ready
+    if processes.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(given.to_yaml())
+        if bad:
+            (out / "bad_files.txt").write_text("".join(f"{file}\t{text}\n" for file, text in bad))
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
+    if processes.world > 1:
+        where = f"{processes.world} processes, {train.batch_size} images each a step; {where}"
     print(
         f"{train.count} training and {valid.count} validation images; {where}; {precision}; "
-        f"{execution}; steps {run.done} to {run.steps}; run folder {out}",
+        f"{execution}{how and ', ' + how}; steps {run.done} to {run.steps}; run folder {out}",
         flush=True,
     )
     return run
+
+
+def _share(training: TrainingConfig, processes: Processes) -> int:
+    """The images of a batch that each process takes."""
+    parts = processes.world * training.accumulate
+    if training.batch_size % parts or training.batch_size < 2 * parts:
+        raise ValueError(
+            f"--batch-size {training.batch_size} cannot be cut into {parts} equal parts of at least 2 images "
+            f"({processes.world} processes x --accumulate {training.accumulate})"
+        )
+    return training.batch_size // processes.world

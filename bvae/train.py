@@ -5,6 +5,7 @@
   python -m bvae.train --data folder --data-root DIR --loss-type H --beta 4
   python -m bvae.train --config bbvae.yaml                PyTorch-VAE's configurations run as written
   python -m bvae.train --resume runs/NAME                 go on after Ctrl-C or a crash
+  torchrun --nproc-per-node 8 -m bvae.train --batch-size 1152 ...    on eight GPUs, 144 images each a step
 
 Results are in runs/NAME: traversals.gif, model.safetensors, metrics.jsonl and more.
 """
@@ -19,10 +20,14 @@ from types import FrameType
 
 from bvae import checkpoint
 from bvae.arguments import parse
+from bvae.processes import lost_the_others, speak_first, who
 from bvae.reference import scale_pixels
-from bvae.report import Report, save_pictures
+from bvae.report import Report, Silence, save_pictures
 from bvae.run import Run, prepare
+from bvae.step import Scalars
 from bvae.validation import Validation, validate
+
+PAUSE = 10  # seconds: what a checkpoint and a validation take must stay a small part of the time
 
 
 class StopRequest:
@@ -44,23 +49,26 @@ class StopRequest:
 
 
 class Speed:
-    """Images a second of the training steps alone, without validation, checkpoints and pictures."""
+    """Images a second of the training steps alone, without compilation, validation and checkpoints."""
 
-    def __init__(self) -> None:
-        self.images, self.seconds, self._since = 0, 0.0, time.perf_counter()
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._steps, self._seconds = 0, 0.0
+        self._step, self._since = 0, time.perf_counter()
 
-    def start(self) -> None:
-        """What happened since the last call was not training."""
-        self._since = time.perf_counter()
+    def start(self, step: int) -> None:
+        """What happened since the last call was not training; `step` steps are done."""
+        self._step, self._since = step, time.perf_counter()
 
-    def count(self, images: int) -> None:
-        """What happened since the last call was training on so many images."""
+    def reach(self, step: int) -> None:
+        """What happened since the last call was training up to this step, which the device has finished."""
         now = time.perf_counter()
-        self.images, self.seconds, self._since = self.images + images, self.seconds + now - self._since, now
+        self._steps, self._seconds = self._steps + step - self._step, self._seconds + now - self._since
+        self._step, self._since = step, now
 
     @property
     def images_per_s(self) -> float:
-        return self.images / self.seconds if self.seconds else 0.0
+        return self._steps * self._batch_size / self._seconds if self._seconds else 0.0
 
 
 def train(run: Run) -> tuple[Validation, float] | None:
@@ -72,37 +80,73 @@ def train(run: Run) -> tuple[Validation, float] | None:
         FloatingPointError: the loss is not finite; the message names the step.
         OSError: the run folder cannot be written.
     """
-    training, per_epoch = run.config.training, len(run.train)
-    report, stop, speed = Report(run.out, run.steps, run.done), StopRequest(), Speed()
-    first = run.done
+    training, per_epoch, processes = run.config.training, len(run.train), run.processes
+    report = Report(run.out, run.steps, run.done) if processes.is_first else Silence()
+    stop, speed = StopRequest(), Speed(training.batch_size)
+    first, saved = run.done, time.monotonic()
+    # The processes must stop at the same step, and asking makes a host wait for its device's peers.
+    asking = 1 if run.step.device.type == "cpu" else training.log_every
+    result: Validation | None = None
 
-    def epoch() -> int:
-        return (run.done - 1) // per_epoch + 1
+    def epoch(step: int) -> int:
+        return (step - 1) // per_epoch + 1
+
+    def note(scalars: Scalars | None) -> None:
+        """Log what has come from the device."""
+        if scalars is None:
+            return
+        speed.reach(scalars.step)
+        values, step = run.metrics(scalars), scalars.step
+        report.log(step, epoch(step), values, speed.images_per_s, training.batch_size)
+
+    def is_due() -> bool:
+        """Whether a checkpoint and a validation follow this step."""
+        if run.done == run.steps:
+            return True
+        if training.checkpoint_every:
+            return run.done % training.checkpoint_every == 0
+        return run.done % per_epoch == 0 and processes.first_says(time.monotonic() - saved > PAUSE)
+
+    def keep(with_validation: bool) -> None:
+        """Write a checkpoint, then validate."""
+        nonlocal saved, result
+        note(run.step.receive(wait=True))
+        run.step.history.send(run.done)
+        run.step.receive(wait=True)  # raises if a loss since the last log is not finite
+        speed.reach(run.done)
+        run.synchronize()
+        run.save()
+        if with_validation:
+            result = validate(run.model, run.loss, run.valid, training.seed, run.step.dtype, processes)
+            report.validation(run.done, epoch(run.done), result)
+        saved = time.monotonic()
+        speed.start(run.done)
 
     try:
-        while True:
-            speed.start()
-            for images, _ in run.train.epoch(*divmod(run.done, per_epoch)):
-                if stop.signal or run.done == run.steps:
-                    break
+        speed.start(run.done)
+        stopping = False
+        while run.done < run.steps and not stopping:
+            for images in run.batches():
                 run.advance(images)
                 report.advance()
                 if run.done == first + 1:
-                    speed.start()  # the first step compiles
-                else:
-                    speed.count(training.batch_size)
+                    speed.start(run.done)  # the first step compiles
                 if run.done % training.log_every == 0 or run.done == run.steps:
-                    report.log(run.done, epoch(), run.metrics(), speed.images_per_s, training.batch_size)
-            run.step.read(run.done)  # waits for the device
-            speed.count(0)
-            run.save()
-            if run.done % per_epoch == 0 or run.done == run.steps:
-                result = validate(run.model, run.loss, run.valid, training.seed, run.step.dtype)
-                report.validation(run.done, epoch(), result)
-            if run.done == run.steps:
-                return result, speed.images_per_s
-            if stop.signal:
-                return None
+                    note(run.step.receive(wait=True))
+                    run.step.history.send(run.done)
+                note(run.step.receive(wait=False))
+                due = is_due()
+                stopping = run.done % asking == 0 and processes.any(stop.signal is not None)
+                if due or stopping:
+                    keep(with_validation=due)
+                if stopping or run.done == run.steps:
+                    break
+        if run.done < run.steps:
+            return None
+        if result is None:  # resumed after its last step
+            keep(with_validation=True)
+        assert result
+        return result, speed.images_per_s
     finally:
         stop.restore()
         report.close()
@@ -123,34 +167,43 @@ def finish(run: Run, result: Validation, images_per_s: float) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done or stopped on request, 1 the run failed, 2 it could not start as asked for."""
     out: Path | None = None  # until the run is ready
+    speak_first()
     try:
         run = prepare(parse(sys.argv[1:] if argv is None else argv, __doc__))
         out = run.out
         outcome = train(run)
-        if outcome:
-            finish(run, *outcome)
-        else:
+        if not outcome:
             print(f"stopped at step {run.done} of {run.steps}. {_go_on(out)}")
+        elif run.processes.is_first:
+            finish(run, *outcome)
+        run.processes.leave()
         return 0
     except KeyboardInterrupt:
         print(f"stopped. {_go_on(out)}", file=sys.stderr)
         return 130
     except FloatingPointError as error:
-        print(f"error: {error}. A lower --lr may help. {_go_on(out)}", file=sys.stderr)
+        _complain(f"{error}. A lower --lr may help. {_go_on(out)}")
     except OSError as error:
-        print(f"error: {error}. {_go_on(out)}" if out else f"error: {error}", file=sys.stderr)
+        _complain(f"{error}. {_go_on(out)}" if out else str(error))
         return 2 if out is None and error.errno != errno.ENOSPC else 1
     except RuntimeError as error:
-        if "alloc" not in str(error) and "out of memory" not in str(error):
+        if "alloc" in str(error) or "out of memory" in str(error):
+            _complain(f"out of memory: {str(error).splitlines()[0]}")
+            print("a smaller --batch-size or --hidden-dims needs less", file=sys.stderr)
+        elif lost_the_others(error):
+            _complain(f"another process has ended: its message says why. {_go_on(out)}")
+        else:
             raise
-        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        print("a smaller --batch-size or --hidden-dims needs less", file=sys.stderr)
     except ValueError as error:
         if out:
             raise  # not the user's input: a bug, to be seen whole
-        print(f"error: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     return 1
+
+
+def _complain(text: str) -> None:
+    print(f"error{who()}: {text}", file=sys.stderr)
 
 
 def _go_on(out: Path | None) -> str:

@@ -9,6 +9,7 @@ from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
 from bvae.ops import reparam_kl
 from bvae.pipelines.epochs import Epochs
+from bvae.processes import Processes
 from bvae.reference import scale_pixels
 from bvae.step import pixel_mse
 
@@ -25,12 +26,18 @@ class Validation(NamedTuple):
 
 @torch.no_grad()
 def validate(
-    model: BetaVAE, loss: BetaLoss | CapacityLoss, data: Epochs, seed: int, dtype: torch.dtype | None
+    model: BetaVAE,
+    loss: BetaLoss | CapacityLoss,
+    data: Epochs,
+    seed: int,
+    dtype: torch.dtype | None,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
 ) -> Validation:
     """Run the model in evaluation mode over the data, unflipped, with the same loss weights as in training.
 
     The pixel variance is taken around the data's mean image, so that a model which always answers with that
-    image explains 0, and a perfect one 1. The noise is a function of (seed, batch): each call draws the same.
+    image explains 0, and a perfect one 1. The noise is a function of (seed, batch): each call draws
+    the same. With several processes, each takes its share of the batches.
     """
     model.eval(), loss.eval()
     device = data.device
@@ -40,11 +47,12 @@ def validate(
     pixels = torch.zeros(model.input_shape, dtype=torch.float64, device=device)
     squares = torch.zeros_like(pixels)
     for number, (images, _) in enumerate(data.epoch(0)):
+        batch = number * processes.world + processes.rank
         target = images.permute(0, 3, 1, 2)
         x = scale_pixels(target, loss.pixel_range[0])
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             mu, log_var = model.encode(x)
-            z, kl, kl_dim = reparam_kl(mu, log_var, seed=seed, step=-1 - number, per_dim=True)
+            z, kl, kl_dim = reparam_kl(mu, log_var, seed=seed, step=-1 - batch, per_dim=True)
             raw, mean = model.decode_raw(z), model.decode(mu)
         terms = loss(raw, target, kl)
         n = len(images)
@@ -55,6 +63,7 @@ def validate(
         squares += x.double().square().sum(0)
     model.train(), loss.train()
 
+    processes.add([totals, kl_per_dim, error, pixels, squares])
     count = data.count
     variance = (squares - pixels.square() / count).sum()
     loss_mean, mse, kld = (totals / count).tolist()

@@ -15,15 +15,17 @@ try:
 except ImportError:  # no build for this platform, or a broken one: the reference serves
     AVAILABLE = False
 
+ENABLED = True  # False sends everything to the reference: for debugging, and to measure what the kernels give
+
 
 def runs_triton(*tensors: Tensor) -> bool:
     """Whether an operation on `tensors` goes to the Triton kernels, not to the reference.
 
     It does on CUDA and ROCm, and on a CPU in Triton's interpreter: TRITON_INTERPRET=1, set before the kernels
     are imported. Where a tensor is float64 or empty it does not: the kernels compute in float32, and no grid
-    is empty.
+    is empty. Nor does it while `ENABLED` is false.
     """
-    if not AVAILABLE or any(t.dtype == torch.float64 or t.numel() == 0 for t in tensors):
+    if not (AVAILABLE and ENABLED) or any(t.dtype == torch.float64 or t.numel() == 0 for t in tensors):
         return False
     if tensors[0].device.type == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1"

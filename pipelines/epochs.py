@@ -49,18 +49,22 @@ class Epochs(ABC):
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images [B, H, W, C] with their indices [B], from batch `start` on."""
+        order, flipped = self.plan(number)
+        batches = order.to(self._order_device).split(self.batch_size)
+        mine = (batches[step * self.world + self.rank] for step in range(start, len(self)))
+        for images, index in self._fetch(mine):
+            yield (images if flipped is None else _flip(images, flipped[index])), index
+
+    def plan(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """An epoch's order of all images, and which of them are mirrored [N], if any; on the device."""
         if self.train:
             # 62 random bits each: the sorted order is the same on every device.
             high, low, *_ = self._random(_ORDER, number)
             order = torch.argsort((high << 30) | (low >> 2), stable=True)
         else:
             order = torch.arange(self.count, device=self.device)
-        order = order.to(self._order_device)
         flipped = (self._random(_FLIP, number)[0] & 1).bool() if self.flip else None
-        batches = order.split(self.batch_size)
-        mine = (batches[step * self.world + self.rank] for step in range(start, len(self)))
-        for images, index in self._fetch(mine):
-            yield (images if flipped is None else _flip(images, flipped[index])), index
+        return order, flipped
 
     def head(self, n: int) -> Tensor:
         """The first n images, unflipped, whatever the rank: uint8 [n, H, W, C]."""

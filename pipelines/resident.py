@@ -20,6 +20,33 @@ class Resident(Epochs):
     def __init__(self, images: Tensor, batch_size: int, seed: int, **options: Any) -> None:
         super().__init__(len(images), batch_size, seed, images.device, **options)
         self.images = images
+        self._order: Tensor | None = None
+        self._flipped: Tensor | None = None
+
+    def begin(self, number: int) -> None:
+        """Write an epoch's order and flips to where `batch` reads them: the same addresses every time."""
+        order, flipped = self.plan(number)
+        if self._order is None:
+            self._order, self._flipped = order, flipped
+        else:
+            self._order.copy_(order)
+            if flipped is not None and self._flipped is not None:
+                self._flipped.copy_(flipped)
+
+    def batch(self, position: Tensor) -> Tensor:
+        """The images [B, H, W, C] of the begun epoch's batch `position`, 0-d int64 on the device.
+
+        What `epoch` yields there, from device operations alone, so that a CUDA graph can hold them.
+        """
+        assert self._order is not None, "begin an epoch first"
+        device, (height, width) = self.device, self.images.shape[1:3]
+        lane = torch.arange(self.batch_size, device=device)
+        index = self._order[(position * self.world + self.rank) * self.batch_size + lane]
+        if self._flipped is None:
+            return self.images[index]
+        row, column = torch.arange(height, device=device), torch.arange(width, device=device)
+        columns = torch.where(self._flipped[index][:, None], width - 1 - column, column)
+        return self.images[index[:, None, None], row[:, None], columns[:, None, :]]
 
     def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for index in indices:

@@ -22,7 +22,7 @@ from bvae.train import main
 
 TINY = [
     *("--image-size", "32", "--hidden-dims", "4", "8", "8", "--latent-dim", "3"),
-    *("--batch-size", "16", "--log-every", "5", "--no-compile"),
+    *("--batch-size", "16", "--log-every", "5", "--checkpoint-every", "7", "--no-compile"),
 ]
 
 

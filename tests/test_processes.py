@@ -1,0 +1,136 @@
+"""Several processes: the same numbers as one, each failure named, resumed with another number of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from bvae.pipelines import faces
+from bvae.processes import join
+from bvae.train import main
+
+TINY = [
+    *("--image-size", "32", "--hidden-dims", "4", "8", "8", "--latent-dim", "3", "--batch-size", "16"),
+    *("--log-every", "5", "--checkpoint-every", "7", "--no-compile"),
+]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """120 training images: 7 steps an epoch."""
+    return faces.write(tmp_path_factory.mktemp("data") / "faces", n=150, seed=0, progress=False)
+
+
+def torchrun(processes: int, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, *TORCHRUN, str(processes), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def finish(job: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = job.communicate(timeout=120)
+    return job.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def ten_steps(tmp_path_factory):
+    """The weights after ten steps, by number of processes and dtype."""
+    folder, known = tmp_path_factory.mktemp("steps"), {}
+    worker = Path(__file__).with_name("worker.py")
+
+    def of(processes: int, dtype: str) -> dict[str, torch.Tensor]:
+        if (processes, dtype) not in known:
+            out = folder / f"{processes}-{dtype}.pt"
+            status, _, err = finish(torchrun(processes, worker, out, dtype))
+            assert status == 0, err
+            known[processes, dtype] = torch.load(out)
+        return known[processes, dtype]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_shares_of_a_batch_are_the_batch(ten_steps, processes, dtype, tolerance):
+    alone, together = ten_steps(1, dtype), ten_steps(processes, dtype)
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.slow
+def test_a_job_trains_stops_and_goes_on_with_more_processes(data, tmp_path):
+    out = tmp_path / "run"
+    options = ("-m", "bvae.train", "--data-root", data, "--cache-dir", tmp_path / "cache", *TINY)
+    status, said, err = finish(torchrun(2, *options, "--out", out, "--epochs", 2, "--accumulate", 2))
+    assert status == 0, err
+    assert "2 processes, 8 images each a step" in said
+    assert said.count("results: ") == 1
+
+    job = torchrun(4, "-m", "bvae.train", "--resume", out, "--epochs", 400)
+    lines = (out / "metrics.jsonl").read_text
+    while len(lines().splitlines()) < 8 and job.poll() is None:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    _, said, err = finish(job)
+    assert "go on with: " in said, err
+    assert main(["--resume", str(out), "--max-steps", "200"]) == 0
+    records = [json.loads(line) for line in lines().splitlines()]
+    steps = [record["step"] for record in records if record["split"] == "train"]
+    assert steps == [5, 10, 14, *range(15, 201, 5)]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_job_with_a_message(data, tmp_path):
+    out = tmp_path / "run"
+    options = ("-m", "bvae.train", "--data-root", data, "--out", out, "--epochs", 10_000, *TINY)
+    job = torchrun(2, *options)
+    while not (out / "metrics.jsonl").exists() and job.poll() is None:
+        time.sleep(0.1)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    second = next(pid for pid in children if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    os.kill(int(second), signal.SIGKILL)
+    status, _, err = finish(job)
+    assert status != 0
+    assert "error in rank 0: another process has ended: its message says why" in err
+
+
+def test_more_processes_than_a_batch_can_feed_are_named(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bvae.run.join", lambda device: type(join(device))(0, 3))
+    monkeypatch.setattr("bvae.processes.Processes.first_says", lambda self, value: value)
+    assert main(["--data-root", str(data), "--out", str(tmp_path / "run"), *TINY]) == 2
+    assert "--batch-size 16 cannot be cut into 3 equal parts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "text"),
+    [
+        ({"RANK": "0"}, "cpu", "WORLD_SIZE is set, LOCAL_RANK and MASTER_ADDR and MASTER_PORT not"),
+        (
+            {"RANK": "0", "LOCAL_RANK": "99", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "cuda",
+            "more processes than GPUs: local rank 99",
+        ),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"},
+            "cpu",
+            "rank 0 could not meet the others at nowhere.invalid:1",
+        ),
+    ],
+    ids=["incomplete", "too few GPUs", "nobody there"],
+)
+def test_a_meeting_that_cannot_be_is_named(monkeypatch, environment, device, text):
+    monkeypatch.setattr("bvae.processes.TIMEOUT", timedelta(seconds=1))
+    for name, value in {"WORLD_SIZE": "2", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=text):
+        join(torch.device(device))

@@ -1,0 +1,288 @@
+"""The training step: no waiting, parts of a batch, capture's promises, and each layer switched off."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms.v2.functional import resize
+
+from bvae.capture import preserved
+from bvae.config import TrainingConfig
+from bvae.kernels import launch
+from bvae.losses import BetaLoss, CapacityLoss
+from bvae.model import BetaVAE
+from bvae.optimizer import build_optimizer
+from bvae.pipelines import faces, portrait
+from bvae.pipelines.resident import Resident
+from bvae.step import TrainingStep
+
+CPU = torch.device("cpu")
+GAUSSIAN = {"kl_weight": 0.01, "activation": "tanh"}
+
+
+def build_step(
+    device=CPU, loss=None, *, lr=1e-3, dtype=None, compile=False, history=8, **options
+) -> TrainingStep:
+    torch.manual_seed(0)
+    model = BetaVAE(3, 5, (4, 8), 32).to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(TrainingConfig(lr=lr), model.parameters())
+    loss = (loss or CapacityLoss(10.0, 25.0, 10, **GAUSSIAN)).to(device)
+    return TrainingStep(
+        model, loss, optimizer, seed=3, dtype=dtype, compile=compile, history=history, **options
+    )
+
+
+def batch(n=8, seed=0, device=CPU) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device)
+
+
+def weights(step: TrainingStep) -> list[Tensor]:
+    return [value.clone() for value in step.model.state_dict().values()]
+
+
+def losses(step: TrainingStep, done: int) -> list[float]:
+    step.history.send(done)
+    return [row[0] for _, row in step.history.receive(wait=True)]
+
+
+def still(step: TrainingStep) -> TrainingStep:
+    """The same step with BatchNorm in evaluation mode, which lets images be independent, in float64."""
+    step.model.double()
+    for module in step.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return step
+
+
+# ---- nothing waits -----------------------------------------------------------------------------------------
+
+READS = {"item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__"}
+
+
+class NoReads(TorchFunctionMode):
+    """Fails where Python asks a tensor for its value."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert getattr(function, "__name__", "") not in READS, f"{function} makes the host wait"
+        return function(*args, **(kwargs or {}))
+
+
+class NoScalars(TorchDispatchMode):
+    """Fails where an operation inside torch does."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero"), f"{name} makes the host wait"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_grad": 1.0}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize("loss", [CapacityLoss(**GAUSSIAN), BetaLoss(4.0, **GAUSSIAN)])
+def test_a_step_reads_nothing_from_the_device(loss, options):
+    step = build_step(loss=loss, **options)
+    images = batch()
+    with NoReads(), NoScalars():
+        for number in range(3):
+            step.set_lr(1e-3 / (number + 1))
+            step(images)
+
+
+@pytest.mark.parametrize("read", [lambda t: t.item(), float, bool, lambda t: t.cpu(), lambda t: t.nonzero()])
+def test_a_read_is_seen(read):
+    with pytest.raises(AssertionError, match="makes the host wait"), NoReads(), NoScalars():
+        read(torch.ones(()))
+
+
+@pytest.mark.gpu
+def test_a_step_never_synchronises():
+    step = build_step(torch.device("cuda"), clip_grad=1.0)
+    images = batch(device="cuda")
+    step(images)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(3):
+            step.set_lr(1e-3 / (number + 1))
+            step(images)
+            step.history.send(number + 2)
+            while not step.history.receive(wait=False):
+                pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- what a step computes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [CapacityLoss(10.0, 25.0, 10**6, **GAUSSIAN), BetaLoss(4.0, **GAUSSIAN)])
+def test_parts_of_a_batch_give_the_whole_batchs_update(loss):
+    state = {name: value.clone() for name, value in loss.state_dict().items()}
+    results = []
+    for accumulate in (1, 4):
+        loss.load_state_dict(state)
+        step = still(build_step(loss=loss, accumulate=accumulate))
+        for number in range(4):
+            step(batch(seed=number))
+        results.append((weights(step), step.history.rows.clone()))
+        if isinstance(loss, CapacityLoss):
+            assert loss.step == 4
+    for one, other in zip(*(r[0] for r in results), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(*(r[1] for r in results))
+
+
+def test_parts_must_be_equal():
+    with pytest.raises(ValueError, match="8 images cannot be cut into 3 equal parts"):
+        build_step(accumulate=3)(batch())
+
+
+def test_the_gradient_is_clipped_as_torch_does():
+    step = build_step(clip_grad=0.01)
+    step(batch())
+    norm = nn.utils.get_total_norm([p.grad for p in step.model.parameters()])
+    assert norm.item() == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_learning_rate_is_read_on_the_device():
+    step = build_step(lr=1e-3)
+    rate = step.optimizer.param_groups[0]["lr"]
+    before = weights(step)[0]
+    step.set_lr(0.0)
+    step(batch())
+    assert torch.equal(weights(step)[0], before)
+    assert step.optimizer.param_groups[0]["lr"] is rate
+
+
+def test_history_gives_each_step_once():
+    step = build_step(history=3)
+    seen = []
+    for number in range(1, 8):
+        step(batch(seed=number))
+        if number % 3 == 0 or number == 7:
+            step.history.send(number)
+            seen += [s for s, _ in step.history.receive(wait=True)]
+            assert step.history.receive(wait=True) == []
+    assert seen == list(range(1, 8))
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_step():
+    step = build_step(history=5)
+    for number in range(1, 6):
+        if number == 3:
+            with torch.no_grad():
+                step.model.head.bias[0] = math.nan
+        step(batch())
+    step.history.send(5)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
+        step.receive(wait=True)
+
+
+# ---- capture -----------------------------------------------------------------------------------------------
+
+
+def test_warming_up_leaves_no_trace():
+    """As a capture does it: steps inside `preserved`, then the run; and the run alone."""
+    warmed, plain = build_step(), build_step()
+    addresses = [t.data_ptr() for t in warmed._state()]
+    with preserved(warmed._state):
+        for number in range(11):
+            warmed(batch(seed=100 + number))
+    assert addresses == [t.data_ptr() for t in warmed._state()][: len(addresses)]
+    for number in range(6):
+        warmed(batch(seed=number))
+        plain(batch(seed=number))
+    assert losses(warmed, 6) == losses(plain, 6)
+    for one, other in zip(weights(warmed), weights(plain), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_gathered_batch_is_the_epochs(flip, world):
+    images = batch(50)
+    for rank, epoch in itertools.product(range(world), (0, 5)):
+        data = Resident(images, 4, 7, train=True, flip=flip, rank=rank, world=world)
+        data.begin(3)  # another epoch before: its addresses are used again
+        data.begin(epoch)
+        for position, (expected, _) in enumerate(data.epoch(epoch)):
+            assert torch.equal(data.batch(torch.tensor(position)), expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        (batch(6), r"of shape \[8, 32, 32, 3\], these have \[6, 32, 32, 3\]"),
+        (batch().float(), "of dtype torch.uint8, these have torch.float32"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_other_images_than_the_captured_are_named(images, text):
+    step = build_step()
+    step._images, step._replay = batch(), lambda: None
+    with pytest.raises(ValueError, match=text):
+        step(images)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("source", ["resident", "given"])
+def test_a_captured_run_is_the_uncaptured_run(source, dtype, compile):
+    device = torch.device("cuda")
+    data = Resident(batch(80, device=device), 8, 1, train=True, flip=True)
+    curves = []
+    for captured in (False, True):
+        step = build_step(device, dtype=dtype, compile=compile, history=30, clip_grad=10.0)
+        if captured:
+            assert step.capture(data if source == "resident" else data.head(8))
+        for epoch in range(3):
+            step.set_lr(1e-3 / (epoch + 1))
+            data.begin(epoch)
+            for images, _ in data.epoch(epoch):
+                step(None if step.gathers else images)
+        curves.append(losses(step, 30))
+    assert len(curves[0]) == 30
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3 if dtype is None else 2e-2)
+
+
+@pytest.mark.gpu
+def test_no_memory_for_the_graph_leaves_the_step_as_it_was(monkeypatch):
+    device = torch.device("cuda")
+    step, plain = build_step(device), build_step(device)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "graph", full)
+    assert not step.capture(batch(device=device))
+    for each in (step, plain):
+        each(batch(device=device))
+    assert losses(step, 1) == losses(plain, 1)
+
+
+# ---- precision and switches --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_bfloat16_ends_where_float32_does():
+    small = portrait.render(faces.sample_factors(256)).permute(0, 3, 1, 2)[:, :, 35:183, 15:163]
+    images = resize(small, [32, 32], antialias=True).permute(0, 2, 3, 1)
+    ends = []
+    for dtype in (None, torch.bfloat16):
+        step = build_step(loss=BetaLoss(**GAUSSIAN), dtype=dtype, lr=5e-3, history=300)
+        for number in range(300):
+            step(images[32 * (number % 8) :][:32])
+        ends.append(sum(losses(step, 300)[-50:]))
+        assert all(t.dtype == torch.float32 for t in step._state() if t.is_floating_point())
+    assert ends[1] == pytest.approx(ends[0], rel=0.02)
+
+
+def test_without_the_kernels_the_reference_runs(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert launch.runs_triton(torch.ones(2)) or not launch.AVAILABLE
+    monkeypatch.setattr(launch, "ENABLED", False)
+    assert not launch.runs_triton(torch.ones(2))

@@ -1,0 +1,46 @@
+"""One process of a job: ten steps on its share of every batch of 64; the first writes the weights.
+
+torchrun --nproc-per-node N tests/worker.py OUT.pt float64|float32
+"""
+
+import sys
+
+import torch
+from torch import nn
+
+from bvae.config import TrainingConfig
+from bvae.losses import CapacityLoss
+from bvae.model import BetaVAE
+from bvae.optimizer import build_optimizer
+from bvae.pipelines.resident import Resident
+from bvae.processes import join
+from bvae.step import TrainingStep
+
+if __name__ == "__main__":
+    out, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+    processes = join(torch.device("cpu"))
+    torch.manual_seed(0)
+    model = BetaVAE(3, 5, (4, 8), 32).to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    step = TrainingStep(
+        model,
+        CapacityLoss(10.0, 25.0, 10**6, kl_weight=0.01, activation="tanh"),
+        build_optimizer(TrainingConfig(lr=1e-3), model.parameters()),
+        seed=3,
+        dtype=None,
+        compile=False,
+        history=10,
+        clip_grad=0.1,
+        processes=processes,
+    )
+    images = torch.randint(256, (320, 32, 32, 3), dtype=torch.uint8)
+    share = {"rank": processes.rank, "world": processes.world}
+    data = Resident(images, 64 // processes.world, 1, train=True, flip=True, **share)
+    for epoch in range(2):
+        for batch, _ in data.epoch(epoch):
+            step(batch)
+    if processes.is_first:
+        torch.save(model.state_dict(), out)
+    processes.leave()
