@@ -2,7 +2,6 @@
 
 import os
 import zipfile
-import zlib
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -30,15 +29,16 @@ def read(path: str | os.PathLike[str]) -> Original:
         FileNotFoundError: there is no such file.
         ValueError: it is not such a file, or damaged; the message says how.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            with archive.open("latents_classes.npy") as file:
-                classes = np.lib.format.read_array(file, allow_pickle=False)
-            with archive.open("imgs.npy") as file:
-                packed = _read_images(file)
-        indices = _check(classes, len(packed))
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not dSprites' npz of imgs and latents_classes: {error}") from None
+    with open(path, "rb") as opened:
+        try:
+            with zipfile.ZipFile(opened) as archive:
+                with archive.open("latents_classes.npy") as file:
+                    classes = np.lib.format.read_array(file, allow_pickle=False)
+                with archive.open("imgs.npy") as file:
+                    packed = _read_images(file)
+            indices = _check(classes, len(packed))
+        except Exception as error:  # zipfile and numpy have no common type for all that may be wrong
+            raise ValueError(f"{path} is not dSprites' npz of imgs and latents_classes: {error}") from None
     return Original(packed, torch.from_numpy(indices))
 
 

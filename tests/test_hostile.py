@@ -31,7 +31,7 @@ from bvae import checkpoint, data, evaluate, train, traverse
 from bvae import config as configuration
 from bvae.metrics import truth
 from bvae.model import BetaVAE
-from bvae.pipelines import cache, celeba, folder
+from bvae.pipelines import cache, celeba, dsprites, folder
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.torch_decode import TorchDecoder, decode_bytes
 from bvae.pipelines.webdataset import read
@@ -242,6 +242,34 @@ checkpoints = st.one_of(
     mutated([PICKLE]).map(lambda data: ("archive/data.pkl", data)),  # with a right checksum
 )
 
+buffer = io.BytesIO()
+CLASSES = np.stack([np.zeros((3, 6)), np.ones((3, 6))]).astype(np.int64).reshape(6, 6)
+np.savez_compressed(buffer, imgs=np.eye(64, dtype=np.uint8)[None].repeat(6, 0), latents_classes=CLASSES)
+NPZ = buffer.getvalue()
+NPY = {name: zipfile.ZipFile(buffer).read(name) for name in ("imgs.npy", "latents_classes.npy")}
+shapes = st.one_of(
+    mutated([NPZ]).map(lambda data: (None, data)),
+    *(mutated([data]).map(lambda data, name=name: (name, data)) for name, data in NPY.items()),
+)
+attributes = mutated(
+    [
+        b"12\nBald Bangs\n" + b"".join(b"%06d.jpg %d -1\n" % (i, (-1) ** i) for i in range(1, 13)),
+        b"1\nBald\n000001.jpg 1\n",
+    ]
+)
+
+
+def repacked(data, record, changed):
+    """A zip file with one record changed, its checksum right; or no record: what is to stand in its place."""
+    if record is None:
+        return changed
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(buffer, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, changed if name == record else source.read(name))
+    return buffer.getvalue()
+
+
 OPTIONS = [f"--{name.replace('_', '-')}" for section in OURS.values() for name in section]
 words = st.one_of(
     st.sampled_from(
@@ -327,12 +355,7 @@ def read_cache(found, where):
 def read_checkpoint(case, where):
     record, data = case
     path = where / "step-00000001.pt"
-    if record:
-        with zipfile.ZipFile(saved) as source, zipfile.ZipFile(path, "w") as target:
-            for name in source.namelist():
-                target.writestr(name, data if name == record else source.read(name))
-    else:
-        path.write_bytes(data)
+    path.write_bytes(repacked(saved.getvalue(), record, data))
     with contextlib.suppress(checkpoint.Damaged):
         assert checkpoint._load(path, torch.device("cpu"))["step"] == 1
 
@@ -361,6 +384,21 @@ def read_table(data, where):
             found.images(np.arange(len(found.factors)))
 
 
+def read_attributes(data, where):
+    if not (where / "celeba").exists():
+        write_celeba(where)
+    (where / "celeba" / "list_attr_celeba.txt").write_bytes(data)
+    with contextlib.suppress(ValueError):
+        truth.attributes(where, BetaVAE(hidden_dims=[2], image_size=32, latent_dim=1))
+
+
+def read_shapes(case, where):
+    path, (record, data) = where / "dsprites.npz", case
+    path.write_bytes(repacked(NPZ, record, data))
+    with contextlib.suppress(ValueError):
+        assert dsprites.read(path).packed.shape[1:] == (512,)
+
+
 class Target(NamedTuple):
     """What is fed, to what, and with how many cases, by default and in the slow run."""
 
@@ -374,6 +412,8 @@ TARGETS = {
     "configuration": Target(configurations, read_configuration, 100, 1500),
     "list": Target(lists, read_list, 100, 2000),
     "table": Target(tables, read_table, 60, 500),
+    "attributes": Target(attributes, read_attributes, 50, 500),
+    "shapes": Target(shapes, read_shapes, 50, 500),
     "picture": Target(pictures, decode, 200, 2500),
     "shard": Target(tars, read_shard, 100, 1500),
     "cache": Target(manifests, read_cache, 60, 1000),
@@ -510,6 +550,17 @@ def test_listed_file_that_leads_out(tmp_path, name):
         celeba.splits(tmp_path)
     with pytest.raises(ValueError, match="leads out of the folder of the images"):
         truth.folder(tmp_path, BetaVAE(hidden_dims=[2], image_size=32), bins=5)
+
+
+@pytest.mark.parametrize("name", NPY)
+def test_shapes_that_claim_to_be_many(tmp_path, name):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (10**15, 64, 64)}
+    )
+    (tmp_path / "x.npz").write_bytes(repacked(NPZ, name, header.getvalue() + bytes(1000)))
+    with in_time(), pytest.raises(ValueError, match="is not dSprites' npz"):
+        dsprites.read(tmp_path / "x.npz")
 
 
 def test_dali_takes_what_others_refuse(tmp_path):
