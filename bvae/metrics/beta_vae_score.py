@@ -38,5 +38,5 @@ def beta_vae(
     each = groups(encode, sample, np.repeat(factor, pairs), 2, rng, batch)
     apart = np.concatenate([np.abs(codes[:, 0] - codes[:, 1]) for codes in each])
     points = apart.reshape(train + test, pairs, -1).mean(1)
-    classifier = LogisticRegression().fit(points[:train], factor[:train])
+    classifier = LogisticRegression(max_iter=10_000).fit(points[:train], factor[:train])
     return float(classifier.score(points[train:], factor[train:]))
