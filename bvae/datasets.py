@@ -88,9 +88,9 @@ def _open_shapes(
     drawn = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))[:VALIDATED]
     _check_enough(config.root or config.name, len(packed), len(drawn), batch_size, world)
     sharding = {"rank": rank, "world": world}
-    train = Bits(packed, sprites.SIDE, batch_size, seed, train=True, flip=False, **sharding)
+    train = Bits(packed, sprites.SIDE, batch_size, seed, train=True, **sharding)
     held = packed[drawn.to(device)]
-    valid = Bits(held, sprites.SIDE, batch_size, seed, train=False, flip=False, **sharding)
+    valid = Bits(held, sprites.SIDE, batch_size, seed, train=False, **sharding)
     print(
         f"{LABELS[0]}: {train.count}, {packed.nbytes / 1e6:.0f} MB of one bit a pixel; "
         f"{LABELS[1]}: {valid.count} of them",

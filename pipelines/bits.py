@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bvae.pipelines.epochs import Epochs
+from bvae.pipelines.resident import Resident
 
 GATHER = -0x7FBFDFEFF7FBFDFF  # 0x8040201008040201: as a factor, bit 8 i goes to bit 63 - i of the product
 
@@ -34,13 +34,17 @@ def _pixels(device: torch.device) -> Tensor:
     return (255 * bits).to(torch.uint8).view(torch.int64).squeeze(1).to(device)
 
 
-class Bits(Epochs):
-    """Images of one bit a pixel, uint8 [N, side^2 / 8], on the device that uses them."""
+class Bits(Resident):
+    """Images of one bit a pixel, uint8 [N, side^2 / 8], on the device that uses them; never mirrored."""
 
     def __init__(self, packed: Tensor, side: int, batch_size: int, seed: int, **options: Any) -> None:
-        super().__init__(len(packed), batch_size, seed, packed.device, **options)
-        self.packed, self.side = packed, side
+        super().__init__(packed, batch_size, seed, flip=False, **options)
+        self.side = side
+
+    def batch(self, position: Tensor) -> Tensor:
+        """The images [B, side, side, 1] of the begun epoch's batch `position`; see `Resident.batch`."""
+        return unpack(super().batch(position), self.side)
 
     def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in indices:
-            yield unpack(self.packed.index_select(0, index), self.side), index
+        for packed, index in super()._fetch(indices):
+            yield unpack(packed, self.side), index

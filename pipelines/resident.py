@@ -39,11 +39,12 @@ class Resident(Epochs):
         What `epoch` yields there, from device operations alone, so that a CUDA graph can hold them.
         """
         assert self._order is not None, "begin an epoch first"
-        device, (height, width) = self.device, self.images.shape[1:3]
+        device = self.device
         lane = torch.arange(self.batch_size, device=device)
         index = self._order[(position * self.world + self.rank) * self.batch_size + lane]
         if self._flipped is None:
             return self.images[index]
+        height, width = self.images.shape[1:3]
         row, column = torch.arange(height, device=device), torch.arange(width, device=device)
         columns = torch.where(self._flipped[index][:, None], width - 1 - column, column)
         return self.images[index[:, None, None], row[:, None], columns[:, None, :]]

@@ -20,11 +20,32 @@ def test_packing_is_numpys_and_unpacking_its_inverse():
 
 @pytest.mark.parametrize("train", [True, False])
 def test_batches_are_those_of_the_images_themselves(train):
-    options = {"train": train, "flip": False, "rank": 1, "world": 2}
+    options = {"train": train, "rank": 1, "world": 2}
     bits = Bits(pack(IMAGES), 8, 7, 3, **options)
-    plain = Resident(255 * IMAGES[..., None], 7, 3, **options)
+    plain = Resident(255 * IMAGES[..., None], 7, 3, flip=False, **options)
     assert len(bits) == len(plain)
     for (a, i), (b, j) in zip(bits.epoch(2), plain.epoch(2), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(i, j)
     assert torch.equal(bits.head(3), plain.head(3))
+    if train:
+        bits.begin(2), plain.begin(2)
+        for position in torch.arange(len(bits)):
+            assert torch.equal(bits.batch(position), plain.batch(position))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_unpacks_its_own_batches():
+    bits = Bits(pack(IMAGES).cuda(), 8, 7, 3, train=True)
+    bits.begin(0)
+    position = torch.zeros((), dtype=torch.int64, device="cuda")
+    bits.batch(position)  # makes the table that the graph reads
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        images = bits.batch(position)
+    for epoch in range(2):
+        bits.begin(epoch)
+        for number, (expected, _) in enumerate(bits.epoch(epoch)):
+            position.fill_(number)
+            graph.replay()
+            assert torch.equal(images, expected)
