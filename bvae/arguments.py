@@ -35,6 +35,8 @@ class Arguments:
     """Run folder to make. None: the first free runs/<data>-<loss>-<number>."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
+    profile: bool = False
+    """Record 20 of the first steps: a Chrome trace in the run folder, and a table of each part's share."""
     settings: Config = field(default_factory=Config)
 
 

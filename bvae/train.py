@@ -21,6 +21,7 @@ from types import FrameType
 from bvae import checkpoint
 from bvae.arguments import parse
 from bvae.processes import lost_the_others, speak_first, who
+from bvae.profile import Profile, name_kernels
 from bvae.reference import scale_pixels
 from bvae.report import Report, Silence, save_pictures
 from bvae.run import Run, prepare
@@ -71,7 +72,7 @@ class Speed:
         return self._steps * self._batch_size / self._seconds if self._seconds else 0.0
 
 
-def train(run: Run) -> tuple[Validation, float] | None:
+def train(run: Run, profile: Profile | None = None) -> tuple[Validation, float] | None:
     """Train to the end: the last validation and the images a second. After Ctrl-C or SIGTERM: None.
 
     Either way the last step is in a checkpoint.
@@ -129,6 +130,8 @@ def train(run: Run) -> tuple[Validation, float] | None:
             for images in run.batches():
                 run.advance(images)
                 report.advance()
+                if profile:
+                    profile.step()
                 if run.done == first + 1:
                     speed.start(run.done)  # the first step compiles
                 if run.done % training.log_every == 0 or run.done == run.steps:
@@ -150,6 +153,8 @@ def train(run: Run) -> tuple[Validation, float] | None:
     finally:
         stop.restore()
         report.close()
+        if profile:
+            profile.close()
 
 
 def finish(run: Run, result: Validation, images_per_s: float) -> None:
@@ -169,9 +174,13 @@ def main(argv: list[str] | None = None) -> int:
     out: Path | None = None  # until the run is ready
     speak_first()
     try:
-        run = prepare(parse(sys.argv[1:] if argv is None else argv, __doc__))
+        arguments = parse(sys.argv[1:] if argv is None else argv, __doc__)
+        if arguments.profile:
+            name_kernels()
+        run = prepare(arguments)
         out = run.out
-        outcome = train(run)
+        profiled = arguments.profile and run.processes.is_first
+        outcome = train(run, Profile(out, run.step.device) if profiled else None)
         if not outcome:
             print(f"stopped at step {run.done} of {run.steps}. {_go_on(out)}")
         elif run.processes.is_first:

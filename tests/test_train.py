@@ -1,6 +1,7 @@
 """`python -m bvae.train` as a user runs it: the run folder, resuming, and what it says of bad input."""
 
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -416,3 +417,21 @@ def test_a_terminal_gets_one_live_bar(data, tmp_path):
         assert part in last
     assert b"explained variance" in shown
     assert b"ETA 0:00:00" not in shown  # the lines that stand in for the bar elsewhere
+
+
+SWITCHES = ("amp", "capture", "fused", "compile")
+
+
+@pytest.mark.parametrize(
+    "on",
+    [
+        pytest.param(on, marks=pytest.mark.slow if on[3] else (), id=" ".join(map(str, map(int, on))))
+        for on in itertools.product((True, False), repeat=len(SWITCHES))
+    ],
+)
+def test_every_combination_of_layers_trains_the_same(data, tmp_path, on):
+    options = [("--" if is_on else "--no-") + name for name, is_on in zip(SWITCHES, on, strict=True)]
+    assert run(data, tmp_path / "plain", "--max-steps", 5) == 0
+    assert run(data, tmp_path / "run", "--max-steps", 5, *options) == 0
+    plain, layered = metrics(tmp_path / "plain")[-1], metrics(tmp_path / "run")[-1]
+    assert layered["loss"] == pytest.approx(plain["loss"], rel=0.05 if on[0] else 1e-3)

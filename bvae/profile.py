@@ -1,0 +1,101 @@
+"""Where a step's time goes: a Chrome trace, and each part's share."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import profiler
+from torch._inductor import config as inductor
+
+SKIPPED, WARM_UP, STEPS = 5, 2, 20  # steps before, steps whose record is thrown away, steps that count
+TRACE = "trace.json"
+
+# The first pattern found in the name of a kernel or an operation says whose it is. Inductor names its kernels
+# after the operations that they fuse; cuDNN's convolutions are called after their matrix products.
+PARTS = (
+    ("BatchNorm, LeakyReLU", re.compile(r"batch_?norm|bn_fw|bn_bw|leaky_?relu", re.IGNORECASE)),
+    ("convolution", re.compile(r"conv|fprop|dgrad|wgrad|implicit|nchw|nhwc", re.IGNORECASE)),
+    ("linear layers", re.compile(r"mm$|mm_|gemm|nvjet|cublas|cutlass", re.IGNORECASE)),
+    ("optimizer", re.compile(r"adam|adagrad|optimizer|multi_tensor|amp_", re.IGNORECASE)),
+    ("sample, KL, loss", re.compile(r"_(for|back)ward_kernel|tanh|exp|sigmoid|bitwise", re.IGNORECASE)),
+)
+OTHER, IDLE = "other", "idle"
+
+
+def part(name: str) -> str:
+    """Whose time an operation's or a kernel's is."""
+    return next((label for label, pattern in PARTS if pattern.search(name)), OTHER)
+
+
+class Profile:
+    """Records `STEPS` steps of a run; writes `trace.json` into its folder and prints the table.
+
+    On a GPU the kernels count, and idle is the time in which none of them ran; on a CPU the operations of the
+    main thread.
+    """
+
+    def __init__(self, out: Path, device: torch.device) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # no alarm about a GPU that is not there
+        self._out, self._cuda = out, device.type == "cuda"
+        self._told = False
+        activities = [profiler.ProfilerActivity.CPU]
+        if self._cuda:
+            activities.append(profiler.ProfilerActivity.CUDA)
+        self._profile = profiler.profile(
+            activities=activities,
+            schedule=profiler.schedule(wait=SKIPPED, warmup=WARM_UP, active=STEPS, repeat=1),
+            on_trace_ready=self._tell,
+        )
+        self._profile.start()
+
+    def step(self) -> None:
+        """Count one step."""
+        self._profile.step()
+
+    def close(self) -> None:
+        """Say so if the run was too short."""
+        self._profile.stop()
+        if not self._told:
+            print(f"--profile needs {SKIPPED + WARM_UP + STEPS} steps: nothing was recorded")
+
+    def _tell(self, profile: profiler.profile) -> None:
+        seconds, wall = self._seconds(profile)
+        if not wall:  # stopped before the last step that counts
+            return
+        path = self._out / TRACE
+        profile.export_chrome_trace(str(path))
+        print(table(seconds, wall))
+        print(
+            f"profile of {STEPS} steps: {path} (open it in chrome://tracing or ui.perfetto.dev)", flush=True
+        )
+        self._told = True
+
+    def _seconds(self, profile: profiler.profile) -> tuple[dict[str, float], float]:
+        """Each part's seconds a step, and a step's."""
+        seconds: dict[str, float] = {}
+        wall = count = 0.0
+        for event in profile.key_averages():
+            on_device = event.device_type == torch.autograd.DeviceType.CUDA
+            if event.key.startswith("ProfilerStep"):
+                if not on_device:
+                    wall, count = wall + event.cpu_time_total / 1e6, count + event.count
+            elif on_device == self._cuda:
+                own = event.self_device_time_total if self._cuda else event.self_cpu_time_total
+                label = part(event.key)
+                seconds[label] = seconds.get(label, 0.0) + own / 1e6 / STEPS
+        return seconds, wall / STEPS if count == STEPS else 0.0
+
+
+def table(seconds: dict[str, float], wall: float) -> str:
+    """Each part's milliseconds a step and its share of the `wall` seconds that a step takes."""
+    idle = max(0.0, wall - sum(seconds.values()))
+    labels = [label for label, _ in PARTS] + [OTHER]
+    rows = [*((label, seconds.get(label, 0.0)) for label in labels), (IDLE, idle)]
+    lines = [f"{label:22} {1000 * value:9.3f} ms {value / wall:6.1%}" for label, value in rows]
+    return "\n".join([*lines, f"{'a step':22} {1000 * wall:9.3f} ms"])
+
+
+def name_kernels() -> None:
+    """Have inductor name its C++ kernels in profiles; before anything is compiled."""
+    inductor.cpp.enable_kernel_profile = True

@@ -1,0 +1,68 @@
+"""`--profile`: whose time a kernel's is, the table, and the trace."""
+
+import json
+
+import pytest
+
+from bvae.pipelines import faces
+from bvae.profile import part, table
+from bvae.train import main
+
+TINY = [
+    *("--image-size", "32", "--hidden-dims", "4", "8", "--latent-dim", "3", "--batch-size", "8"),
+    *("--no-compile",),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return faces.write(tmp_path_factory.mktemp("data") / "faces", n=40, seed=0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("triton_red_fused__native_batch_norm_legit_functional_leaky_relu_5", "BatchNorm, LeakyReLU"),
+        (
+            "triton_red_fused_convolution_backward_native_batch_norm_backward_14",
+            "BatchNorm, LeakyReLU",
+        ),
+        ("cudnn::bn_bw_1C11_kernel_new", "BatchNorm, LeakyReLU"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize64x64x64", "convolution"),
+        ("cutlass_tensorop_bf16_s16816wgrad_optimized_bf16_128x128", "convolution"),
+        ("void cudnn::ops::nchwToNhwcKernel", "convolution"),
+        ("aten::convolution_backward", "convolution"),
+        ("nvjet_hsh_64x32_64x16_4x2_h_bz_TNN", "linear layers"),
+        ("aten::addmm", "linear layers"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("_forward_kernel", "sample, KL, loss"),
+        ("Memcpy DtoH (Device -> Pinned)", "other"),
+    ],
+)
+def test_whose_time_a_kernel_is(name, label):
+    assert part(name) == label
+
+
+def test_the_table_adds_up_to_a_step():
+    lines = table({"convolution": 0.004, "optimizer": 0.001}, wall=0.01).splitlines()
+    assert lines[1].split() == ["convolution", "4.000", "ms", "40.0%"]
+    assert lines[-2].split() == ["idle", "5.000", "ms", "50.0%"]
+    assert lines[-1].split() == ["a", "step", "10.000", "ms"]
+
+
+def test_a_profiled_run_leaves_a_trace(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ("--data-root", data, "--out", out, "--epochs", 99, "--max-steps", 30, *TINY, "--profile")
+    assert main(list(map(str, options))) == 0
+    said = capsys.readouterr().out
+    shares = {line[:22].strip(): float(line.split()[-1][:-1]) for line in said.splitlines() if "%" in line}
+    assert shares["convolution"] > 5
+    assert sum(shares.values()) == pytest.approx(100, abs=0.5)
+    names = {event.get("name") for event in json.loads((out / "trace.json").read_text())["traceEvents"]}
+    assert "aten::convolution" in names
+
+
+def test_too_short_a_run_says_so(data, tmp_path, capsys):
+    options = ("--data-root", data, "--out", tmp_path / "run", "--max-steps", 3, *TINY, "--profile")
+    assert main(list(map(str, options))) == 0
+    assert "--profile needs 27 steps" in capsys.readouterr().out
