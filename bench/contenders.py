@@ -1,19 +1,22 @@
 """Both sides of a training step, from the same weights: the seed's code with its options, and ours."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from bench.race import clock
-from bench.record import has_bfloat16
 from bench.reference_step import SeedStep, SeedVAE
+from bvae.config import TrainingConfig
+from bvae.kernels import launch
 from bvae.losses import CapacityLoss
 from bvae.model import BetaVAE
-from bvae.step import TrainingStep
+from bvae.optimizer import build_optimizer
+from bvae.step import TrainingStep, autocast_dtype, captures
 
 GAMMA, MAX_CAPACITY, CAPACITY_ITERS, LR = 10.0, 25.0, 10_000, 5e-4
 LOG_VAR = -12.0  # in the gate: as good as no noise
@@ -49,15 +52,17 @@ class Contender:
     load: Callable[[dict[str, Tensor]], object]  # weights under PyTorch-VAE's names
 
 
-def mixed_precision(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the device computes in it."""
-    cuda = device.type == "cuda"
-    has = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else has_bfloat16()
-    return torch.bfloat16 if has else None
+def dtype_name(device: torch.device, amp: bool) -> str:
+    """What a step computes in, for the record."""
+    return str(autocast_dtype(device, amp)[0] or torch.float32).removeprefix("torch.")
 
 
-def seed(network: Network, images: Tensor, **options: Any) -> Contender:
-    """The seed's step on uint8 `images` [B, H, W, C], which its loader has scaled and laid out beforehand."""
+def seed(network: Network, images: Tensor, *, tuned: bool = False, compile: bool = False) -> Contender:
+    """The seed's step on uint8 `images` [B, H, W, C], which its loader has scaled and laid out beforehand.
+
+    Tuned, it has what its users could switch on: channels_last, fused Adam, cuDNN's choice of algorithms and
+    mixed precision where the device has it.
+    """
     device = images.device
     scaled = (images.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
     model = SeedVAE(network.latent_dim, network.hidden_dims, network.image_size).to(device)
@@ -68,35 +73,58 @@ def seed(network: Network, images: Tensor, **options: Any) -> Contender:
         max_capacity=MAX_CAPACITY,
         capacity_iters=CAPACITY_ITERS,
         lr=LR,
-        **options,
+        channels_last=tuned,
+        fused=tuned or None,
+        dtype=autocast_dtype(device, tuned)[0],
+        compile=compile,
     )
     last = [(0.0, 0.0, 0.0)]
 
     def call() -> None:
+        torch.backends.cudnn.benchmark = tuned
         last[0] = step(scaled)
 
     return Contender(call, lambda: last[0][1:], model.load_state_dict)
 
 
-def ours(
-    network: Network, images: Tensor, folder: Path, *, dtype: torch.dtype | None, compile: bool
-) -> Contender:
-    """`bvae.train`'s step on uint8 `images` [B, H, W, C]; weights pass through a file in `folder`."""
+def ours(network: Network, images: Tensor, folder: Path, training: TrainingConfig) -> Contender:
+    """`bvae.train`'s step on uint8 `images` [B, H, W, C], with the layers that `training` leaves on.
+
+    Weights pass through a file in `folder`.
+    """
     device = images.device
     model = BetaVAE(3, **network.config).to(device, memory_format=torch.channels_last)
     loss = CapacityLoss(GAMMA, MAX_CAPACITY, CAPACITY_ITERS, network.kl_weight, activation="tanh").to(device)
-    optimizer = torch.optim.Adam(model.parameters(), LR, fused=True)
-    step = TrainingStep(model, loss, optimizer, seed=0, dtype=dtype, compile=compile, history=1)
+    step = TrainingStep(
+        model,
+        loss,
+        build_optimizer(replace(training, lr=LR), model.parameters()),
+        seed=0,
+        dtype=autocast_dtype(device, training.amp)[0],
+        compile=training.compile,
+        history=training.log_every,
+    )
+    to_capture = [captures(device, training)[0]]
+
+    def call() -> None:
+        torch.backends.cudnn.benchmark = True
+        launch.ENABLED = training.fused
+        if to_capture[0]:
+            to_capture[0] = False
+            assert step.capture(images), "the step's graph does not fit the GPU's memory"
+        step(images)
+
+    def terms() -> tuple[float, float]:
+        step.history.send(int(step.step))
+        scalars = step.receive(wait=True)
+        assert scalars
+        return scalars.mse, scalars.kld
 
     def load(state: dict[str, Tensor]) -> None:
         torch.save(state, folder / "weights.pt")
         model.load_state_dict(BetaVAE.from_pytorch_vae(folder / "weights.pt").state_dict())
 
-    def terms() -> tuple[float, float]:
-        scalars = step.read(int(step.step))
-        return scalars["mse"], scalars["kld"]
-
-    return Contender(lambda: step(images), terms, load)
+    return Contender(call, terms, load)
 
 
 def check(network: Network, contenders: dict[str, Contender], device: torch.device) -> dict[str, float]:
@@ -108,6 +136,7 @@ def check(network: Network, contenders: dict[str, Contender], device: torch.devi
     Raises:
         AssertionError: an MSE or KL differs from the first contender's by more than rounding explains.
     """
+    torch._dynamo.reset()  # how often a function may be compiled is limited, over all benchmarks together
     start = SeedVAE(network.latent_dim, network.hidden_dims, network.image_size).state_dict()
     weights = {name: value.clone() for name, value in start.items()}
     weights["fc_var.weight"].zero_()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bench.race import Result, clock
+from bvae.step import autocast_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -64,17 +65,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": threads,
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False) if cuda else has_bfloat16(),
+        "bfloat16": autocast_dtype(device, amp=True)[0] == torch.bfloat16,
         "system": platform.platform(),
         "driver": _driver() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "versions": _versions(),
     }
-
-
-def has_bfloat16() -> bool:
-    """Whether the CPU computes in bfloat16; autocast is far slower where it does not."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _best_of(call: Any, device: torch.device) -> float:
@@ -90,9 +86,7 @@ def rates(device: torch.device) -> dict[str, float]:
     copy = _best_of(lambda: target.copy_(source), device)
     found = {"copy_bytes_per_s": 2 * source.nbytes / copy}
     n = 8192 if cuda else 1536
-    for dtype in (torch.float32, torch.bfloat16):
-        if dtype == torch.bfloat16 and not cuda and not has_bfloat16():
-            continue
+    for dtype in dict.fromkeys((torch.float32, autocast_dtype(device, amp=True)[0] or torch.float32)):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         name = str(dtype).removeprefix("torch.")
         found[f"{name}_flop_per_s"] = 2 * n**3 / _best_of(lambda a=a, b=b: a @ b, device)

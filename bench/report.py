@@ -60,9 +60,9 @@ def markdown(record: Record) -> str:
     machine, rates = record["machine"], record["rates"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     measured = f"copy {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s"
-    for dtype in ("float32", "bfloat16"):
-        if rate := rates.get(f"{dtype}_flop_per_s"):
-            measured += f", {dtype} {rate / 1e9:,.0f} GFLOP/s"
+    for name, rate in rates.items():
+        if name.endswith("_flop_per_s"):
+            measured += f", {name.removesuffix('_flop_per_s')} {rate / 1e9:,.0f} GFLOP/s"
     driver = f"; driver {machine['driver']}, CUDA {machine['cuda']}" if machine["driver"] else ""
     lines = [
         f"# {_conditions(record)}",
@@ -97,15 +97,19 @@ def _group(results: list[Result], rates: dict[str, float]) -> list[str]:
             else:
                 cell = quantity(timings[name]["seconds"][0], result["facts"].get("images"))
                 cells.append(cell if name == result["hero"] else f"{cell} ({times(timings[name]['ratio'])})")
-        hero = timings[result["hero"]]
-        cells.append("" if hero["first_call"] is None else f"{hero['first_call']:.3g} s")
+        best = timings[result["hero"]]
+        cells.append("" if best["first_call"] is None else f"{best['first_call']:.3g} s")
         cells.append("" if floor is None else f"{floor:.0%}")
         if len(header) > len(cells):
             cells += [
-                "" if hero[k] is None else f"{hero[k] / d:.3g}"
+                "" if best[k] is None else f"{best[k] / d:.3g}"
                 for k, d in (("launches", 1), ("peak_bytes", 1e6))
             ]
         lines.append(_row(cells))
+        if cpu := result["facts"].get("cpu_us_per_image"):
+            hero = cpu[result["hero"]]
+            spent = [f"{cpu[n]:.0f} µs ({cpu[n] / hero:.2f} x)" if n in cpu else "" for n in names]
+            lines.append(_row([f"{result['name']}: CPU time an image", *spent, "", ""]))
     return lines
 
 
@@ -190,7 +194,7 @@ def _roofline(record: Record, plt: Any) -> Any:
     for group in dict.fromkeys(r["group"] for r in results):
         x, y = [], []
         for facts, result in ((r["facts"], r) for r in results if r["group"] == group):
-            found = cost(facts["model"], 2 if facts["dtype"] == "bfloat16" else 4)
+            found = cost(facts["model"], 4 if facts["dtype"] == "float32" else 2)
             flop = facts["images"] * found.flop
             x.append(flop / found.bytes_per_step(facts["images"]))
             y.append(flop / result["timings"][result["hero"]]["seconds"][0] / 1e9)

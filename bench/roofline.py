@@ -127,7 +127,7 @@ def floor_seconds(result: dict[str, Any], rates: dict[str, float]) -> float | No
         return facts["bytes"] / rates["copy_bytes_per_s"]
     if "model" in facts:
         dtype = facts["dtype"]
-        found = cost(facts["model"], 2 if dtype == "bfloat16" else 4)
+        found = cost(facts["model"], 4 if dtype == "float32" else 2)
         return found.seconds(facts["images"], rates["copy_bytes_per_s"], rates[f"{dtype}_flop_per_s"])
     return None
 

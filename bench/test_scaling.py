@@ -1,0 +1,53 @@
+"""Images a second over the batch, the image's size and the number of latents: the seed's step, and ours.
+
+One of the three varies at a time, about the seed's network in mixed precision on a GPU, and about the preset
+faces_cpu, in float32 and eager as it trains, on a CPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.contenders import Network, check, dtype_name, ours, seed
+from bvae.config import TrainingConfig, read
+
+GPU = torch.cuda.is_available()
+if GPU:
+    NETWORK, BATCH, TRAINING = Network(), 144, TrainingConfig(amp=True)
+    AXES = {"batch": (16, 64, 144, 1024, 4096), "image size": (32, 64, 128, 256), "latents": (10, 128, 1024)}
+else:
+    NETWORK, BATCH, TRAINING = Network(10, (16, 32, 64, 128, 256)), 32, read("faces_cpu")[0].training
+    AXES = {"batch": (16, 64, 256), "image size": (32, 64, 128), "latents": (10, 100, 1000)}
+
+
+@pytest.mark.parametrize(("axis", "value"), [(axis, value) for axis in AXES for value in AXES[axis]])
+def test_scaling(
+    axis: str, value: int, device: torch.device, race: Callable[..., Any], tmp_path: Path
+) -> None:
+    network, batch = NETWORK, BATCH
+    if axis == "batch":
+        batch = value
+    else:
+        network = replace(network, **{{"image size": "image_size", "latents": "latent_dim"}[axis]: value})
+    size = network.image_size
+    images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8, device=device)
+    contenders = {
+        "the seed's code": seed(network, images),
+        "ours": ours(network, images, tmp_path, TRAINING),
+    }
+    race(
+        "scaling",
+        f"{axis} {value}",
+        gate=lambda: check(network, contenders, device),
+        prepare=lambda: {name: contender.step for name, contender in contenders.items()},
+        rounds=5,
+        images=batch,
+        model=network.config,
+        dtype=dtype_name(device, TRAINING.amp),
+        axis=axis,
+        value=value,
+    )

@@ -1,0 +1,78 @@
+"""End to end: from JPEG files on disk to the last step of a short run, against the seed's loop.
+
+Ours decodes the files once, into a cache that checks itself; with a warm cache it finds them decoded. Its
+time includes what the seed's loop does not do: a validation after each epoch, and checkpoints. Neither's
+includes starting Python.
+"""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+
+from bench import reference_loop
+from bench.race import clock
+from bvae.arguments import parse
+from bvae.pipelines import faces
+from bvae.run import prepare
+from bvae.train import train
+
+GPU = torch.cuda.is_available()
+N, EPOCHS = (12_000, 12) if GPU else (1_440, 3)  # faces, of which four in five are for training
+SETTINGS = ["--amp"] if GPU else ["--config", "faces_cpu"]
+AGREEMENT = 0.25  # of the MSE after the last steps, from other weights and in another order
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return faces.write(tmp_path_factory.mktemp("jpegs"), n=N, progress=False)
+
+
+def test_training(root: Path, device: torch.device, race: Callable[..., Any], tmp_path: Path) -> None:
+    numbers = itertools.count()
+    argv = [*SETTINGS, "--data", "faces", "--data-root", str(root), "--epochs", str(EPOCHS)]
+    files = sorted(str(path) for path in Path(root, "img_align_celeba").iterdir())[: N * 4 // 5]
+    settings = parse(argv, "").settings
+    config = settings.resolve(len(files) // settings.training.batch_size)
+    errors: dict[str, float] = {}
+
+    def seeds_loop() -> None:
+        errors["the seed's loop"] = sum(reference_loop.train(files, config, device)[-10:]) / 10
+
+    def ours(cache: Path) -> None:
+        torch._dynamo.reset()  # a run compiles its own
+        out = tmp_path / f"run-{next(numbers)}"
+        run = prepare(parse([*argv, "--cache-dir", str(cache), "--out", str(out)], ""))
+        assert run.config.objective == config.objective
+        assert train(run)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        errors["ours"] = [line["mse"] for line in lines if "mse" in line][-1]
+
+    def gate() -> dict[str, float]:
+        first_calls = {"the seed's loop": clock(seeds_loop, device), "ours": clock(warm, device)}
+        theirs, mine = errors["the seed's loop"], errors["ours"]
+        assert abs(mine - theirs) <= AGREEMENT * theirs, f"our MSE ends at {mine}, the seed's at {theirs}"
+        return first_calls
+
+    def warm() -> None:
+        ours(tmp_path / "cache")
+
+    race(
+        "training",
+        f"{EPOCHS} epochs of {len(files)} JPEGs",
+        gate=gate,
+        prepare=lambda: {
+            "the seed's loop": seeds_loop,
+            "ours": lambda: ours(tmp_path / f"cache-{next(numbers)}"),
+            "ours, warm cache": warm,
+        },
+        rounds=3,
+        single=True,
+        images=EPOCHS * (len(files) // config.training.batch_size) * config.training.batch_size,
+        headline=f"From JPEGs to a trained model, {EPOCHS} epochs of {len(files)}",
+    )
