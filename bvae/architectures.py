@@ -76,7 +76,7 @@ def _up(in_channels: int, out_channels: int, size: int, new_size: int) -> nn.Seq
 # --- The papers' ------------------------------------------------------------------------------------------
 def burgess(channels: int, size: int, latent_dim: int, widths: Sequence[int]) -> Network:
     """502 005 parameters for grey images of 64 x 64 and 10 latents; `widths` is not used."""
-    code_shape = (32, *_sixteenth("burgess", size))
+    code_shape = (32, size // 16, size // 16)
     code = math.prod(code_shape)
     return Network(
         nn.Sequential(_halve(channels, 32, 32, 32, 32), nn.Flatten(), _dense(nn.ReLU, code, 256, 256)),
@@ -101,7 +101,7 @@ def higgins_fc(channels: int, size: int, latent_dim: int, widths: Sequence[int])
 
 def locatello(channels: int, size: int, latent_dim: int, widths: Sequence[int]) -> Network:
     """690 517 parameters for grey images of 64 x 64 and 10 latents; `widths` is not used."""
-    code_shape = (64, *_sixteenth("locatello", size))
+    code_shape = (64, size // 16, size // 16)
     code = math.prod(code_shape)
     # 'same' padding with stride 2 is 1 on each side for a kernel of 4, and none for a kernel of 2.
     quarter = nn.Sequential(
@@ -115,13 +115,6 @@ def locatello(channels: int, size: int, latent_dim: int, widths: Sequence[int]) 
         code_shape,
         _double(64, 64, 32, 32, channels),
     )
-
-
-def _sixteenth(name: str, size: int) -> tuple[int, int]:
-    """The size of the innermost feature maps."""
-    if size % 16:
-        raise ValueError(f"arch {name} takes images whose side is a multiple of 16 pixels, got {size}")
-    return size // 16, size // 16
 
 
 def _halve(*widths: int) -> nn.Sequential:
@@ -148,9 +141,18 @@ def _dense(activation: Callable[[], nn.Module], *widths: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+# --- By name ----------------------------------------------------------------------------------------------
 ARCHITECTURES: dict[str, Callable[[int, int, int, Sequence[int]], Network]] = {
     "pytorch-vae": pytorch_vae,
     "burgess": burgess,
     "higgins-fc": higgins_fc,
     "locatello": locatello,
 }
+HALVINGS = {"burgess": 4, "locatello": 4}  # of sizes that must be even
+
+
+def check_size(arch: str, size: int) -> None:
+    """Raise ValueError for images whose side an architecture cannot take."""
+    side = 2 ** HALVINGS.get(arch, 0)
+    if size % side:
+        raise ValueError(f"arch {arch} takes images whose side is a multiple of {side} pixels, got {size}")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from tyro.conf import arg
 
+from bvae.architectures import check_size
 from bvae.dialect import brief, is_dialect, translate, unknown_key
 
 LossType = Literal["VAE", "H", "B"]
@@ -165,6 +166,7 @@ class Config:
         _require(self, "training.batch_size", lambda size: size >= 2, "2 or more, for BatchNorm's sake")
         _require(self, "training.seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1")
         data = self.data
+        check_size(self.model.arch, data.image_size)
         if data.name in SHAPES and (data.image_size, data.channels, data.flip) != (64, 1, False):
             raise ValueError(
                 f"{data.name} are grey, of 64 x 64 pixels, and must not be mirrored: data.image_size 64, "

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bvae import pytorch_vae
-from bvae.architectures import ARCHITECTURES
+from bvae.architectures import ARCHITECTURES, check_size
 from bvae.config import Config
 from bvae.ops import reparam_kl
 
@@ -65,6 +65,7 @@ class BetaVAE(nn.Module):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if arch not in ARCHITECTURES:
             raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+        check_size(arch, image_size)
         self.config = {
             "arch": arch,
             "in_channels": in_channels,

@@ -131,6 +131,7 @@ def test_capacity_fits_the_run():
         ("data: {image_size: 20}", "data.image_size must be 32 to 256"),
         ("data: {name: sprites}", "sprites are grey, .* --channels 1 --no-flip"),
         ("data: {name: dsprites, channels: 1, flip: false, image_size: 32}", "dsprites are grey, of 64 x 64"),
+        ("data: {image_size: 100}\nmodel: {arch: burgess}", "arch burgess takes images .* got 100"),
         ("model: {arch: resnet}", "model.arch must be .*burgess.*, got 'resnet'"),
         ("training: {optimizer: sgd}", "training.optimizer must be .*, got 'sgd'"),
     ],
