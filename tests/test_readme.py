@@ -43,6 +43,20 @@ def run_folder(data, tmp_path_factory):
     return out
 
 
+TORCHRUN = ".venv/bin/torchrun "
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(TORCHRUN)])
+def test_torchrun(command, data, tmp_path):
+    arguments = command.removeprefix(TORCHRUN).replace("DIR", str(data)).replace("node 8", "node 2")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = [*shlex.split(arguments), *SHORT.split(), "--out", "run"]
+    done = subprocess.run([*launcher, *options], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "traversals.gif").is_file()
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(TRAIN)])
 def test_training_command(command, data, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -55,7 +69,7 @@ def test_training_command(command, data, run_folder, tmp_path, monkeypatch):
     elif "--resume" in arguments:
         assert main(shlex.split(arguments)) == 0
     else:
-        assert main([*shlex.split(arguments), *SHORT.split(), "--out", "run"]) == 0
+        assert main([*shlex.split(arguments, comments=True), *SHORT.split(), "--out", "run"]) == 0
         assert (tmp_path / "run" / "traversals.gif").is_file()
 
 
