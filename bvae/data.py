@@ -10,7 +10,6 @@ Exit status: 0 all is well, 1 damaged files or a failed write, 2 not as asked fo
 """
 
 import argparse
-import errno
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from bvae.arguments import choose_device
+from bvae.command import exit_status
 from bvae.config import Config, DataConfig
 from bvae.datasets import complaint, find, ingest
 from bvae.pipelines import cache, celeba, decoder, faces, folder
@@ -166,14 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 all is well, 1 damaged files or a failed write, 2 not as asked for."""
     options = _parser().parse_args(argv)
-    try:
-        return options.run(options)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) and error.errno == errno.ENOSPC else 2
+    return exit_status(lambda: options.run(options))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from bvae import config, metrics
 from bvae.arguments import choose_device
+from bvae.command import exit_status
 from bvae.config import Config, DataConfig
 from bvae.datasets import CELEBA_CROP, DRAWN_ROOT
 from bvae.metrics import inputs, posterior, truth
@@ -118,28 +119,34 @@ def open_truth(arguments: Arguments, model: BetaVAE, device: torch.device) -> tr
 
 
 @torch.no_grad()
-def encode(model: BetaVAE, known: truth.Truth, device: torch.device) -> NDArray[np.float32]:
-    """The posterior means of all images [N, D], with a progress bar."""
-    n, batch = len(known.factors), BATCH[device.type]
+def encode(
+    model: BetaVAE, known: truth.Truth, numbers: NDArray[np.int64], device: torch.device
+) -> NDArray[np.float32]:
+    """The posterior means [n, D] of the images of those numbers, with a progress bar."""
+    n, batch = len(numbers), BATCH[device.type]
     codes = np.empty((n, model.latent_dim), np.float32)
     with tqdm(total=n, desc="encoding", unit=" images", disable=None) as bar:
         for start in range(0, n, batch):
-            numbers = np.arange(start, min(start + batch, n))
-            codes[numbers] = model.encode(known.images(numbers).to(device))[0].cpu().numpy()
-            bar.update(len(numbers))
+            x = known.images(numbers[start : start + batch]).to(device)
+            codes[start : start + batch] = model.encode(x)[0].cpu().numpy()
+            bar.update(len(x))
     return codes
+
+
+def some(known: truth.Truth, points: int) -> NDArray[np.int64]:
+    """The numbers of as many images, or of all if there are fewer; the same ones on every call."""
+    return np.random.default_rng(0).permutation(len(known.factors))[:points]
 
 
 @torch.no_grad()
 def describe(
-    model: BetaVAE, known: truth.Truth, points: int, variance: float, device: torch.device
+    model: BetaVAE, known: truth.Truth, drawn: NDArray[np.int64], variance: float, device: torch.device
 ) -> dict[str, Any]:
-    """Posteriors and reconstructions of as many images, the same ones on every call.
+    """Posteriors and reconstructions of the images of those numbers.
 
     Args:
         variance: the Gaussian likelihood's; a model whose images are a Bernoulli's means has none.
     """
-    drawn = np.random.default_rng(0).permutation(len(known.factors))[:points]
     mus: list[Tensor] = []
     log_vars: list[Tensor] = []
     closeness: list[tuple[float, ...]] = []
@@ -261,10 +268,9 @@ def evaluate(arguments: Arguments) -> str:
         seconds[name] = time.perf_counter() - start
         return done
 
-    codes = timed("encoding", lambda: encode(model, known, device))
-    described = timed(
-        "posterior and reconstruction", lambda: describe(model, known, arguments.points, variance, device)
-    )
+    codes = timed("encoding", lambda: encode(model, known, np.arange(len(known.factors)), device))
+    drawn = some(known, arguments.points)
+    described = timed("posterior and reconstruction", lambda: describe(model, known, drawn, variance, device))
     if known.independent:
         scores = rate(codes, known, arguments, seconds)
         found = timed("matrices", lambda: matrices(codes, known, arguments))
@@ -304,15 +310,7 @@ def evaluate(arguments: Arguments) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 not as asked for."""
     arguments = tyro.cli(Arguments, args=argv, description=__doc__, prog="python -m bvae.evaluate")
-    try:
-        print(evaluate(arguments), end="")
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(evaluate(arguments), end=""))
 
 
 if __name__ == "__main__":

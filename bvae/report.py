@@ -111,7 +111,7 @@ def _drop_lines_after(path: Path, step: int, validate_again: bool) -> None:
 # ---- pictures ----------------------------------------------------------------------------------------------
 
 MARGIN = 2  # pixels between pictures
-LABEL = 92  # pixels for a row's text
+LABEL = 92  # pixels for a row's text, or more if it takes them
 FRAMES = 8  # of the GIF, one way
 FACES = 4  # side by side in the GIF
 COLOURS = 48  # of a frame of the GIF: it stays under a megabyte
@@ -127,7 +127,8 @@ def to_uint8(images: Tensor, activation: str) -> Tensor:
 def grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> Image.Image:
     """Rows of uint8 images [N, H, W, 3] as one picture, with a text at the left of each row."""
     height, width = rows[0].shape[1:3]
-    left = LABEL if labels else 0
+    font = ImageFont.load_default(12)
+    left = _width(labels, font) if labels else 0
     columns = max(len(row) for row in rows)
     size = (left + columns * (width + MARGIN) - MARGIN, len(rows) * (height + MARGIN) - MARGIN)
     canvas = Image.new("RGB", size, "white")
@@ -135,12 +136,16 @@ def grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> Image.Image:
     for i, row in enumerate(rows):
         top = i * (height + MARGIN)
         if labels:
-            draw.multiline_text(
-                (4, top + height // 2 - 14), labels[i], fill="black", font=ImageFont.load_default(12)
-            )
+            draw.multiline_text((4, top + height // 2 - 14), labels[i], fill="black", font=font)
         for j, image in enumerate(row):
             canvas.paste(Image.fromarray(image.numpy()), (left + j * (width + MARGIN), top))
     return canvas
+
+
+def _width(labels: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    """Pixels for the longest line of the texts."""
+    lines = [line for label in labels for line in label.splitlines()]
+    return max(LABEL, *(math.ceil(font.getlength(line)) + 8 for line in lines))
 
 
 @torch.no_grad()

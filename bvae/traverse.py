@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from bvae.arguments import choose_device
+from bvae.command import exit_status
 from bvae.model import BetaVAE
 from bvae.reference import scale_pixels
 from bvae.report import COLOURS, grid, to_uint8
@@ -137,12 +138,7 @@ def draw(arguments: Arguments) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 not as asked for."""
     arguments = tyro.cli(Arguments, args=argv, description=__doc__, prog="python -m bvae.traverse")
-    try:
-        print(draw(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(draw(arguments)))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_files_and_table(run):
 def test_what_the_posteriors_and_reconstructions_are(run, data):
     model = BetaVAE.from_pretrained(run)
     known = truth.folder(data, model, bins=2)
-    found = evaluate.describe(model, known, N, 0.5, torch.device("cpu"))
+    found = evaluate.describe(model, known, np.arange(N), 0.5, torch.device("cpu"))
     x = known.images(np.arange(N))
     with torch.no_grad():
         mu, log_var = model.encode(x)
@@ -243,7 +243,7 @@ def test_all_images_are_encoded_in_order(data):
     known = truth.folder(data, model, bins=5)
     with torch.no_grad():
         expected = model.encode(known.images(np.arange(N)))[0]
-    codes = evaluate.encode(model, known, torch.device("cpu"))
+    codes = evaluate.encode(model, known, np.arange(N), torch.device("cpu"))
     assert np.allclose(codes, expected, atol=1e-4)
 
 

@@ -89,9 +89,11 @@ def test_make_target(command, data, tmp_path):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(PYTHON) and not c.startswith(TRAIN)])
 def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    line = command.removeprefix(PYTHON).replace("DIR", str(data)).replace("runs/NAME", str(run_folder))
+    line = command.removeprefix(PYTHON).replace("DIR", str(data))
+    line = line.replace("runs/NAME", str(run_folder)).replace("runs/OTHER", str(run_folder))
     module, *arguments = shlex.split(line, comments=True)
-    short = {"faces": ["--n", "9"], "bvae.evaluate": ["--points", "50", "--seeds", "1", "--factor-bins", "2"]}
+    few = ["--points", "50", "--factor-bins", "2"]
+    short = {"faces": ["--n", "9"], "bvae.evaluate": [*few, "--seeds", "1"], "bvae.compare": few}
     arguments += short.get(module, []) + short.get(arguments[0], [])
     assert importlib.import_module(module).main(arguments) == 0
 

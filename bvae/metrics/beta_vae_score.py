@@ -35,8 +35,10 @@ def beta_vae(
         raise ValueError(f"pairs, train, test and batch must be positive: {pairs}, {train}, {test}, {batch}")
     rng = np.random.default_rng(seed)
     factor = rng.integers(sample.n_factors, size=train + test)
-    each = groups(encode, sample, np.repeat(factor, pairs), 2, rng, batch)
-    apart = np.concatenate([np.abs(codes[:, 0] - codes[:, 1]) for codes in each])
-    points = apart.reshape(train + test, pairs, -1).mean(1)
+    at_once = max(1, batch // (2 * pairs)) * 2 * pairs  # whole points: only their means are kept
+    each = groups(encode, sample, np.repeat(factor, pairs), 2, rng, at_once)
+    points = np.concatenate(
+        [np.abs(codes[:, 0] - codes[:, 1]).reshape(-1, pairs, codes.shape[2]).mean(1) for codes in each]
+    )
     classifier = LogisticRegression(max_iter=10_000).fit(points[:train], factor[:train])
     return float(classifier.score(points[train:], factor[train:]))
