@@ -1,6 +1,7 @@
 """`pytest bench`: the machine, its record, and the race that every benchmark runs."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit(
             f"bvae is that of {bvae.__file__}, not of {ROOT}: run python -m pytest there", returncode=4
         )
+    # Nothing is compiled yet: a first call's time is that of a new machine, unless a cache is asked for.
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        scratch = tempfile.TemporaryDirectory(prefix="bvae-bench-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch.name
+        config.add_cleanup(scratch.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
 """Records to Markdown and plots: `python -m bench.report`.
 
-Prints the newest record of a CPU and of a GPU as one table each, rewrites the README's table between its two
-markers, and draws ratios.png, roofline.png and scaling.png beside each record.
+Takes the newest record of a CPU and of a GPU, writes each in full, with its plots, to a README.md beside it,
+and rewrites the table of the README between its two markers.
 """
 
 import re
@@ -238,7 +238,7 @@ def draw(record: Record, folder: Path) -> list[Path]:
             continue
         figure.suptitle(_conditions(record), fontsize=9)
         figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=80)
+        figure.savefig(folder / f"{name}.png", dpi=80, metadata={"Software": None})
         plt.close(figure)
         written.append(folder / f"{name}.png")
     return written
@@ -253,9 +253,10 @@ def main(readme: Path = README, results: Path = RESULTS) -> int:
         return 1
     for kind, path in paths.items():
         if path and (record := records[kind]):
-            print(markdown(record))
-            for picture in draw(record, path.parent):
-                print(f"wrote {picture}")
+            pictures = draw(record, path.parent)
+            page = path.parent / "README.md"
+            page.write_text(markdown(record) + "".join(f"\n![{p.stem}]({p.name})\n" for p in pictures))
+            print(markdown(record), *(f"wrote {written}" for written in (page, *pictures)), sep="\n")
     try:
         text = rewrite(readme.read_text(), readme_table(records["cpu"], records["cuda"]))
     except ValueError as error:

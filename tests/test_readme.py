@@ -80,6 +80,7 @@ def test_make_target(command, data, tmp_path):
     short = {
         "train": f"ARGS=--data-root {data} --out {tmp_path / 'run'} {SHORT}",
         "test": "ARGS=tests/test_model.py",
+        "bench": "ARGS=--collect-only",
         "lint": "ARGS=",
     }
     subprocess.run(["make", target, short[target]], cwd=ROOT, check=True)
