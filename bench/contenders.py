@@ -61,7 +61,7 @@ def seed(network: Network, images: Tensor, *, tuned: bool = False, compile: bool
     """The seed's step on uint8 `images` [B, H, W, C], which its loader has scaled and laid out beforehand.
 
     Tuned, it has what its users could switch on: channels_last, fused Adam, cuDNN's choice of algorithms and
-    mixed precision where the device has it.
+    bfloat16 where the device has it.
     """
     device = images.device
     scaled = (images.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
@@ -75,7 +75,7 @@ def seed(network: Network, images: Tensor, *, tuned: bool = False, compile: bool
         lr=LR,
         channels_last=tuned,
         fused=tuned or None,
-        dtype=autocast_dtype(device, tuned)[0],
+        dtype=torch.bfloat16 if tuned and dtype_name(device, amp=True) == "bfloat16" else None,
         compile=compile,
     )
     last = [(0.0, 0.0, 0.0)]
@@ -111,7 +111,8 @@ def ours(network: Network, images: Tensor, folder: Path, training: TrainingConfi
         launch.ENABLED = training.fused
         if to_capture[0]:
             to_capture[0] = False
-            assert step.capture(images), "the step's graph does not fit the GPU's memory"
+            if not step.capture(images):
+                raise torch.OutOfMemoryError("the step's graph does not fit the GPU's memory")
         step(images)
 
     def terms() -> tuple[float, float]:

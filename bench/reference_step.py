@@ -100,7 +100,8 @@ class SeedStep:
         if channels_last:
             model.to(memory_format=torch.channels_last)
         self.model, self.channels_last, self.dtype = model, channels_last, dtype
-        self.weight, self.max_capacity, self.capacity_iters = gamma * kl_weight, max_capacity, capacity_iters
+        self.weight, self.capacity_iters = gamma * kl_weight, capacity_iters
+        self.max_capacity = torch.tensor(max_capacity, device=next(model.parameters()).device)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
         self.num_iter = 0
         self._forward = torch.compile(self.forward, dynamic=False) if compile else self.forward
@@ -119,8 +120,8 @@ class SeedStep:
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         self.num_iter += 1
-        c = torch.tensor(self.max_capacity / self.capacity_iters * self.num_iter, device=images.device)
-        loss, mse, kld = self._forward(images, c.clamp(0, self.max_capacity))
+        capacity = self.max_capacity / self.capacity_iters * self.num_iter
+        loss, mse, kld = self._forward(images, torch.minimum(capacity, self.max_capacity))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -34,7 +34,7 @@ BATCH, N_BATCHES = 144, 14
 PICTURE = Picture(148, 64, 3)
 CPU = torch.device("cpu")
 GPU = torch.cuda.is_available()
-ROUNDS = 7
+ROUNDS = 5
 
 Epoch = Callable[[], Iterator[Tensor]]  # the batches of all files, in their order, uint8
 

@@ -50,6 +50,7 @@ def test_step(batch: int, device: torch.device, race: Callable[..., Any], tmp_pa
         f"seed's network, batch {batch}",
         gate=lambda: check(SEEDS, contenders, device),
         prepare=lambda: {name: contender.step for name, contender in contenders.items()},
+        rounds=7,
         images=batch,
         model=SEEDS.config,
         dtype=dtype_name(device, amp=True),
@@ -59,20 +60,24 @@ def test_step(batch: int, device: torch.device, race: Callable[..., Any], tmp_pa
 
 @pytest.mark.skipif(GPU, reason="the preset faces_cpu is for CPUs")
 def test_step_of_the_cpu_preset(device: torch.device, race: Callable[..., Any], tmp_path: Path) -> None:
-    """As `make train` runs it: float32, eager, since a run this short earns back no compiling."""
+    """As `make train` runs it: float32, eager, since a run this short earns back no compiling; and `--amp`."""
     images = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8, device=device)
+    preset = read("faces_cpu")[0].training
     contenders = {
         "the seed's code": seed(SMALL, images),
         "tuned": seed(SMALL, images, tuned=True),
-        "ours": ours(SMALL, images, tmp_path, read("faces_cpu")[0].training),
+        "ours": ours(SMALL, images, tmp_path, preset),
     }
+    if dtype_name(device, amp=True) != dtype_name(device, amp=False):
+        contenders["ours, amp"] = ours(SMALL, images, tmp_path, replace(preset, amp=True))
     race(
         "step",
         "faces_cpu's network, batch 64",
         gate=lambda: check(SMALL, contenders, device),
         prepare=lambda: {name: contender.step for name, contender in contenders.items()},
+        rounds=7,
         images=64,
         model=SMALL.config,
-        dtype=dtype_name(device, amp=False),
+        dtype=dtype_name(device, preset.amp),
         headline="Training step, faces_cpu's network, batch 64",
     )
