@@ -60,7 +60,7 @@ def test_step(batch: int, device: torch.device, race: Callable[..., Any], tmp_pa
 
 @pytest.mark.skipif(GPU, reason="the preset faces_cpu is for CPUs")
 def test_step_of_the_cpu_preset(device: torch.device, race: Callable[..., Any], tmp_path: Path) -> None:
-    """As `make train` runs it: float32, eager, since a run this short earns back no compiling; and `--amp`."""
+    """As `make train` runs it: float32, eager, since a short run earns back no compiling; and `--amp`."""
     images = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8, device=device)
     preset = read("faces_cpu")[0].training
     contenders = {
