@@ -15,6 +15,9 @@ from bench.record import ROOT, Record
 from bench.report import markdown
 from bvae.kernels import launch
 
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+COLD, RECORD = pytest.StashKey[bool](), pytest.StashKey[Record]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -32,9 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
             f"bvae is that of {bvae.__file__}, not of {ROOT}: run python -m pytest there", returncode=4
         )
     # Nothing is compiled yet: a first call's time is that of a new machine, unless a cache is asked for.
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    if CACHE not in os.environ:
         scratch = tempfile.TemporaryDirectory(prefix="bvae-bench-")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch.name
+        os.environ[CACHE] = scratch.name
+        config.stash[COLD] = True
         config.add_cleanup(scratch.cleanup)
 
 
@@ -51,7 +55,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def record(device: torch.device, request: pytest.FixtureRequest) -> Record:
-    request.config.stash[RECORD] = made = Record(device)
+    request.config.stash[RECORD] = made = Record(device, cold=COLD in request.config.stash)
     return made
 
 
@@ -64,9 +68,6 @@ def race(device: torch.device, record: Record, benchmark) -> Iterator[Callable[.
     launch.ENABLED = True
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-RECORD = pytest.StashKey[Record]()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -94,14 +94,15 @@ def rates(device: torch.device) -> dict[str, float]:
 
 
 class Record:
-    """A run's results, and what was true while it ran."""
+    """A run's results, and what was true while it ran; cold: nothing had been compiled before."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, cold: bool) -> None:
         self.results: list[Result] = []
         self.head = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": _git("rev-parse", "--short=7", "HEAD"),
             "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "cold": cold,
             "machine": machine(device),
             "rates": rates(device),
             "load_before": os.getloadavg()[0],

@@ -64,6 +64,7 @@ def markdown(record: Record) -> str:
         if name.endswith("_flop_per_s"):
             measured += f", {name.removesuffix('_flop_per_s')} {rate / 1e9:,.0f} GFLOP/s"
     driver = f"; driver {machine['driver']}, CUDA {machine['cuda']}" if machine["driver"] else ""
+    cached = "" if record["cold"] else ", as far as a cache had not the code"
     lines = [
         f"# {_conditions(record)}",
         "",
@@ -71,8 +72,8 @@ def markdown(record: Record) -> str:
         f"Measured in the same run: {measured}.{_busy(record)}",
         "",
         "Medians over alternating rounds. In brackets: how many times as fast the contender without brackets "
-        "is, and the quartiles of that. Its first call includes compiling; its share of the floor is that of "
-        "`bench/roofline.py`.",
+        f"is, and the quartiles of that. Its first call includes compiling{cached}; its share of the floor is "
+        "that of `bench/roofline.py`.",
     ]
     for group in dict.fromkeys(result["group"] for result in record["results"]):
         lines += ["", *_group([r for r in record["results"] if r["group"] == group], rates)]
@@ -100,6 +101,8 @@ def _group(results: list[Result], rates: dict[str, float]) -> list[str]:
         best = timings[result["hero"]]
         cells.append("" if best["first_call"] is None else f"{best['first_call']:.3g} s")
         cells.append("" if floor is None else f"{floor:.0%}")
+        if n_bytes := result["facts"].get("bytes"):
+            cells[-1] += f" ({n_bytes / best['seconds'][0] / 1e9:.3g} GB/s)"
         if len(header) > len(cells):
             cells += [
                 "" if best[k] is None else f"{best[k] / d:.3g}"

@@ -8,7 +8,7 @@ interpreter would run, are not timed.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -21,9 +21,6 @@ from torch import Tensor
 
 from bench.race import clock
 from bvae import ops, reference
-
-# A backward pass that is timed twice needs what the first one would free.
-torch._functorch.config.donated_buffer = False
 
 GPU = torch.cuda.is_available()
 PASSES = ("forward", "backward", "both")
@@ -162,6 +159,13 @@ CASES = [
     *(_loss_case("loss B", *shape, **GAUSSIAN) for shape in itertools.product(IMAGES, FLOATS)),
     *(_loss_case("loss Bernoulli", *shape, **BERNOULLI) for shape in itertools.product(IMAGES, FLOATS[1:])),
 ]
+
+
+@pytest.fixture(autouse=True)
+def kept_graphs() -> Iterator[None]:
+    """A backward pass that is timed twice needs what the first one would free."""
+    with torch._functorch.config.patch(donated_buffer=False):
+        yield
 
 
 @lru_cache(maxsize=1)

@@ -190,6 +190,7 @@ def made(kind="cpu", date="2026-01-02T03:04:05+00:00", device="Some CPU, 2 CPU t
         "date": date,
         "commit": "abc1234",
         "uncommitted": False,
+        "cold": True,
         "machine": machine,
         "rates": {"copy_bytes_per_s": 2e10, "float32_flop_per_s": 1e11, "bfloat16_flop_per_s": 2e11},
         "load_before": 0.0,
@@ -199,7 +200,7 @@ def made(kind="cpu", date="2026-01-02T03:04:05+00:00", device="Some CPU, 2 CPU t
 
 def test_a_record_names_its_machine_and_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "rates", lambda device: {"copy_bytes_per_s": 12345678.9})
-    record = records.Record(CPU)
+    record = records.Record(CPU, cold=True)
     record.results.append(run({"eager": lambda: None, "ours": lambda: None}, bytes=8, nothing=None))
     path = record.save(tmp_path)
     saved = records.load(path)
@@ -252,7 +253,7 @@ def test_the_whole_record_as_markdown():
     text = report.markdown(made())
     assert "| step | the seed's code | ours | first call | of the floor |" in text
     assert "| 100 images/s (4.00 x (3.90 to 4.20)) | 400 images/s | 12 s | 125% |" in text  # 64 x 312.6 MFLOP
-    assert "| 2 ms (2.00 x (1.90 to 2.10)) | 1 ms | not measured yet | 12 s | 50% |" in text
+    assert "| 2 ms (2.00 x (1.90 to 2.10)) | 1 ms | not measured yet | 12 s | 50% (10 GB/s) |" in text
 
 
 def test_only_the_table_between_the_markers_is_rewritten():
