@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=30)  # the longest that the others may wait for one: an ingest
+MEETING = timedelta(minutes=5)  # the longest that the others may wait for one to start
+TIMEOUT = timedelta(minutes=30)  # and once they have met: an ingest
 _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -100,7 +101,10 @@ def join(device: torch.device) -> Processes:
     if world == 1:
         return Processes()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        store, *_ = next(dist.rendezvous("env://", timeout=MEETING))
+        store.set_timeout(TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"rank {rank} could not meet the others at {where}: {error}") from None
@@ -116,7 +120,8 @@ def speak_first() -> None:
 
 def who() -> str:
     """Which process an error comes from: nothing where there is only one."""
-    return f" in rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    rank = os.environ.get("RANK")
+    return f" in rank {rank}" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def lost_the_others(error: RuntimeError) -> bool:

@@ -129,8 +129,14 @@ def test_more_processes_than_a_batch_can_feed_are_named(data, tmp_path, monkeypa
     ids=["incomplete", "too few GPUs", "nobody there"],
 )
 def test_a_meeting_that_cannot_be_is_named(monkeypatch, environment, device, text):
-    monkeypatch.setattr("bvae.processes.TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr("bvae.processes.MEETING", timedelta(seconds=1))
     for name, value in {"WORLD_SIZE": "2", **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=text):
         join(torch.device(device))
+
+
+def test_a_torchrun_that_is_none_is_named_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--device", "cpu"]) == 2
+    assert "error: WORLD_SIZE is set, RANK and LOCAL_RANK" in capsys.readouterr().err
