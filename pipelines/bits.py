@@ -21,14 +21,18 @@ def pack(images: Tensor) -> Tensor:
     return ((eight * GATHER) >> 56).to(torch.uint8)
 
 
-def unpack(packed: Tensor, side: int) -> Tensor:
-    """uint8 [N, side^2 / 8] of one bit a pixel to images, uint8 [N, side, side, 1] of 0 and 255."""
-    eight = _pixels(packed.device).index_select(0, packed.flatten().int())
+def unpack(packed: Tensor, side: int, pixels: Tensor | None = None) -> Tensor:
+    """uint8 [N, side^2 / 8] of one bit a pixel to images, uint8 [N, side, side, 1] of 0 and 255.
+
+    A caller that is compiled gives `pixels_of_bytes`: torch.compile would make the table anew, on the host.
+    """
+    pixels = pixels_of_bytes(packed.device) if pixels is None else pixels
+    eight = pixels.index_select(0, packed.flatten().int())
     return eight.view(torch.uint8).view(-1, side, side, 1)
 
 
 @cache
-def _pixels(device: torch.device) -> Tensor:
+def pixels_of_bytes(device: torch.device) -> Tensor:
     """The eight pixels of every byte, as one integer each: [256]."""
     bits = torch.arange(256)[:, None] >> torch.arange(7, -1, -1) & 1
     return (255 * bits).to(torch.uint8).view(torch.int64).squeeze(1).to(device)
@@ -40,11 +44,12 @@ class Bits(Resident):
     def __init__(self, packed: Tensor, side: int, batch_size: int, seed: int, **options: Any) -> None:
         super().__init__(packed, batch_size, seed, flip=False, **options)
         self.side = side
+        self._pixels = pixels_of_bytes(packed.device)
 
     def batch(self, position: Tensor) -> Tensor:
         """The images [B, side, side, 1] of the begun epoch's batch `position`; see `Resident.batch`."""
-        return unpack(super().batch(position), self.side)
+        return unpack(super().batch(position), self.side, self._pixels)
 
     def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for packed, index in super()._fetch(indices):
-            yield unpack(packed, self.side), index
+            yield unpack(packed, self.side, self._pixels), index

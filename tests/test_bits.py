@@ -34,6 +34,22 @@ def test_batches_are_those_of_the_images_themselves(train):
             assert torch.equal(bits.batch(position), plain.batch(position))
 
 
+def test_a_compiled_gather_builds_no_table_on_the_host():
+    """To copy one to the GPU at each step would make the host wait, and cannot be captured."""
+    bits = Bits(pack(IMAGES), 8, 7, 3, train=True)
+    bits.begin(2)
+    traced = []
+
+    def trace(graph, _):
+        traced.extend(node.target for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph
+
+    compiled = torch.compile(bits.batch, backend=trace)
+    assert torch.equal(compiled(torch.tensor(1)), bits.batch(torch.tensor(1)))
+    assert "index_select" in traced
+    assert "to" not in traced
+
+
 @pytest.mark.gpu
 def test_a_cuda_graph_unpacks_its_own_batches():
     bits = Bits(pack(IMAGES).cuda(), 8, 7, 3, train=True)
