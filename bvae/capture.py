@@ -33,7 +33,8 @@ def capture(step: Callable[[], None], state: Callable[[], Iterable[Tensor]]) -> 
     Runs `step` some times on a side stream first. Whatever it changes must be among `state`, which is left as
     it was: the first replay is the first step.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
     with preserved(state):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -43,7 +44,24 @@ def capture(step: Callable[[], None], state: Callable[[], Iterable[Tensor]]) -> 
         try:
             with torch.cuda.graph(graph, stream=stream):
                 step()
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return None
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            graph = None  # and its memory with it
+    if graph is None:
+        torch.cuda.empty_cache()
+        return None
     return graph.replay
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was short.
+
+    The allocator says so by its own error; the driver, which makes the graph, by text; and where ending the
+    broken capture raises in its turn, the reason is that error's context.
+    """
+    while error:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__context__
+    return False

@@ -145,7 +145,8 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: there is none, it is damaged, or the data have changed.
         """
-        state = checkpoint.load_newest(self.out / checkpoint.FOLDER, self.step.step.device)
+        # Each part takes its tensors to where it needs them; Adagrad counts on the host, even on a GPU.
+        state = checkpoint.load_newest(self.out / checkpoint.FOLDER, torch.device("cpu"))
         if state["images"] != self.train.count:
             raise ValueError(
                 f"{self.out} was trained on {state['images']} images, the data now hold "
@@ -168,6 +169,11 @@ class Run:
                 "raise --epochs or --max-steps"
             )
 
+    def leave(self) -> None:
+        """Part from the other processes; nothing trains afterwards."""
+        self.step.release()  # NCCL waits for the end of every graph that uses its connections
+        self.processes.leave()
+
 
 def _check_writable(out: Path) -> None:
     """Raise now what would otherwise end the run after the data have been decoded."""
@@ -187,6 +193,8 @@ def prepare(arguments: Arguments) -> Run:
     config, training = arguments.settings, arguments.settings.training
     device = choose_device(arguments.device)
     processes = join(device)
+    if device.type == "cuda":  # this process's, in every thread and for every library
+        device = torch.device("cuda", torch.cuda.current_device())
     out = processes.first_says(arguments.resume or arguments.out or free_run_folder(config))
     if out.exists() and not arguments.resume:
         raise FileExistsError(

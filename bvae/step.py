@@ -173,6 +173,10 @@ class TrainingStep:
         self.gathers = self._replay is not None and isinstance(images, Resident)
         return self._replay is not None
 
+    def release(self) -> None:
+        """Give the captured graph up; later steps run without one."""
+        self._replay, self._images, self.gathers = None, None, False
+
     def restore(self, step: int) -> None:
         """Go on as if `step` steps had been done."""
         self.step.fill_(step)

@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"stopped at step {run.done} of {run.steps}. {_go_on(out)}")
         elif run.processes.is_first:
             finish(run, *outcome)
-        run.processes.leave()
+        run.leave()
         return 0
     except KeyboardInterrupt:
         print(f"stopped. {_go_on(out)}", file=sys.stderr)

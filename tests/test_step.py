@@ -1,7 +1,9 @@
 """The training step: no waiting, parts of a batch, capture's promises, and each layer switched off."""
 
+import contextlib
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -247,6 +249,73 @@ def test_a_captured_run_is_the_uncaptured_run(source, dtype, compile):
         curves.append(losses(step, 30))
     assert len(curves[0]) == 30
     assert curves[1] == pytest.approx(curves[0], rel=1e-3 if dtype is None else 2e-2)
+
+
+class Stub:
+    """Stands for the streams and the graph of a machine that has none."""
+
+    def wait_stream(self, other): ...
+
+    def replay(self): ...
+
+
+@pytest.fixture
+def captured_on_a_cpu(monkeypatch):
+    """What `capture` makes of an error that ends the capture."""
+
+    def capture_until(step: TrainingStep, error: BaseException | None) -> bool:
+        @contextlib.contextmanager
+        def graph(*_, **__):
+            yield
+            if error:
+                raise error
+
+        for name in ("CUDAGraph", "Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, Stub)
+        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        return step.capture(batch())
+
+    return capture_until
+
+
+def masked(text: str) -> RuntimeError:
+    """The error of a capture's end, raised while the shortage of memory was on its way."""
+    error = RuntimeError(text)
+    error.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        masked("CUDA error: operation failed due to a previous error during capture"),
+    ],
+    ids=["allocator", "driver", "masked"],
+)
+def test_any_shortage_of_memory_leaves_the_step_as_it_was(captured_on_a_cpu, error):
+    step, plain = build_step(), build_step()
+    assert not captured_on_a_cpu(step, error)
+    for each in (step, plain):
+        each(batch())
+    assert losses(step, 1) == losses(plain, 1)
+
+
+def test_another_failure_of_a_capture_is_seen(captured_on_a_cpu):
+    with pytest.raises(RuntimeError, match="not permitted"):
+        captured_on_a_cpu(build_step(), RuntimeError("operation not permitted when stream is capturing"))
+
+
+def test_a_released_graph_dies_and_leaves_a_step_that_works(captured_on_a_cpu):
+    step = build_step()
+    assert captured_on_a_cpu(step, None)
+    graph = weakref.ref(step._replay.__self__)
+    step.release()
+    assert graph() is None
+    step(batch())
+    assert math.isfinite(losses(step, 1)[0])
 
 
 @pytest.mark.gpu
