@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from pathlib import Path
 
 import torch
@@ -39,6 +40,9 @@ class Profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # no alarm about a GPU that is not there
         self._out, self._cuda = out, device.type == "cuda"
         self._told = False
+        self._steps = 0
+        self._since = 0.0
+        self._wall = 0.0  # seconds of a recorded step, once all have been
         activities = [profiler.ProfilerActivity.CPU]
         if self._cuda:
             activities.append(profiler.ProfilerActivity.CUDA)
@@ -50,8 +54,20 @@ class Profile:
         self._profile.start()
 
     def step(self) -> None:
-        """Count one step."""
+        """Count one step.
+
+        The host is ahead of a GPU: where the record begins and ends it waits, so that the clock and the record
+        tell of the same steps.
+        """
+        self._steps += 1
+        begins, ends = self._steps == SKIPPED + WARM_UP, self._steps == SKIPPED + WARM_UP + STEPS
+        if self._cuda and (begins or ends):
+            torch.cuda.synchronize()
+        if ends:
+            self._wall = (time.perf_counter() - self._since) / STEPS
         self._profile.step()
+        if begins:
+            self._since = time.perf_counter()
 
     def close(self) -> None:
         """Say so if the run was too short."""
@@ -60,31 +76,28 @@ class Profile:
             print(f"--profile needs {SKIPPED + WARM_UP + STEPS} steps: nothing was recorded")
 
     def _tell(self, profile: profiler.profile) -> None:
-        seconds, wall = self._seconds(profile)
-        if not wall:  # stopped before the last step that counts
+        if not self._wall:  # stopped before the last step that counts
             return
         path = self._out / TRACE
         profile.export_chrome_trace(str(path))
-        print(table(seconds, wall))
+        print(table(self._seconds(profile), self._wall))
         print(
             f"profile of {STEPS} steps: {path} (open it in chrome://tracing or ui.perfetto.dev)", flush=True
         )
         self._told = True
 
-    def _seconds(self, profile: profiler.profile) -> tuple[dict[str, float], float]:
-        """Each part's seconds a step, and a step's."""
+    def _seconds(self, profile: profiler.profile) -> dict[str, float]:
+        """Each part's seconds a step."""
         seconds: dict[str, float] = {}
-        wall = count = 0.0
         for event in profile.key_averages():
             on_device = event.device_type == torch.autograd.DeviceType.CUDA
-            if event.key.startswith("ProfilerStep"):
-                if not on_device:
-                    wall, count = wall + event.cpu_time_total / 1e6, count + event.count
-            elif on_device == self._cuda:
+            # a GPU's record has spans round kernels too, such as the optimizer's step, beside the kernels
+            span = event.key.startswith("ProfilerStep") or (on_device and event.is_user_annotation)
+            if on_device == self._cuda and not span:
                 own = event.self_device_time_total if self._cuda else event.self_cpu_time_total
                 label = part(event.key)
                 seconds[label] = seconds.get(label, 0.0) + own / 1e6 / STEPS
-        return seconds, wall / STEPS if count == STEPS else 0.0
+        return seconds
 
 
 def table(seconds: dict[str, float], wall: float) -> str:

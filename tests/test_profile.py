@@ -1,11 +1,14 @@
 """`--profile`: whose time a kernel's is, the table, and the trace."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.autograd import DeviceType
 
 from bvae.pipelines import faces
-from bvae.profile import part, table
+from bvae.profile import Profile, part, table
 from bvae.train import main
 
 TINY = [
@@ -48,6 +51,53 @@ def test_the_table_adds_up_to_a_step():
     assert lines[1].split() == ["convolution", "4.000", "ms", "40.0%"]
     assert lines[-2].split() == ["idle", "5.000", "ms", "50.0%"]
     assert lines[-1].split() == ["a", "step", "10.000", "ms"]
+
+
+class Record:
+    """What torch's profiler would know of 20 steps on a GPU, and of the host that launched them."""
+
+    def key_averages(self):
+        rows = [
+            ("sm90_xmma_fprop_implicit_gemm", DeviceType.CUDA, False, 8000),
+            ("void multi_tensor_apply_kernel<FusedAdamMathFunctor>", DeviceType.CUDA, False, 2000),
+            ("Optimizer.step#Adam.step", DeviceType.CUDA, True, 2100),
+            ("ProfilerStep*", DeviceType.CUDA, True, 10_000),
+            ("ProfilerStep*", DeviceType.CPU, True, 600),
+            ("cudaGraphLaunch", DeviceType.CPU, False, 500),
+        ]
+        for key, device, span, microseconds in rows:
+            yield SimpleNamespace(
+                key=key,
+                device_type=device,
+                is_user_annotation=span,
+                self_device_time_total=microseconds,
+                self_cpu_time_total=microseconds,
+            )
+
+
+def test_a_gpus_time_is_its_kernels(tmp_path):
+    profile = Profile(tmp_path, torch.device("cpu"))
+    profile.close()
+    profile._cuda = True
+    seconds = profile._seconds(Record())
+    assert seconds == {"convolution": pytest.approx(400e-6), "optimizer": pytest.approx(100e-6)}
+
+
+def test_a_step_is_timed_until_the_gpu_is_done(tmp_path, monkeypatch):
+    """Launching takes the host no time; the steps of a millisecond are still to come when it is done."""
+    profile = Profile(tmp_path, torch.device("cpu"))
+    profile._cuda, clock, queued = True, [0.0], [0.0]
+
+    def synchronize():
+        clock[0], queued[0] = clock[0] + queued[0], 0.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr("bvae.profile.time.perf_counter", lambda: clock[0])
+    for _ in range(40):
+        queued[0] += 1e-3
+        profile.step()
+    profile.close()
+    assert profile._wall == pytest.approx(1e-3)
 
 
 def test_a_profiled_run_leaves_a_trace(data, tmp_path, capsys):
