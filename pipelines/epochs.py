@@ -84,8 +84,9 @@ class Epochs(ABC):
         """Four 32-bit words for every image."""
         index = torch.arange(self.count, device=self.device)
         zero = torch.zeros_like(index)
-        key = torch.tensor([self.seed & 0xFFFFFFFF, self.seed >> 32], device=index.device)
-        return philox((index, zero + epoch, zero, zero), (key[0] ^ purpose, key[1]))
+        # filled there, not copied over: the host would wait for a GPU that is still busy with the epoch before
+        low, high = zero[:1] + ((self.seed & 0xFFFFFFFF) ^ purpose), zero[:1] + (self.seed >> 32)
+        return philox((index, zero + epoch, zero, zero), (low, high))
 
 
 def _flip(images: Tensor, flipped: Tensor) -> Tensor:

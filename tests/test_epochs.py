@@ -3,6 +3,7 @@
 import pytest
 import torch
 from pictures import write_folder
+from torch.overrides import TorchFunctionMode
 
 from bvae.pipelines.decoder import build
 from bvae.pipelines.picture import Picture
@@ -180,3 +181,19 @@ def test_on_a_gpu_the_batches_are_those_of_the_cpu(kind):
             assert torch.equal(a, b.cpu())
             assert torch.equal(i, j.cpu())
             b.zero_()  # its memory is free again: a copy into it must not be early
+
+
+class NoCopies(TorchFunctionMode):
+    """Fails where Python makes a tensor of its own numbers: on a GPU a copy that the host waits for."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.tensor, "a copy to the device makes the host wait"
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_epoch_is_planned_on_the_device():
+    data = resident(seed=2**62 + 5)
+    with NoCopies():
+        data.begin(3)
+    with pytest.raises(AssertionError, match="makes the host wait"), NoCopies():
+        torch.tensor([1, 2])

@@ -104,6 +104,8 @@ def test_a_read_is_seen(read):
 def test_a_step_never_synchronises():
     step = build_step(torch.device("cuda"), clip_grad=1.0)
     images = batch(device="cuda")
+    data = Resident(batch(80, device="cuda"), 8, 1, train=True, flip=True)
+    data.begin(0)
     step(images)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -113,6 +115,7 @@ def test_a_step_never_synchronises():
             step.history.send(number + 2)
             while not step.history.receive(wait=False):
                 pass
+        data.begin(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
