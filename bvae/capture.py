@@ -33,8 +33,7 @@ def capture(step: Callable[[], None], state: Callable[[], Iterable[Tensor]]) -> 
     Runs `step` some times on a side stream first. Whatever it changes must be among `state`, which is left as
     it was: the first replay is the first step.
     """
-    graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
+    graph, stream, fits = torch.cuda.CUDAGraph(), torch.cuda.Stream(), True
     with preserved(state):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -47,11 +46,12 @@ def capture(step: Callable[[], None], state: Callable[[], Iterable[Tensor]]) -> 
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            graph = None  # and its memory with it
-    if graph is None:
-        torch.cuda.empty_cache()
-        return None
-    return graph.replay
+            fits = False
+    if fits:
+        return graph.replay
+    del graph  # and with it what it has taken so far
+    torch.cuda.empty_cache()
+    return None
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

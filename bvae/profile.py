@@ -56,8 +56,8 @@ class Profile:
     def step(self) -> None:
         """Count one step.
 
-        The host is ahead of a GPU: where the record begins and ends it waits, so that the clock and the record
-        tell of the same steps.
+        The host is ahead of a GPU: where the record begins and ends it waits, so that clock and record tell
+        of the same steps.
         """
         self._steps += 1
         begins, ends = self._steps == SKIPPED + WARM_UP, self._steps == SKIPPED + WARM_UP + STEPS

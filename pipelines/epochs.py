@@ -84,7 +84,7 @@ class Epochs(ABC):
         """Four 32-bit words for every image."""
         index = torch.arange(self.count, device=self.device)
         zero = torch.zeros_like(index)
-        # filled there, not copied over: the host would wait for a GPU that is still busy with the epoch before
+        # not copied over: the host would wait for a GPU that is still busy with the epoch before
         low, high = zero[:1] + ((self.seed & 0xFFFFFFFF) ^ purpose), zero[:1] + (self.seed >> 32)
         return philox((index, zero + epoch, zero, zero), (low, high))
 
