@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bvae import checkpoint, step
+from bvae.kernels import launch
 from bvae.pipelines import faces
 from bvae.train import main
 
@@ -429,7 +430,8 @@ SWITCHES = ("amp", "capture", "fused", "compile")
         for on in itertools.product((True, False), repeat=len(SWITCHES))
     ],
 )
-def test_every_combination_of_layers_trains_the_same(data, tmp_path, on):
+def test_every_combination_of_layers_trains_the_same(data, tmp_path, monkeypatch, on):
+    monkeypatch.setattr(launch, "ENABLED", True)  # a run sets it for the whole process
     options = [("--" if is_on else "--no-") + name for name, is_on in zip(SWITCHES, on, strict=True)]
     assert run(data, tmp_path / "plain", "--max-steps", 5) == 0
     assert run(data, tmp_path / "run", "--max-steps", 5, *options) == 0
