@@ -72,8 +72,8 @@ def markdown(record: Record) -> str:
         f"Measured in the same run: {measured}.{_busy(record)}",
         "",
         "Medians over alternating rounds. In brackets: how many times as fast the contender without brackets "
-        f"is, and the quartiles of that. Its first call includes compiling{cached}; its share of the floor is "
-        "that of `bench/roofline.py`.",
+        f"is, and the quartiles of that. Its first call includes compiling{cached}; its share of the floor "
+        "is that of `bench/roofline.py`.",
     ]
     for group in dict.fromkeys(result["group"] for result in record["results"]):
         lines += ["", *_group([r for r in record["results"] if r["group"] == group], rates)]
