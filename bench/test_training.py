@@ -20,7 +20,7 @@ from bench.race import clock
 from bvae.arguments import parse
 from bvae.pipelines import faces
 from bvae.run import prepare
-from bvae.train import train
+from bvae.train import StopRequest, train
 
 GPU = torch.cuda.is_available()
 N, EPOCHS = (12_000, 12) if GPU else (1_440, 3)  # faces, of which four in five are for training
@@ -49,7 +49,8 @@ def test_training(root: Path, device: torch.device, race: Callable[..., Any], tm
         out = tmp_path / f"run-{next(numbers)}"
         run = prepare(parse([*argv, "--cache-dir", str(cache), "--out", str(out)], ""))
         assert run.config.objective == config.objective
-        assert train(run)
+        with StopRequest() as stop:
+            assert train(run, stop)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         errors["ours"] = [line["mse"] for line in lines if "mse" in line][-1]
 

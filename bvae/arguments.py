@@ -91,7 +91,10 @@ def _checkpointed(run: Path) -> Config:
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} is not a run folder: it holds no config.yaml")
     state = checkpoint.load_newest(run / checkpoint.FOLDER, torch.device("cpu"))
-    return configuration.from_mapping(Config, yaml.safe_load(state["config"]))
+    try:
+        return configuration.from_mapping(Config, yaml.safe_load(state["config"]))
+    except (KeyError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"{run}: its newest checkpoint is not of such a run: {error}") from None
 
 
 def _check_resumable(base: Config, arguments: Arguments) -> None:

@@ -27,14 +27,11 @@ class Damaged(Exception):
     """A file that is not the checkpoint that was written."""
 
 
-def save(folder: Path, step: int, state: dict[str, Any], score: float | None = None) -> Path:
-    """Write `step-<step>.pt` atomically and drop all but the newest `KEPT` and the one of the highest score.
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `step-<step>.pt` atomically and drop all but the newest `KEPT` and the best.
 
     The file is complete and on the disk before it gets its name, so that a crash or a full disk leaves the
     ones before. `torch`'s, `bvae`'s and `triton`'s versions are added to the state.
-
-    Args:
-        score: what the model is worth on held-out images: its ELBO.
 
     Raises:
         OSError: the file cannot be written; of a full disk it says how many bytes are needed and free.
@@ -43,16 +40,29 @@ def save(folder: Path, step: int, state: dict[str, Any], score: float | None = N
     path = folder / f"step-{step:08d}.pt"
     _write(path, lambda file: torch.save({**state, "versions": versions()}, file), _bytes(state))
     best = _best(folder)
-    if score is not None and score > (best["score"] if best else -math.inf):
-        best = {"step": step, "score": score}
-        text = json.dumps(best).encode()
-        _write(folder / BEST, lambda file: file.write(text), len(text))
     for old in checkpoints(folder)[:-KEPT]:
         if best is None or _step(old) != best["step"]:
             old.unlink()
     for left in folder.glob("*.tmp"):  # by a process that was killed
         left.unlink()
     return path
+
+
+def rate(folder: Path, step: int, score: float) -> None:
+    """Say what the checkpoint at a step is worth: the one of the highest score is kept.
+
+    Raises:
+        OSError: it cannot be written down.
+    """
+    best = _best(folder)
+    if score > (best["score"] if best else -math.inf):
+        write_text(folder / BEST, json.dumps({"step": step, "score": score}))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically. Raises OSError."""
+    data = text.encode("utf-8", "surrogateescape")
+    _write(path, lambda file: file.write(data), len(data))
 
 
 def checkpoints(folder: Path) -> list[Path]:

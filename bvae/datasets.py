@@ -30,6 +30,7 @@ class Data(NamedTuple):
     train: Epochs
     valid: Epochs
     bad: list[cache.Bad]  # files that it does without
+    files: list[str]  # of the training images, in the order of their indices; none where they are drawn
 
 
 class Source(NamedTuple):
@@ -77,7 +78,8 @@ def open_data(
             raise ValueError(complaint(bad, total))
         print(f"{len(bad)} of {total} images cannot be used: training without them")
         _check_enough(source.root, sets[0].count, sets[1].count, batch_size, world)
-    return Data(sets[0], sets[1], bad)
+    without = {file for file, _ in bad}
+    return Data(sets[0], sets[1], bad, [name for name in map(str, source.train) if name not in without])
 
 
 def _open_shapes(
@@ -96,7 +98,7 @@ def _open_shapes(
         f"{LABELS[1]}: {valid.count} of them",
         flush=True,
     )
-    return Data(train, valid, [])
+    return Data(train, valid, [], [])
 
 
 def shapes(config: DataConfig, device: torch.device) -> Tensor:

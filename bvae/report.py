@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from bvae.checkpoint import write_text
 from bvae.model import BetaVAE
 from bvae.validation import Validation
 
@@ -99,13 +100,13 @@ class Silence:
 def _drop_lines_after(path: Path, step: int, validate_again: bool) -> None:
     """Keep the records up to the checkpoint's step: a resumed run writes those after it again."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a crash
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short by a crash
             record = json.loads(line)
             last = step - 1 if validate_again and record["split"] == "valid" else step
             if record["step"] <= last:
                 kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------

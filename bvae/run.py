@@ -1,9 +1,12 @@
 """The parts of a training run: built from a configuration, saved and restored."""
 
+import hashlib
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,8 @@ from bvae.optimizer import build_optimizer
 from bvae.pipelines.epochs import Epochs
 from bvae.pipelines.resident import Resident
 from bvae.processes import Processes, join
-from bvae.step import Scalars, TrainingStep, autocast_dtype, captures, compiles
+from bvae.step import NotFinite, Scalars, TrainingStep, autocast_dtype, captures, compiles
+from bvae.validation import Validation
 
 ACTIVE = 0.01  # nats; a latent whose KL is above it is in use
 
@@ -62,6 +66,7 @@ class Run:
     step: TrainingStep
     train: Epochs
     valid: Epochs
+    files: list[str]  # of the training images; none where they are drawn
     processes: Processes
     done: int = 0  # steps
 
@@ -116,16 +121,28 @@ class Run:
         statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         self.processes.average(statistics)
 
+    def images(self, step: int) -> list[str]:
+        """The files, or where there are none the numbers, of the images of a step's batch."""
+        index = self.train.indices(*divmod(step - 1, len(self.train))).tolist()
+        return [self.files[i] if self.files else f"image {i}" for i in index]
+
+    @cached_property
+    def _listing(self) -> str:
+        """A checksum of the training images' names, below the folder that holds them all."""
+        common = os.path.commonpath([os.path.dirname(name) for name in self.files]) if self.files else ""
+        names = "\n".join(name[len(common) :].lstrip(os.sep) for name in self.files)
+        return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
     def save(self) -> None:
         """Write a checkpoint, unless the weights are not finite; the first process does.
 
         Raises:
-            FloatingPointError: they are not; the checkpoints before stay as they are.
+            NotFinite: they are not; the checkpoints before stay as they are.
             OSError: it cannot be written; the same.
         """
         for name, value in self.model.state_dict().items():
             if not value.isfinite().all():
-                raise FloatingPointError(f"{name} is not finite after step {self.done}")
+                raise NotFinite(f"{name} is not finite", self.done)
         if not self.processes.is_first:
             return
         state = {
@@ -135,9 +152,15 @@ class Run:
             "scaler": self.step.scaler.state_dict(),
             "step": self.done,
             "images": self.train.count,
+            "files": self._listing,
             "config": self.config.to_yaml(),
         }
         checkpoint.save(self.out / checkpoint.FOLDER, self.done, state)
+
+    def rate(self, result: Validation) -> None:
+        """Say what the checkpoint of this step is worth; the first process does. Raises OSError."""
+        if self.processes.is_first:
+            checkpoint.rate(self.out / checkpoint.FOLDER, self.done, result.elbo)
 
     def restore(self) -> None:
         """Go back to the newest checkpoint of the run folder.
@@ -147,11 +170,34 @@ class Run:
         """
         # Each part takes its tensors to where it needs them; Adagrad counts on the host, even on a GPU.
         state = checkpoint.load_newest(self.out / checkpoint.FOLDER, torch.device("cpu"))
+        try:
+            self._check_data(state)
+            self._load(state)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # another version's, or made up
+            raise ValueError(f"{self.out}: its newest checkpoint is not of such a run: {error}") from None
+        if (then := state.get("versions")) not in (None, now := checkpoint.versions()):
+            print(f"trained so far with {then}, now {now}: not the same bits as in one go", flush=True)
+        if self.done > self.steps:
+            raise ValueError(
+                f"{self.out} is at step {self.done} already, beyond the {self.steps} asked for: "
+                "raise --epochs or --max-steps"
+            )
+
+    def _check_data(self, state: dict[str, Any]) -> None:
         if state["images"] != self.train.count:
             raise ValueError(
                 f"{self.out} was trained on {state['images']} images, the data now hold "
                 f"{self.train.count}: the run cannot go on as it would have"
             )
+        if state.get("files", self._listing) != self._listing:
+            raise ValueError(
+                f"{self.out} was trained on images of other names, or in another order: the run cannot go on "
+                "as it would have"
+            )
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
@@ -163,11 +209,6 @@ class Run:
         self.done = state["step"]
         self.step.restore(self.done)
         self.step.set_lr(self.lr(self.done + 1))
-        if self.done > self.steps:
-            raise ValueError(
-                f"{self.out} is at step {self.done} already, beyond the {self.steps} asked for: "
-                "raise --epochs or --max-steps"
-            )
 
     def leave(self) -> None:
         """Part from the other processes; nothing trains afterwards."""
@@ -180,8 +221,12 @@ def _check_writable(out: Path) -> None:
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is a file: name another run folder with --out")
-    if not os.access(nearest, os.W_OK):
-        raise PermissionError(f"{nearest} cannot be written: name another run folder with --out")
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"some")
+    except OSError as error:
+        text = f"{error.strerror}: name another run folder with --out, or mend that"
+        raise OSError(error.errno, text, str(nearest)) from None
 
 
 def prepare(arguments: Arguments) -> Run:
@@ -201,12 +246,16 @@ def prepare(arguments: Arguments) -> Run:
             f"{out} exists: name another folder with --out, or continue with --resume {out}"
         )
     _check_writable(out)
+    if arguments.resume:
+        _check_writable(out / checkpoint.FOLDER)
     share = _share(training, processes)
     if processes.world > 1:
         if processes.local_rank == 0:
             find(config.data)  # draws the faces if need be
         processes.wait()
-    train, valid, bad = open_data(config.data, share, training.seed, device, processes.rank, processes.world)
+    train, valid, bad, files = open_data(
+        config.data, share, training.seed, device, processes.rank, processes.world
+    )
     given, config = config, config.resolve(len(train))
     if config.data.root:  # a checkpoint may be resumed from another folder
         config = replace(config, data=replace(config.data, root=config.data.root.resolve()))
@@ -231,7 +280,7 @@ def prepare(arguments: Arguments) -> Run:
         accumulate=training.accumulate,
         processes=processes,
     )
-    run = Run(config, out, model, loss, step.optimizer, step, train, valid, processes)
+    run = Run(config, out, model, loss, step.optimizer, step, train, valid, files, processes)
     if arguments.resume:
         run.restore()
     captured, how = captures(device, training)
@@ -241,9 +290,9 @@ def prepare(arguments: Arguments) -> Run:
     processes.wait()  # nobody writes before all are ready
     if processes.is_first:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(given.to_yaml())
+        checkpoint.write_text(out / "config.yaml", given.to_yaml())
         if bad:
-            (out / "bad_files.txt").write_text("".join(f"{file}\t{text}\n" for file, text in bad))
+            checkpoint.write_text(out / "bad_files.txt", "".join(f"{file}\t{text}\n" for file, text in bad))
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )

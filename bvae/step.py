@@ -20,6 +20,14 @@ from bvae.processes import Processes
 from bvae.reference import scale_pixels
 
 
+class NotFinite(FloatingPointError):
+    """A number of a step that is NaN or infinite."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(f"{what} at step {step}")
+        self.step = step
+
+
 class Scalars(NamedTuple):
     """What a step's row of `TrainingStep.history` says."""
 
@@ -32,7 +40,7 @@ class Scalars(NamedTuple):
     kl_per_dim: list[float]  # nats per latent
 
 
-_HEAD = len(Scalars._fields) - 2  # of a row, before kl_per_dim
+_HEAD = len(Scalars._fields) - 2  # of a row, before kl_per_dim; the gradient comes last
 
 
 def autocast_dtype(device: torch.device, amp: bool) -> tuple[torch.dtype | None, str]:
@@ -121,7 +129,7 @@ class TrainingStep:
         self.clip_grad, self.accumulate, self.processes = clip_grad, accumulate, processes
         self.seed = torch.tensor(seed, device=self.device)
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)  # steps done
-        self.history = History(history, _HEAD + model.latent_dim, self.device)
+        self.history = History(history, _HEAD + model.latent_dim + 1, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors now, before a capture
@@ -194,16 +202,18 @@ class TrainingStep:
         """The scalars of the last step that `history` has sent; None if there is nothing new.
 
         Raises:
-            FloatingPointError: a step's loss is not finite; names the first such step.
+            NotFinite: a step's loss or gradient is not; names the first such step.
         """
         received = self.history.receive(wait)
         for step, row in received:
             if not math.isfinite(row[0]):
-                raise FloatingPointError(f"the loss is {row[0]} at step {step}")
+                raise NotFinite(f"the loss is {row[0]}", step)
+            if not math.isfinite(row[-1]) and not self.scaler.is_enabled():  # which skips such a step
+                raise NotFinite(f"the gradient is {row[-1]}", step)
         if not received:
             return None
         step, row = received[-1]
-        loss, recon, kld, capacity, mse, *kl_per_dim = row
+        loss, recon, kld, capacity, mse, *kl_per_dim, _ = row
         return Scalars(step, loss, recon, kld, capacity, mse, kl_per_dim)
 
     def objective(self, images: Tensor, step: Tensor, first: int) -> tuple[LossTerms, Tensor, Tensor]:
@@ -246,7 +256,11 @@ class TrainingStep:
             terms, mse, kl_per_dim = self._objective(part, self.step, first)
             self.scaler.scale(terms.loss / self.accumulate if self.accumulate > 1 else terms.loss).backward()
             rows.append(torch.cat([torch.stack([*terms, mse]), kl_per_dim]).detach().float())
-        return rows[0] if self.accumulate == 1 else torch.stack(rows).mean(0)
+        row = rows[0] if self.accumulate == 1 else torch.stack(rows).mean(0)
+        # What is not finite in a gradient is so in those of all layers before it, of the first above all.
+        gradient = self._parameters[0].grad
+        assert gradient is not None
+        return torch.cat([row, gradient.sum().float().view(1)])
 
     def _state(self) -> Iterator[Tensor]:
         """Every tensor that a step changes."""

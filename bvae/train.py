@@ -10,8 +10,9 @@
 Results are in runs/NAME: traversals.gif, model.safetensors, metrics.jsonl and more.
 """
 
-import errno
+import contextlib
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -25,26 +26,38 @@ from bvae.profile import Profile, name_kernels
 from bvae.reference import scale_pixels
 from bvae.report import Report, Silence, save_pictures
 from bvae.run import Run, prepare
-from bvae.step import Scalars
+from bvae.step import NotFinite, Scalars
 from bvae.validation import Validation, validate
 
+SHOWN = 3  # images of a batch that are named on the screen
 PAUSE = 10  # seconds: what a checkpoint and a validation take must stay a small part of the time
 
 
 class StopRequest:
-    """Remembers Ctrl-C and SIGTERM until the step is done; a second one acts as usual."""
+    """Remembers Ctrl-C, SIGTERM and SLURM's SIGUSR1 until the step is done; a second one acts as usual.
+
+    While `at_once`, nothing would be lost, and they raise KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.at_once = True
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = number
-        self.restore()
+        self._restore()
+        if self.at_once:
+            raise KeyboardInterrupt
 
-    def restore(self) -> None:
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -72,18 +85,19 @@ class Speed:
         return self._steps * self._batch_size / self._seconds if self._seconds else 0.0
 
 
-def train(run: Run, profile: Profile | None = None) -> tuple[Validation, float] | None:
-    """Train to the end: the last validation and the images a second. After Ctrl-C or SIGTERM: None.
+def train(run: Run, stop: StopRequest, profile: Profile | None = None) -> tuple[Validation, float] | None:
+    """Train to the end: the last validation and the images a second. After a request to stop: None.
 
     Either way the last step is in a checkpoint.
 
     Raises:
-        FloatingPointError: the loss is not finite; the message names the step.
+        NotFinite: the loss or a gradient is not; the message names the step.
+        KeyboardInterrupt: a request to stop when there was nothing to save.
         OSError: the run folder cannot be written.
     """
     training, per_epoch, processes = run.config.training, len(run.train), run.processes
     report = Report(run.out, run.steps, run.done) if processes.is_first else Silence()
-    stop, speed = StopRequest(), Speed(training.batch_size)
+    speed = Speed(training.batch_size)
     first, saved = run.done, time.monotonic()
     # The processes must stop at the same step, and asking makes a host wait for its device's peers.
     asking = 1 if run.step.device.type == "cpu" else training.log_every
@@ -118,8 +132,11 @@ def train(run: Run, profile: Profile | None = None) -> tuple[Validation, float] 
         run.synchronize()
         run.save()
         if with_validation:
+            stop.at_once = processes.world == 1  # the others would wait for this process
             result = validate(run.model, run.loss, run.valid, training.seed, run.step.dtype, processes)
             report.validation(run.done, epoch(run.done), result)
+            run.rate(result)
+            stop.at_once = False
         saved = time.monotonic()
         speed.start(run.done)
 
@@ -134,6 +151,7 @@ def train(run: Run, profile: Profile | None = None) -> tuple[Validation, float] 
                     profile.step()
                 if run.done == first + 1:
                     speed.start(run.done)  # the first step compiles
+                    stop.at_once = False
                 if run.done % training.log_every == 0 or run.done == run.steps:
                     note(run.step.receive(wait=True))
                     run.step.history.send(run.done)
@@ -151,7 +169,7 @@ def train(run: Run, profile: Profile | None = None) -> tuple[Validation, float] 
         assert result
         return result, speed.images_per_s
     finally:
-        stop.restore()
+        stop.at_once = True
         report.close()
         if profile:
             profile.close()
@@ -170,17 +188,28 @@ def finish(run: Run, result: Validation, images_per_s: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done or stopped on request, 1 the run failed, 2 it could not start as asked for."""
-    out: Path | None = None  # until the run is ready
+    """Exit status: 0 done or stopped on request, 1 the run failed, 2 it could not start as asked for.
+
+    130: stopped on request before there was a checkpoint.
+    """
     speak_first()
+    with StopRequest() as stop:
+        return _main(sys.argv[1:] if argv is None else argv, stop)
+
+
+def _main(argv: list[str], stop: StopRequest) -> int:
+    out: Path | None = None  # until the run is ready
+    resumed: Path | None = None
+    run: Run | None = None
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv, __doc__)
+        arguments = parse(argv, __doc__)
+        resumed = arguments.resume
         if arguments.profile:
             name_kernels()
         run = prepare(arguments)
         out = run.out
         profiled = arguments.profile and run.processes.is_first
-        outcome = train(run, Profile(out, run.step.device) if profiled else None)
+        outcome = train(run, stop, Profile(out, run.step.device) if profiled else None)
         if not outcome:
             print(f"stopped at step {run.done} of {run.steps}. {_go_on(out)}")
         elif run.processes.is_first:
@@ -188,13 +217,15 @@ def main(argv: list[str] | None = None) -> int:
         run.leave()
         return 0
     except KeyboardInterrupt:
-        print(f"stopped. {_go_on(out)}", file=sys.stderr)
-        return 130
-    except FloatingPointError as error:
-        _complain(f"{error}. A lower --lr may help. {_go_on(out)}")
+        left = out or resumed
+        print(f"stopped. {_go_on(left)}", flush=True)
+        return 0 if left and checkpoint.checkpoints(left / checkpoint.FOLDER) else 130
+    except NotFinite as error:
+        assert run
+        _complain(f"{error}{_batch(run, error.step)}. A lower --lr may help. {_go_on(out)}")
     except OSError as error:
-        _complain(f"{error}. {_go_on(out)}" if out else str(error))
-        return 2 if out is None and error.errno != errno.ENOSPC else 1
+        _complain(f"{error}{_room(error, out)}. {_go_on(out)}" if out else str(error))
+        return 2 if out is None and error.errno not in checkpoint.FULL else 1
     except RuntimeError as error:
         if "alloc" in str(error) or "out of memory" in str(error):
             _complain(f"out of memory: {str(error).splitlines()[0]}")
@@ -209,6 +240,21 @@ def main(argv: list[str] | None = None) -> int:
         _complain(str(error))
         return 2
     return 1
+
+
+def _room(error: OSError, out: Path) -> str:
+    """What is left of a disk that is full, unless the error says so."""
+    if error.errno not in checkpoint.FULL or "are free" in str(error):
+        return ""
+    return f": {shutil.disk_usage(out).free:,} bytes are free"
+
+
+def _batch(run: Run, step: int) -> str:
+    """Which images a step saw: some of them, and the file with all."""
+    images, path = run.images(step), run.out / f"batch-{step}.txt"
+    with contextlib.suppress(OSError):
+        path.write_text("\n".join([*images, ""]), encoding="utf-8", errors="surrogateescape")
+    return f", on {', '.join(images[:SHOWN])} and {len(images) - SHOWN} more (all are in {path})"
 
 
 def _complain(text: str) -> None:

@@ -20,6 +20,7 @@ class Validation(NamedTuple):
     loss: float  # the training objective, with C as in the last training step
     mse: float  # per pixel and channel, posterior samples, in the decoder's range
     kld: float  # nats per image
+    elbo: float  # nats per image, up to the constant of a Gaussian's density; the higher the better
     explained_variance: float  # 1 - squared error of the posterior means' reconstructions / pixel variance
     kl_per_dim: list[float]  # nats per latent
 
@@ -41,7 +42,7 @@ def validate(
     """
     model.eval(), loss.eval()
     device = data.device
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
     kl_per_dim = torch.zeros(model.latent_dim, dtype=torch.float64, device=device)
     error = torch.zeros((), dtype=torch.float64, device=device)
     pixels = torch.zeros(model.input_shape, dtype=torch.float64, device=device)
@@ -56,7 +57,8 @@ def validate(
             raw, mean = model.decode_raw(z), model.decode(mu)
         terms = loss(raw, target, kl)
         n = len(images)
-        totals += n * torch.stack([terms.loss, pixel_mse(loss, terms, raw, target), terms.kld])
+        elbo = -terms.recon * (raw[0].numel() if loss.reduction == "mean" else 1) - terms.kld
+        totals += n * torch.stack([terms.loss, pixel_mse(loss, terms, raw, target), terms.kld, elbo])
         kl_per_dim += n * kl_dim
         error += (mean - x).double().square().sum()
         pixels += x.double().sum(0)
@@ -66,6 +68,6 @@ def validate(
     processes.add([totals, kl_per_dim, error, pixels, squares])
     count = data.count
     variance = (squares - pixels.square() / count).sum()
-    loss_mean, mse, kld = (totals / count).tolist()
+    loss_mean, mse, kld, elbo_mean = (totals / count).tolist()
     explained = 1 - (error / variance).item() if variance > 0 else math.nan
-    return Validation(loss_mean, mse, kld, explained, (kl_per_dim / count).tolist())
+    return Validation(loss_mean, mse, kld, elbo_mean, explained, (kl_per_dim / count).tolist())

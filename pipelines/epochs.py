@@ -66,6 +66,12 @@ class Epochs(ABC):
         flipped = (self._random(_FLIP, number)[0] & 1).bool() if self.flip else None
         return order, flipped
 
+    def indices(self, number: int, start: int) -> Tensor:
+        """The images [world * B] of an epoch's batch `start`, those of all ranks."""
+        order, _ = self.plan(number)
+        together = self.batch_size * self.world
+        return order[start * together : (start + 1) * together]
+
     def head(self, n: int) -> Tensor:
         """The first n images, unflipped, whatever the rank: uint8 [n, H, W, C]."""
         index = torch.arange(min(n, self.count), device=self._order_device)

@@ -39,7 +39,7 @@ def test_partial_celeba_without_validation_images_holds_some_out(tmp_path, capsy
     shutil.copytree(root, tmp_path / "copy")
     for name in ("000009.jpg", "000010.jpg"):
         (root / "celeba" / "img_align_celeba" / name).unlink()
-    train, valid, _ = open_data(DataConfig("celeba", root), 2, 0, CPU)
+    train, valid, *_ = open_data(DataConfig("celeba", root), 2, 0, CPU)
     assert (train.count, valid.count) == (7, 1)
     assert "every tenth training image is held out" in capsys.readouterr().out
 
@@ -131,8 +131,8 @@ def test_tar_shards_are_read_in_place(tmp_path):
     sharded, plain = folder.splits(tmp_path / "shards"), folder.splits(loose)
     for split, members in sharded.items():
         assert [read(member) for member in members] == [read(file) for file in plain[split]]
-    train, valid, _ = open_data(DataConfig("folder", tmp_path / "shards"), 4, 0, CPU)
-    again, _, _ = open_data(DataConfig("folder", loose), 4, 0, CPU)
+    train, valid, *_ = open_data(DataConfig("folder", tmp_path / "shards"), 4, 0, CPU)
+    again, *_ = open_data(DataConfig("folder", loose), 4, 0, CPU)
     assert (train.count, valid.count) == (16, 2)
     assert torch.equal(train.head(16), again.head(16))
 
@@ -187,7 +187,7 @@ def test_all_bad_files_are_named(damaged_folder, stream, capsys):
 @pytest.mark.parametrize("stream", [False, True], ids=["cached", "streamed"])
 def test_skipping_trains_without_them(damaged_folder, stream, capsys):
     config = DataConfig("folder", damaged_folder, stream=stream, on_bad="skip")
-    train, valid, bad = open_data(config, 2, 0, CPU)
+    train, valid, bad, _ = open_data(config, 2, 0, CPU)
     assert (train.count, valid.count) == (14, 1)
     assert [Path(file).name for file, _ in bad] == ["002.jpg", "013.jpg", "004.jpg"]
     assert "3 of 18 images cannot be used: training without them" in capsys.readouterr().out

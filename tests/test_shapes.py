@@ -30,7 +30,7 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path) -> int:
 def test_sprites_are_all_trained_on_and_some_looked_at(few, tmp_path, monkeypatch):
     monkeypatch.setattr("bvae.datasets.VALIDATED", 50)
     options = DataConfig(name="sprites", channels=1, flip=False, cache_dir=tmp_path)
-    train, valid, bad = open_data(options, 64, 7, CPU)
+    train, valid, bad, _ = open_data(options, 64, 7, CPU)
     assert (train.count, valid.count, bad) == (few, 50, [])
     for images, index in train.epoch(0):
         assert images.shape == (64, 64, 64, 1)
@@ -45,7 +45,7 @@ def test_sprites_are_all_trained_on_and_some_looked_at(few, tmp_path, monkeypatc
 
 def test_a_users_file(tmp_path):
     options = DataConfig(name="dsprites", root=archive(tmp_path / "d.npz"), channels=1, flip=False)
-    train, valid, _ = open_data(options, 4, 7, CPU)
+    train, valid, *_ = open_data(options, 4, 7, CPU)
     assert (train.count, valid.count) == (12, 12)
     indices = sprites.unravel(torch.arange(0, sprites.COUNT, sprites.COUNT // 12)[:12])
     assert torch.equal(train.head(12)[..., 0], 255 * sprites.render(indices))

@@ -1,14 +1,18 @@
 """`python -m bvae.train` as a user runs it: the run folder, resuming, and what it says of bad input."""
 
+import errno
 import fcntl
 import itertools
 import json
 import os
 import pty
+import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 
 import pytest
@@ -18,8 +22,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bvae import checkpoint, step
+from bvae.arguments import parse
 from bvae.kernels import launch
-from bvae.pipelines import faces
+from bvae.pipelines import celeba, faces
+from bvae.run import prepare
 from bvae.train import main
 
 TINY = [
@@ -110,8 +116,8 @@ def test_resume_continues_bit_for_bit(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "at"),
-    [(signal.SIGTERM, 11), (signal.SIGINT, 11), (signal.SIGINT, 14)],
-    ids=["SIGTERM", "Ctrl-C", "at the end of an epoch"],
+    [(signal.SIGTERM, 11), (signal.SIGUSR1, 11), (signal.SIGINT, 11), (signal.SIGINT, 14)],
+    ids=["SIGTERM", "SLURM", "Ctrl-C", "at the end of an epoch"],
 )
 def test_stopped_and_resumed_is_the_run_never_stopped(data, tmp_path, monkeypatch, capsys, number, at):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -358,11 +364,108 @@ def test_nan_stops_the_run_and_names_the_step(data, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(step.TrainingStep, "__call__", poisoned)
     assert run(data, tmp_path / "run", "--max-steps", 40) == 1
     error = capsys.readouterr().err
-    assert "the loss is nan at step 13" in error
+    assert "the loss is nan at step 13, on " in error
     assert "step-00000007.pt" in error
+    named = (tmp_path / "run" / "batch-13.txt").read_text().split()
+    assert len(set(named)) == 16
+    assert set(named) <= set(celeba.splits(data)["train"])
+    assert f"{', '.join(named[:3])} and 13 more (all are in {tmp_path / 'run' / 'batch-13.txt'})" in error
     kept = checkpoint.load_newest(tmp_path / "run" / "checkpoints", torch.device("cpu"))
     assert kept["step"] == 7
     assert all(value.isfinite().all() for value in kept["model"].values())
+
+
+def test_batch_that_is_named_is_the_one_that_was_read(data, tmp_path):
+    prepared = prepare(parse(["--data-root", str(data), "--out", str(tmp_path / "run"), *TINY], ""))
+    files = celeba.splits(data)["train"]
+    for number, (_, index) in enumerate([*prepared.train.epoch(0), *prepared.train.epoch(1)], start=1):
+        assert prepared.images(number) == [files[i] for i in index]
+
+
+@pytest.mark.parametrize("layer", ["encoder", "decoder"])
+def test_gradient_that_is_not_finite_stops_the_run_at_its_step(data, tmp_path, monkeypatch, capsys, layer):
+    original = step.TrainingStep._backward
+
+    def poisoned(self, images):
+        if int(self.step) == 9:
+            hook = self.model.get_submodule(layer).register_full_backward_pre_hook(
+                lambda module, gradients: tuple(g * float("inf") for g in gradients)
+            )
+        row = original(self, images)
+        if int(self.step) == 9:
+            hook.remove()
+        return row
+
+    monkeypatch.setattr(step.TrainingStep, "_backward", poisoned)
+    assert run(data, tmp_path / "run", "--max-steps", 40, "--loss-type", "VAE") == 1
+    assert re.search(r"the gradient is (nan|-?inf) at step 9, on ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("during", ["validation", "pictures", "ingest", "first step"])
+def test_request_to_stop_is_heard_at_once_where_nothing_is_lost(data, tmp_path, monkeypatch, capsys, during):
+    names = {"validation": "train.validate", "pictures": "train.save_pictures", "ingest": "run.open_data"}
+
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("went on")
+
+    if during == "first step":
+        monkeypatch.setattr(step.TrainingStep, "__call__", interrupted)
+    else:
+        monkeypatch.setattr(f"bvae.{names[during]}", interrupted)
+    kept = during in ("validation", "pictures")
+    assert run(data, tmp_path / "run", "--epochs", 1) == (0 if kept else 130)
+    assert ("--resume" if kept else "No checkpoint was written") in capsys.readouterr().out
+    monkeypatch.undo()
+    if kept:
+        assert main(["--resume", str(tmp_path / "run")]) == 0
+
+
+def test_other_images_of_the_same_number_are_refused(data, tmp_path, capsys):
+    run(data, tmp_path / "run", "--max-steps", 2)
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    (other / "img_align_celeba" / "000001.jpg").rename(other / "img_align_celeba" / "000151.jpg")
+    lists = other / "list_eval_partition.txt"
+    lists.write_text(lists.read_text().replace("000001.jpg", "000151.jpg"))
+    assert main(["--resume", str(tmp_path / "run"), "--data-root", str(other)]) == 2
+    assert "was trained on images of other names" in capsys.readouterr().err
+
+
+def test_checkpoint_of_something_else(data, tmp_path, capsys):
+    run(data, tmp_path / "run", "--max-steps", 2)
+    folder = tmp_path / "run" / "checkpoints"
+    state = checkpoint.load_newest(folder, torch.device("cpu"))
+    for absent in ("optimizer", "images", "config"):
+        checkpoint.save(folder, 3, {**{k: v for k, v in state.items() if k != absent}, "step": 3})
+        assert main(["--resume", str(tmp_path / "run"), "--max-steps", "9"]) == 2
+        assert "its newest checkpoint is not of such a run" in capsys.readouterr().err
+
+
+def test_another_version_is_told(data, tmp_path, monkeypatch, capsys):
+    run(data, tmp_path / "run", "--max-steps", 2)
+    monkeypatch.setattr(checkpoint, "versions", lambda: {"torch": "3.0"})
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert "now {'torch': '3.0'}: not the same bits as in one go" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_read_only_run_folder_is_found_before_the_data_are_opened(
+    data, tmp_path, monkeypatch, capsys, resumed
+):
+    out = tmp_path / "run"
+    if resumed:
+        run(data, out, "--max-steps", 2)
+    monkeypatch.setattr("bvae.run.open_data", lambda *_: pytest.fail("opened"))
+
+    def refuse(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert (main(["--resume", str(out)]) if resumed else run(data, out)) == 2
+    error = capsys.readouterr().err
+    assert "Read-only file system: name another run folder with --out" in error
+    assert str(out if resumed else tmp_path) in error
 
 
 def test_full_disk_keeps_the_last_checkpoint(data, tmp_path, capsys):
@@ -371,7 +474,7 @@ def test_full_disk_keeps_the_last_checkpoint(data, tmp_path, capsys):
     (folder / "step-00000014.tmp").symlink_to("/dev/full")  # every write to it fails with ENOSPC
     assert main(["--resume", str(tmp_path / "run"), "--max-steps", "14"]) == 1
     assert "No space left on device" in capsys.readouterr().err
-    assert [path.name for path in folder.iterdir()] == ["step-00000007.pt"]
+    assert {path.name for path in folder.iterdir()} == {"step-00000007.pt", "best.json"}
 
 
 def test_run_folder_that_cannot_be_made(tmp_path, capsys):
