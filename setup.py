@@ -25,6 +25,7 @@ setup(
         "tqdm>=4.66",  # progress bars with rate and ETA
         "scikit-learn>=1.4",  # the metrics' classifiers
         "scipy>=1.11",  # ranks and intervals for the metrics; comes with scikit-learn
+        "matplotlib>=3.8",  # the plot of a sweep, and those of the benchmarks
         "threadpoolctl>=3",  # one thread for trees that are too small for more; comes with scikit-learn
     ],
     extras_require={
@@ -35,7 +36,6 @@ setup(
         "dev": [
             "pytest>=8",  # the tests
             "pytest-benchmark>=5",  # `pytest bench`: its fixture, table and options
-            "matplotlib>=3.8",  # the benchmarks' plots
             "hypothesis>=6.100",  # hostile files and options for them, by the thousand
             "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",  # as above
             "diffusers>=0.35",  # the drop-in's test compares with its posterior

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bvae import sweep
 from bvae.model import BetaVAE
 from bvae.pipelines import faces
 from bvae.pytorch_vae import export_state
@@ -94,7 +95,14 @@ def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
     line = line.replace("runs/NAME", str(run_folder)).replace("runs/OTHER", str(run_folder))
     module, *arguments = shlex.split(line, comments=True)
     few = ["--points", "50", "--factor-bins", "2"]
-    short = {"faces": ["--n", "9"], "bvae.evaluate": [*few, "--seeds", "1"], "bvae.compare": few}
+    tiny = f"--data faces --data-root {data} --channels 3 --arch pytorch-vae {SHORT} --points 100 --seeds 1"
+    short = {
+        "faces": ["--n", "9"],
+        "bvae.evaluate": [*few, "--seeds", "1"],
+        "bvae.compare": few,
+        "bvae.sweep": ["--points", "100"] if "--baselines" in line else tiny.split(),
+    }
+    monkeypatch.setattr(sweep, "in_its_own_process", sweep.train_and_evaluate)  # it takes seconds to start
     arguments += short.get(module, []) + short.get(arguments[0], [])
     assert importlib.import_module(module).main(arguments) == 0
 

@@ -1,0 +1,261 @@
+"""Train a preset along a grid with several seeds, evaluate every model, and draw what the grid does.
+
+  python -m bvae.sweep locatello_sprites_beta4 --grid beta=1,4 --seeds 5
+  python -m bvae.sweep --baselines      what codes without training score, beside the beta-VAE paper's figures
+
+Options that are not listed here go to bvae.train (--max-steps 2000). The same command again goes on where it
+was stopped. In its folder are sweep.md, sweep.png and a run folder for each model.
+"""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from bvae import baselines, checkpoint, config, evaluate, sweep_report, train
+from bvae.arguments import choose_device, parse
+from bvae.command import exit_status
+from bvae.config import SHAPES, Config
+
+BASELINES = "baselines.json"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to train, and how much of the protocols to measure it with."""
+
+    preset: Annotated[str | None, tyro.conf.arg(name="PRESET"), tyro.conf.Positional] = None
+    """A preset's name or a YAML file, as for --config of bvae.train."""
+    grid: str | None = None
+    """An option of bvae.train and its values: beta=1,4."""
+    seeds: int = 5
+    """Runs of each value, with training seeds 0, 1, ..."""
+    baselines: bool = False
+    """Measure codes that need no training, and nothing else."""
+    metric_seeds: int = 1
+    """How many times each metric draws its points anew; the spread shown is that of the runs."""
+    points: int = 10_000
+    """Points that the metrics' estimators are trained on, as for bvae.evaluate."""
+    out: Path | None = None
+    """Folder of the sweep. None: runs/sweep-<preset>, or runs/baselines."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be used."""
+        if not self.baselines and (self.preset is None or self.grid is None):
+            raise ValueError(
+                "name a preset and a grid (locatello_sprites_beta4 --grid beta=1,4), or --baselines"
+            )
+        for name in ("seeds", "metric_seeds", "points"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+
+
+class Job(NamedTuple):
+    """One run of the sweep."""
+
+    value: str  # of the grid
+    out: Path
+    command: list[str]  # of bvae.train, from the beginning
+    config: Config
+
+
+def plan(arguments: Arguments, out: Path, others: Sequence[str]) -> tuple[str, list[Job]]:
+    """The grid's key, and the runs.
+
+    Raises:
+        ValueError: a grid without effect, options that bvae.train does not take, or other runs in the folder.
+        SystemExit: options that cannot be read.
+    """
+    key, equals, text = (arguments.grid or "").partition("=")
+    values = [value.strip() for value in text.split(",")]
+    if not (key and equals and all(values)) or len(set(values)) < len(values):
+        raise ValueError(
+            f"--grid must be an option and different values, as beta=1,4, got {arguments.grid!r}"
+        )
+    jobs = []
+    for value in values:
+        for seed in range(arguments.seeds):
+            run = out / f"{key}-{value}-seed-{seed}"
+            command = [
+                *("--config", str(arguments.preset), "--device", arguments.device, *others),
+                *(f"--{key.replace('_', '-')}", value, "--seed", str(seed), "--out", str(run)),
+            ]
+            with contextlib.redirect_stdout(io.StringIO()):  # its notes come again with the run
+                settings = parse(command, train.__doc__ or "").settings
+            jobs.append(Job(value, run, command, settings))
+    first = jobs[0].config
+    if key == "beta" and first.objective.loss_type != "H":
+        raise ValueError(
+            f"beta has no effect on {arguments.preset}'s loss {first.objective.loss_type}: add --loss-type H"
+        )
+    if len(values) > 1 and first == jobs[arguments.seeds].config:
+        raise ValueError(f"--grid {arguments.grid}: the values make no difference")
+    if first.data.name == "folder":
+        raise ValueError("a sweep measures disentanglement, and a folder's images have no known factors")
+    for job in jobs:
+        _check_same(job)
+    return key, jobs
+
+
+def _check_same(job: Job) -> None:
+    """Raise ValueError if the run's folder holds a run of another configuration."""
+    file = job.out / "config.yaml"
+    if not file.is_file():
+        return
+    found, wanted = (_flat(each) for each in (config.read(file)[0], job.config))
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise ValueError(
+                f"{job.out} was begun with {name} {found[name]} instead of {value}: name another folder with "
+                "--out, or remove this one"
+            )
+
+
+def _flat(settings: Config) -> dict[str, Any]:
+    """All values by their names; folders as the run's own file gives them after it was resumed."""
+    data = settings.data
+    settings = replace(settings, data=replace(data, root=data.root.resolve() if data.root else None))
+    return {
+        f"{section}.{name}": value
+        for section in vars(settings)
+        for name, value in vars(getattr(settings, section)).items()
+    }
+
+
+# --- One run ----------------------------------------------------------------------------------------------
+def is_trained(run: Path) -> bool:
+    """Whether training came to its end: the pictures are the last thing that it writes."""
+    return (run / "traversals.gif").is_file()
+
+
+def read_evaluation(run: Path, arguments: Arguments) -> dict[str, Any] | None:
+    """What bvae.evaluate found with these protocols, if it did."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((run / "evaluation.json").read_text())
+        if (found["seeds"], found["points"]) == (arguments.metric_seeds, arguments.points):
+            return found
+    return None
+
+
+def train_and_evaluate(job: Job, arguments: Arguments) -> int:
+    """Do what is left of a run; the exit status of what failed, or 0."""
+    if not is_trained(job.out):
+        command = job.command
+        if checkpoint.checkpoints(job.out / checkpoint.FOLDER):
+            command = ["--resume", str(job.out), "--device", arguments.device]
+        elif job.out.exists():  # stopped before its first checkpoint
+            shutil.rmtree(job.out)
+        status = train.main(command)
+        if status or not is_trained(job.out):
+            return status
+    measured = evaluate.Arguments(
+        job.out, seeds=arguments.metric_seeds, points=arguments.points, device=arguments.device
+    )
+    return exit_status(lambda: print(evaluate.evaluate(measured), end=""))
+
+
+def _alone(job: Job, arguments: Arguments) -> None:
+    """`train_and_evaluate` as the whole of a process, which Ctrl-C reaches through the sweep alone."""
+    os.setpgid(0, 0)
+    sys.exit(train_and_evaluate(job, arguments))
+
+
+def in_its_own_process(job: Job, arguments: Arguments) -> int:
+    """What kills a run leaves the sweep alive. The exit status; negative: the signal that ended it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the run has written its checkpoint.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=_alone, args=(job, arguments))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.join()
+        raise
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+# --- All of them ------------------------------------------------------------------------------------------
+def sweep(arguments: Arguments, others: Sequence[str]) -> int:
+    """Train and evaluate what is left, and report; 1 if a run failed."""
+    arguments.check()
+    if arguments.baselines:
+        if others:
+            raise ValueError(f"--baselines trains nothing: {' '.join(others)} has no effect")
+        out = arguments.out or Path("runs/baselines")
+        out.mkdir(parents=True, exist_ok=True)
+        text = sweep_report.paper_table(measure_baselines(arguments, out), {})
+        (out / "baselines.md").write_text(text)
+        print(text, end="")
+        return 0
+
+    out = arguments.out or Path("runs") / f"sweep-{Path(str(arguments.preset)).stem}"
+    key, jobs = plan(arguments, out, others)
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for number, job in enumerate(jobs, 1):
+        if is_trained(job.out) and read_evaluation(job.out, arguments):
+            continue
+        print(f"run {number} of {len(jobs)}: {job.out}", flush=True)
+        if status := in_its_own_process(job, arguments):
+            failed.append(f"{job.out} ({signal.Signals(-status).name if status < 0 else f'status {status}'})")
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for job in jobs:
+        if result := read_evaluation(job.out, arguments):
+            found.setdefault(job.value, []).append(result)
+    text = sweep_report.table(key, found)
+    if found and jobs[0].config.data.name in SHAPES:
+        text += "\n" + sweep_report.paper_table(
+            measure_baselines(arguments, out), found if key == "beta" else {}
+        )
+    if found:
+        (out / "sweep.md").write_text(text)
+        sweep_report.draw(key, found).savefig(out / "sweep.png", dpi=120)
+        print(f"{text}\nresults: {out}/ (see sweep.png, sweep.md)")
+    if failed:
+        print(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}", file=sys.stderr)
+        print("their messages are above; the same command tries them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def measure_baselines(arguments: Arguments, out: Path) -> sweep_report.Baselines:
+    """Measured now, unless the folder says what they are for as many points."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        kept = json.loads((out / BASELINES).read_text())
+        if kept["points"] == arguments.points:
+            return kept["scores"]
+    scores = baselines.measure(arguments.points, device=choose_device(arguments.device))
+    (out / BASELINES).write_text(json.dumps({"points": arguments.points, "scores": scores}, indent=1) + "\n")
+    return scores
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a run failed, 2 not as asked for, 130 stopped."""
+    arguments, others = tyro.cli(
+        Arguments, args=argv, description=__doc__, prog="python -m bvae.sweep", return_unknown_args=True
+    )
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return exit_status(lambda: sweep(arguments, others))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

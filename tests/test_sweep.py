@@ -1,0 +1,267 @@
+"""`python -m bvae.sweep` as a user runs it: its runs, what it shows, how it goes on, and bad input."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from bvae import baselines, evaluate, sweep, sweep_report, train
+from bvae import step as training_step
+from bvae.config import read
+from bvae.pipelines import sprites
+from bvae.sweep import main
+
+PRESET = """
+data: {name: dsprites, root: ROOT, channels: 1, flip: false}
+model: {hidden_dims: [4, 8], latent_dim: 3}
+objective: {loss_type: H, beta: 4, recon: sum, likelihood: bernoulli}
+training: {batch_size: 16, max_steps: 6, log_every: 2, compile: false}
+"""
+FEW = ["--points", "40", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory):
+    """A YAML file of a tiny model of 162 shapes."""
+    folder = tmp_path_factory.mktemp("preset")
+    indices = 3 * torch.from_numpy(np.indices((1, 2, 3, 3, 3)).reshape(5, -1).T.repeat(3, 0))
+    indices[:, 0] = torch.arange(len(indices)) % 3
+    classes = np.column_stack([np.zeros(len(indices), np.int64), indices.numpy()])
+    np.savez(folder / "d.npz", imgs=sprites.render(indices).numpy(), latents_classes=classes)
+    (folder / "tiny.yaml").write_text(PRESET.replace("ROOT", str(folder / "d.npz")))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """Runs in this process: starting one takes seconds."""
+    monkeypatch.setattr(sweep, "in_its_own_process", sweep.train_and_evaluate)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """An evaluation of no metrics, whose figure is of the weights, and baselines that are not measured."""
+
+    def evaluate_weights(arguments):
+        weights = load_file(arguments.run / "model.safetensors")
+        figure = sum(value.double().abs().sum().item() for value in weights.values())
+        found = {"seeds": arguments.seeds, "points": arguments.points, **result(0.5, figure)}
+        (arguments.run / "evaluation.json").write_text(json.dumps(found))
+        return ""
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluate_weights)
+    scores = {name: dict.fromkeys(baselines.FACTORS, (0.5, 0.6)) for name in baselines.PAPER}
+    monkeypatch.setattr(baselines, "measure", lambda *_, **__: scores)
+
+
+def run(preset, out, *options):
+    return main([str(preset), "--grid", "beta=1,4", "--seeds", "1", *FEW, "--out", str(out), *options])
+
+
+# --- The command ------------------------------------------------------------------------------------------
+def test_a_sweep_and_the_same_again(preset, tmp_path, inline, quick, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert run(preset, out, "--seeds", "2", "--max-steps", "2") == 0
+    printed = capsys.readouterr().out
+    names = [f"beta-{beta}-seed-{seed}" for beta in (1, 4) for seed in (0, 1)]
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == names
+    for name in names:
+        settings, _, _ = read(out / name / "config.yaml")
+        assert f"beta-{settings.objective.beta:g}-seed-{settings.training.seed}" == name
+        assert settings.training.max_steps == 2
+    text = (out / "sweep.md").read_text()
+    assert text in printed
+    results = [json.loads((out / name / "evaluation.json").read_text()) for name in names]
+    nats = [each["model"]["reconstruction_nats"] for each in results[2:]]
+    row = next(line for line in text.splitlines() if line.startswith("| 4 | 2 |"))
+    assert f"| {np.mean(nats):.1f} ± {np.std(nats, ddof=1):.1f} |" in row
+    with Image.open(out / "sweep.png") as picture:
+        assert picture.width > picture.height > 300
+
+    monkeypatch.setattr(train, "main", pytest.fail)
+    monkeypatch.setattr(baselines, "measure", pytest.fail)
+    assert run(preset, out, "--seeds", "2", "--max-steps", "2") == 0
+    assert (out / "sweep.md").read_text() == text
+    assert run(preset, out) == 2
+    assert "was begun with training.max_steps 2 instead of 6: name another folder" in capsys.readouterr().err
+
+
+def test_what_is_measured(preset, tmp_path, inline):
+    assert main([str(preset), "--grid", "beta=1", "--seeds", "1", *FEW, "--out", str(tmp_path)]) == 0
+    scores = json.loads((tmp_path / "beta-1-seed-0" / "evaluation.json").read_text())["scores"]
+    text = (tmp_path / "sweep.md").read_text()
+    assert f"| VAE | {100 * scores['beta_vae']['mean']:.1f} |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| 1 | 1 |"))
+    assert all(f" {scores[name]['mean']:.3f} |" in row for name in sweep_report.SCORES)
+    kept = json.loads((tmp_path / "baselines.json").read_text())
+    assert kept["points"] == 40
+    pixels = sweep_report.spread(kept["scores"]["raw pixels"][baselines.ALL], 1, 100)
+    assert "±" in pixels
+    assert f"| raw pixels | {pixels} |" in text
+
+
+def test_it_goes_on_where_it_was_stopped(preset, tmp_path, inline, quick, monkeypatch):
+    """The run that was under way resumes; those that it had not come to begin."""
+    assert run(preset, tmp_path / "whole") == 0
+    original, commands = training_step.TrainingStep.__call__, []
+
+    def stopped(self, images):
+        original(self, images)
+        if len(commands) == 2 and int(self.step) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    def noted(command, main=train.main):
+        commands.append(command)
+        return main(command)
+
+    monkeypatch.setattr(train, "main", noted)
+    monkeypatch.setattr(training_step.TrainingStep, "__call__", stopped)
+    out = tmp_path / "parts"
+    assert run(preset, out) == 0
+    assert not sweep.is_trained(out / "beta-4-seed-0")
+    assert "| 4 |" not in (out / "sweep.md").read_text()
+    assert run(preset, out) == 0
+    assert [command[0] for command in commands] == ["--config", "--config", "--resume"]
+    assert (out / "sweep.md").read_text() == (tmp_path / "whole" / "sweep.md").read_text()
+    for name in ("beta-1-seed-0", "beta-4-seed-0"):
+        ours, wanted = (
+            load_file(folder / name / "model.safetensors") for folder in (out, tmp_path / "whole")
+        )
+        assert all(torch.equal(value, ours[key]) for key, value in wanted.items())
+
+
+def test_a_run_without_a_checkpoint_begins_anew(preset, tmp_path, quick):
+    job = sweep.plan(sweep.Arguments(str(preset), "beta=4", 1, device="cpu", points=40), tmp_path, [])[1][0]
+    job.out.mkdir()
+    (job.out / "config.yaml").write_text(job.config.to_yaml())
+    assert sweep.train_and_evaluate(job, sweep.Arguments(points=40, device="cpu")) == 0
+    assert sweep.is_trained(job.out)
+
+
+def test_a_failed_run_does_not_lose_the_others(preset, tmp_path, inline, quick, capsys):
+    grid = ["--grid", "lr=1e30,1e-3", "--seeds", "1"]
+    assert main([str(preset), *grid, *FEW, "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "1 of 2 runs failed" in said
+    assert "lr-1e30-seed-0 (status 1)" in said
+    assert sweep.is_trained(tmp_path / "lr-1e-3-seed-0")
+    assert "| 1e-3 | 1 |" in (tmp_path / "sweep.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_process_does_not_end_the_sweep(preset, tmp_path, capsys):
+    def kill_the_first():
+        while not multiprocessing.active_children():
+            time.sleep(0.01)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_first)
+    killer.start()
+    assert run(preset, tmp_path) == 1
+    killer.join()
+    assert "beta-1-seed-0 (SIGKILL)" in capsys.readouterr().err
+    assert "| 4 | 1 |" in (tmp_path / "sweep.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_leaves_a_checkpoint(preset, tmp_path, number):
+    command = [sys.executable, "-m", "bvae.sweep", str(preset), "--grid", "beta=4", "--max-steps", "100000"]
+    started = subprocess.Popen(
+        [*command, *FEW, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in started.stdout:
+        if line.startswith("step "):
+            break
+    started.send_signal(number)
+    rest = started.stdout.read()
+    assert started.wait() == 130
+    assert "stopped at step" in rest
+    assert list((tmp_path / "beta-4-seed-0" / "checkpoints").glob("step-*.pt"))
+    assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name a preset and a grid"),
+        (["burgess_sprites"], "name a preset and a grid"),
+        (["nothing", "--grid", "beta=1,4"], "no configuration at nothing; presets: burgess_sprites"),
+        (
+            ["burgess_sprites", "--grid", "beta=1,4"],
+            "beta has no effect on burgess_sprites's loss B: add --loss-type H",
+        ),
+        (["higgins_sprites", "--grid", "beta"], "--grid must be an option and different values"),
+        (["higgins_sprites", "--grid", "beta=1,1"], "--grid must be an option and different values"),
+        (["higgins_sprites", "--grid", "gamma=-1,1"], "objective.gamma must be 0 or more, got -1"),
+        (["higgins_sprites", "--grid", "beta=1,4", "--seeds", "0"], "--seeds must be positive, got 0"),
+        (["higgins_sprites", "--grid", "beta=1,4", "--metric-seeds", "0"], "--metric-seeds must be positive"),
+        (["higgins_sprites", "--grid", "beta=4,4.0"], "the values make no difference"),
+        (
+            ["higgins_sprites", "--grid", "beta=1", "--data", "folder"],
+            "a folder's images have no known factors",
+        ),
+        (["--baselines", "--max-steps", "3"], "--baselines trains nothing: --max-steps 3 has no effect"),
+    ],
+)
+def test_options_that_cannot_be_used(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(options) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_training_does_not_know(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["higgins_sprites", "--grid", "beta=1,4", "--sedes", "3"])
+    assert stopped.value.code == 2
+    assert "sedes" in capsys.readouterr().err
+
+
+# --- What it shows ----------------------------------------------------------------------------------------
+def result(mig: float, nats: float, beta_vae: float = 0.5) -> dict:
+    scores = {name: {"mean": value} for name, value in (("mig", mig), ("beta_vae", beta_vae))}
+    return {"scores": scores, "model": {"reconstruction_nats": nats, "kl": 10.0, "active_units": 5}}
+
+
+FOUND = {"1": [result(0.1, 20, 0.6), result(0.3, 24, 0.8)], "4": [result(0.5, 40)]}
+
+
+def test_table():
+    assert sweep_report.table("beta", FOUND).splitlines() == [
+        "| beta | runs | BetaVAE | MIG | reconstruction, nats | KL, nats | active units |",
+        "|---|---|---|---|---|---|---|",
+        "| 1 | 2 | 0.700 ± 0.141 | 0.200 ± 0.141 | 22.0 ± 2.8 | 10.0 ± 0.0 | 5.0 ± 0.0 |",
+        "| 4 | 1 | 0.500 | 0.500 | 40.0 | 10.0 | 5.0 |",
+    ]
+
+
+def test_paper_table():
+    scores = {name: {baselines.ALL: [0.25, 0.35], baselines.INTERPOLATED: [0.5]} for name in baselines.PAPER}
+    text = sweep_report.paper_table(scores, {"1.0": FOUND["1"], "2": FOUND["4"]})
+    assert "| raw pixels | 30.0 ± 7.1 | 50.0 | 45.75 |" in text
+    assert "| VAE | 70.0 ± 14.1 |  | 61.58 |" in text
+    assert "| beta-VAE, beta 4 |  |  | 99.23 |" in text
+    assert "secondary source" in text
+
+
+def test_plot():
+    figure = sweep_report.draw("beta", FOUND)
+    left, right = figure.axes
+    lines = {line.get_label(): line for axes in (left, right) for line in axes.lines}
+    assert lines["MIG"].get_xydata().tolist() == [[0, 0.2], [1, 0.5]]
+    assert lines["reconstruction, nats"].get_ydata().tolist() == [22, 40]
+    assert [text.get_text() for text in left.get_xticklabels()] == ["1", "4"]
+    assert len(right.collections[1].get_offsets()) == 3  # a dot a run
+    assert right.collections[0].get_paths()[0].vertices[:, 1].min() == 20  # from the lowest run
