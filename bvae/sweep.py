@@ -159,7 +159,7 @@ def train_and_evaluate(job: Job, arguments: Arguments) -> int:
             shutil.rmtree(job.out)
         status = train.main(command)
         if status or not is_trained(job.out):
-            return status
+            return status or 130  # stopped, with a checkpoint
     measured = evaluate.Arguments(
         job.out, seeds=arguments.metric_seeds, points=arguments.points, device=arguments.device
     )
@@ -176,7 +176,7 @@ def in_its_own_process(job: Job, arguments: Arguments) -> int:
     """What kills a run leaves the sweep alive. The exit status; negative: the signal that ended it.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after the run has written its checkpoint.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGUSR1, after the run has written its checkpoint.
     """
     process = multiprocessing.get_context("spawn").Process(target=_alone, args=(job, arguments))
     process.start()
@@ -250,11 +250,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments, others = tyro.cli(
         Arguments, args=argv, description=__doc__, prog="python -m bvae.sweep", return_unknown_args=True
     )
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stops = (signal.SIGTERM, signal.SIGUSR1)  # as Ctrl-C does
+    before = [signal.signal(number, signal.default_int_handler) for number in stops]
     try:
         return exit_status(lambda: sweep(arguments, others))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(stops, before, strict=True):
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

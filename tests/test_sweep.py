@@ -110,7 +110,7 @@ def test_what_is_measured(preset, tmp_path, inline):
     assert f"| raw pixels | {pixels} |" in text
 
 
-def test_it_goes_on_where_it_was_stopped(preset, tmp_path, inline, quick, monkeypatch):
+def test_it_goes_on_where_it_was_stopped(preset, tmp_path, inline, quick, monkeypatch, capsys):
     """The run that was under way resumes; those that it had not come to begin."""
     assert run(preset, tmp_path / "whole") == 0
     original, commands = training_step.TrainingStep.__call__, []
@@ -127,7 +127,8 @@ def test_it_goes_on_where_it_was_stopped(preset, tmp_path, inline, quick, monkey
     monkeypatch.setattr(train, "main", noted)
     monkeypatch.setattr(training_step.TrainingStep, "__call__", stopped)
     out = tmp_path / "parts"
-    assert run(preset, out) == 0
+    assert run(preset, out) == 1
+    assert "beta-4-seed-0 (status 130)" in capsys.readouterr().err
     assert not sweep.is_trained(out / "beta-4-seed-0")
     assert "| 4 |" not in (out / "sweep.md").read_text()
     assert run(preset, out) == 0
