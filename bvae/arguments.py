@@ -37,6 +37,9 @@ class Arguments:
     """auto: the GPU if there is one."""
     profile: bool = False
     """Record 20 of the first steps: a Chrome trace in the run folder, and a table of each part's share."""
+    debug_nan: bool = False
+    """With --resume, after a loss or a gradient was not finite: go on from the last good checkpoint in eager,
+    name the first module that gives such a number, and write nothing."""
     settings: Config = field(default_factory=Config)
 
 
@@ -79,6 +82,12 @@ def parse(argv: list[str], description: str) -> Arguments:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     arguments.settings.check()
+    if arguments.debug_nan:
+        if not arguments.resume:
+            raise ValueError("--debug-nan needs --resume and the folder of the run to look at")
+        eager = dataclasses.replace(arguments.settings.training, compile=False, capture=False)
+        settings = dataclasses.replace(arguments.settings, training=eager)
+        arguments = dataclasses.replace(arguments, settings=settings)
     if arguments.resume:
         _check_resumable(base, arguments)
     for note in notes:

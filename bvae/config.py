@@ -130,6 +130,8 @@ class TrainingConfig:
     """On a GPU: the whole step as one CUDA graph."""
     fused: bool = True
     """On a GPU: the Triton kernels for sample, KL and loss. PyTorch's operations otherwise."""
+    deterministic: bool = False
+    """On a GPU: only operations that give the same bits each time, which are slower. A CPU's do anyway."""
     clip_grad: float | None = None
     """Largest norm of the gradient. None: as it is."""
     accumulate: int = 1

@@ -261,7 +261,11 @@ def prepare(arguments: Arguments) -> Run:
         config = replace(config, data=replace(config.data, root=config.data.root.resolve()))
 
     torch.manual_seed(training.seed)  # all processes begin with the same weights
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    torch.backends.cudnn.benchmark = not training.deterministic  # every step has the same shapes
+    torch.use_deterministic_algorithms(training.deterministic)
+    if training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS demands
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     launch.ENABLED = training.fused
     model = build(config).to(device)
     model.to(memory_format=torch.channels_last)  # what tensor cores want; faster on a CPU too
@@ -288,7 +292,7 @@ def prepare(arguments: Arguments) -> Run:
         captured = step.capture(train if isinstance(train, Resident) else train.head(train.batch_size))
         how = "captured" if captured else "not captured: the graph does not fit the GPU's memory"
     processes.wait()  # nobody writes before all are ready
-    if processes.is_first:
+    if processes.is_first and not arguments.debug_nan:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(out / "config.yaml", given.to_yaml())
         if bad:

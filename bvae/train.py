@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from bvae import checkpoint
+from bvae import checkpoint, debug
 from bvae.arguments import parse
 from bvae.processes import lost_the_others, speak_first, who
 from bvae.profile import Profile, name_kernels
@@ -208,6 +208,9 @@ def _main(argv: list[str], stop: StopRequest) -> int:
             name_kernels()
         run = prepare(arguments)
         out = run.out
+        if arguments.debug_nan:
+            print(debug.find(run) or f"every number up to step {run.done} is finite")
+            return 0
         profiled = arguments.profile and run.processes.is_first
         outcome = train(run, stop, Profile(out, run.step.device) if profiled else None)
         if not outcome:

@@ -375,6 +375,74 @@ def test_nan_stops_the_run_and_names_the_step(data, tmp_path, monkeypatch, capsy
     assert all(value.isfinite().all() for value in kept["model"].values())
 
 
+@pytest.mark.parametrize(
+    ("cause", "named"),
+    [
+        ("forward", "the output of encoder.0.0 (Conv2d) is "),
+        ("sample", "what enters "),
+        ("backward", "the backward pass of decoder"),
+        ("lr", "at step 9"),
+    ],
+)
+def test_debug_nan_names_the_module_and_writes_nothing(data, tmp_path, monkeypatch, capsys, cause, named):
+    out = tmp_path / "run"
+    assert run(data, out, "--max-steps", 7) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    options = ["--lr", "1e38"] if cause == "lr" else []
+    original = step.TrainingStep._backward
+
+    def poisoned(self, images):
+        first = next(module for module in self.model.modules() if isinstance(module, torch.nn.Conv2d))
+        if int(self.step) == 9 and cause == "forward":
+            first.weight.data.mul_(1e38).mul_(1e3)
+        if int(self.step) == 9 and cause == "sample":
+            monkeypatch.setattr(
+                step, "reparam_kl", lambda *a, **k: (a[0] * float("nan"), a[0].sum(1), a[0][0])
+            )
+        if int(self.step) == 9 and cause == "backward":
+            list(self.model.decoder.modules())[-1].register_full_backward_hook(
+                lambda module, inputs, outputs: tuple(g * float("nan") for g in inputs)
+            )
+        return original(self, images)
+
+    monkeypatch.setattr(step.TrainingStep, "_backward", poisoned)
+    assert main(["--resume", str(out), "--max-steps", "20", "--debug-nan", *options]) == 0
+    assert named in capsys.readouterr().out.splitlines()[-1]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_debug_nan_of_a_sound_run(data, tmp_path, capsys):
+    run(data, tmp_path / "run", "--max-steps", 2)
+    assert main(["--resume", str(tmp_path / "run"), "--max-steps", "9", "--debug-nan"]) == 0
+    assert "every number up to step 9 is finite" in capsys.readouterr().out
+    assert main(["--data-root", str(data), "--debug-nan"]) == 2
+
+
+def test_deterministic(data, tmp_path):
+    """On a CPU it changes nothing, and every operation has such a form."""
+    run(data, tmp_path / "a", "--max-steps", 5)
+    run(data, tmp_path / "b", "--max-steps", 5, "--deterministic")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    run(data, tmp_path / "c", "--max-steps", 1)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["--amp", "--compile"]])
+def test_deterministic_on_a_gpu(data, tmp_path, options):
+    for name in "ab":
+        run(data, tmp_path / name, "--max-steps", 30, "--deterministic", "--device", "cuda", *options)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_number_of_workers_changes_nothing(data, tmp_path, monkeypatch):
+    for workers in (1, 3):
+        monkeypatch.setattr("bvae.pipelines.torch_decode.cores", lambda workers=workers: workers)
+        options = ("--max-steps", 10, "--stream", "--decoder", "torchvision")
+        assert run(data, tmp_path / str(workers), *options) == 0
+    assert_same_run(tmp_path / "1", tmp_path / "3")
+
+
 def test_batch_that_is_named_is_the_one_that_was_read(data, tmp_path):
     prepared = prepare(parse(["--data-root", str(data), "--out", str(tmp_path / "run"), *TINY], ""))
     files = celeba.splits(data)["train"]

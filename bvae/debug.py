@@ -1,0 +1,99 @@
+"""Which module makes the first number that is not finite: training goes on in eager, all modules watched."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bvae.run import Run
+from bvae.step import NotFinite
+
+
+def find(run: Run) -> str | None:
+    """Train on, writing nothing, until a number is not finite: its step, and what made it. None: none was.
+
+    With float16's gradient scaler only the forward pass is watched: it expects gradients to overflow.
+    """
+    watch = _Watch(run, backward=not run.step.scaler.is_enabled())
+    bar = tqdm(total=run.steps, initial=run.done, desc="looking at every module", unit=" steps", disable=None)
+    with bar, warnings.catch_warnings(), torch.autograd.set_detect_anomaly(watch.backward):
+        warnings.simplefilter("ignore")  # anomaly detection warns of itself, and with a stack of calls
+        while run.done < run.steps:
+            for images in run.batches():
+                try:
+                    watch.start()
+                    run.advance(images)
+                    watch.finish()
+                except NotFinite as found:
+                    return str(found)
+                except RuntimeError as error:
+                    if "returned nan values" not in str(error):
+                        raise
+                    return f"{watch.backward_of} gives nan at step {run.done} ({error})"
+                bar.update()
+                if run.done == run.steps:
+                    break
+    return None
+
+
+class _Watch:
+    """Looks at what enters and leaves each module, at the gradients on their way back, and at the weights."""
+
+    def __init__(self, run: Run, backward: bool) -> None:
+        self.run, self.backward = run, backward
+        self._last = ""  # the module whose output's gradient was seen last
+        named = [*((name, m) for name, m in run.model.named_modules() if name), ("the loss", run.loss)]
+        for name, module in named:
+            text = name if module is run.loss else f"{name} ({type(module).__name__})"
+            module.register_forward_pre_hook(self._before(text))
+            module.register_forward_hook(self._after(text, module is not run.loss))
+
+    @property
+    def backward_of(self) -> str:
+        return f"the backward pass of {self._last or 'the loss'}"
+
+    def start(self) -> None:
+        self._last = ""
+
+    def finish(self) -> None:
+        """After a step. Raises NotFinite for a gradient or a weight."""
+        for name, parameter in self.run.model.named_parameters():
+            if self.backward and parameter.grad is not None:
+                self._check(parameter.grad, f"the gradient of {name}")
+            self._check(parameter, f"{name} after its update")
+
+    def _before(self, name: str) -> Any:
+        def hook(_: nn.Module, given: Any) -> None:
+            for tensor in _tensors(given):
+                self._check(tensor, f"what enters {name}")
+
+        return hook
+
+    def _after(self, name: str, backward: bool) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                self._check(tensor, f"the output of {name}")
+                if backward and self.backward and tensor.requires_grad:
+                    tensor.register_hook(on_the_way_back)
+
+        def on_the_way_back(gradient: Tensor) -> None:
+            self._check(gradient, self.backward_of)
+            self._last = name
+
+        return hook
+
+    def _check(self, tensor: Tensor, what: str) -> None:
+        if not tensor.isfinite().all():
+            raise NotFinite(f"{what} is {'nan' if tensor.isnan().any() else 'inf'}", self.run.done)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
