@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_dsprites import archive
 
 from bvae import sweep
 from bvae.model import BetaVAE
-from bvae.pipelines import faces
+from bvae.pipelines import faces, sprites
 from bvae.pytorch_vae import export_state
 from bvae.train import main
 
@@ -23,6 +24,7 @@ COMMANDS = [
 PYTHON = ".venv/bin/python -m "
 TRAIN = PYTHON + "bvae.train "
 SHORT = "--max-steps 2 --no-compile --image-size 32 --hidden-dims 4 8 --latent-dim 3 --batch-size 8"
+SHORT_SHAPES = "--max-steps 2 --no-compile --batch-size 8"
 
 
 def snippet(name: str) -> str:
@@ -70,7 +72,11 @@ def test_training_command(command, data, run_folder, tmp_path, monkeypatch):
     elif "--resume" in arguments:
         assert main(shlex.split(arguments)) == 0
     else:
-        assert main([*shlex.split(arguments, comments=True), *SHORT.split(), "--out", "run"]) == 0
+        arguments = arguments.replace("FILE", str(tmp_path / "dsprites.npz"))
+        archive(tmp_path / "dsprites.npz")
+        monkeypatch.setattr(sprites, "COUNT", 50)
+        short = SHORT_SHAPES if "sprites" in arguments else SHORT
+        assert main([*shlex.split(arguments, comments=True), *short.split(), "--out", "run"]) == 0
         assert (tmp_path / "run" / "traversals.gif").is_file()
 
 
