@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -68,8 +68,9 @@ class Processes:
         self.any(False)
 
     def leave(self) -> None:
-        """Part in peace; without it the others would see a connection break."""
-        if self.world > 1 and dist.is_initialized():
+        """Part when all are done: the others would see a connection break."""
+        if self.world > 1:
+            self.wait()
             dist.destroy_process_group()
 
 
@@ -127,3 +128,12 @@ def who() -> str:
 def lost_the_others(error: RuntimeError) -> bool:
     """Whether an error of an operation among the processes says that another is gone."""
     return isinstance(error, dist.DistError) or "Connection" in str(error) or "gloo" in str(error)
+
+
+def end(status: int) -> NoReturn:
+    """End this process; one of several without Python's finalization, in which gloo's threads, if they are
+    slow to end, abort the process (pytorch #190489)."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(status)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)

@@ -21,7 +21,7 @@ from types import FrameType
 
 from bvae import checkpoint, debug
 from bvae.arguments import parse
-from bvae.processes import lost_the_others, speak_first, who
+from bvae.processes import end, lost_the_others, speak_first, who
 from bvae.profile import Profile, name_kernels
 from bvae.reference import scale_pixels
 from bvae.report import Report, Silence, save_pictures
@@ -274,4 +274,4 @@ def _go_on(out: Path | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

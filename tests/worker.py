@@ -13,7 +13,7 @@ from bvae.losses import CapacityLoss
 from bvae.model import BetaVAE
 from bvae.optimizer import build_optimizer
 from bvae.pipelines.resident import Resident
-from bvae.processes import join
+from bvae.processes import end, join
 from bvae.step import TrainingStep
 
 if __name__ == "__main__":
@@ -44,3 +44,4 @@ if __name__ == "__main__":
     if processes.is_first:
         torch.save(model.state_dict(), out)
     processes.leave()
+    end(0)
