@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,8 @@ class Report:
             _drop_lines_after(out / METRICS, done, validate_again=done >= steps)
         self._steps = steps
         self._metrics = open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        # TensorBoard's thread hands its error on to who writes next: it need not print it as well.
+        self._before, threading.excepthook = threading.excepthook, self._unhandled
         self._tensorboard = SummaryWriter(str(out), purge_step=done + 1)
         self._bar = tqdm(
             total=steps,
@@ -72,9 +75,17 @@ class Report:
         sys.stdout.flush()
 
     def close(self) -> None:
+        """Raises OSError if what is left cannot be written."""
         self._bar.close()
-        self._metrics.close()
-        self._tensorboard.close()
+        try:
+            self._metrics.close()
+            self._tensorboard.close()
+        finally:
+            threading.excepthook = self._before
+
+    def _unhandled(self, found: threading.ExceptHookArgs) -> None:
+        if not isinstance(found.exc_value, OSError):
+            self._before(found)
 
     def _write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}

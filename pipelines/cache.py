@@ -241,13 +241,8 @@ def _write(entry: Path, request: Request, parts: Iterator[tuple[Tensor, list[Bad
     unfinished = entry.with_name(f"{entry.name}{UNFINISHED}")
     if unfinished.exists():
         shutil.rmtree(unfinished)  # the lock is ours: whoever wrote it is gone
-    if needed * MARGIN > (free := shutil.disk_usage(entry.parent).free):
-        raise OSError(
-            errno.ENOSPC,
-            f"the decoded images take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make room, "
-            "choose another disk with --cache-dir, or train from the files with --stream",
-            str(entry.parent),
-        )
+    if needed * MARGIN > shutil.disk_usage(entry.parent).free:
+        raise _full(errno.ENOSPC, needed, entry.parent)
     bad: list[Bad] = []
     count = 0
     try:
@@ -276,10 +271,23 @@ def _write(entry: Path, request: Request, parts: Iterator[tuple[Tensor, list[Bad
             json.dump({**manifest, "checksum": _digest(manifest)}, file, indent=1)
             _sync(file)
         os.replace(unfinished, entry)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(error.errno, needed, entry.parent) from None
         raise
     return Cached(images, bad, entry)
+
+
+def _full(number: int, needed: int, folder: Path) -> OSError:
+    """The error of a disk that is full."""
+    free = shutil.disk_usage(folder).free
+    return OSError(
+        number,
+        f"{os.strerror(number)}: the decoded images take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are "
+        "free: make room, choose another disk with --cache-dir, or train from the files with --stream",
+        str(folder),
+    )
 
 
 def _sync(file: IO[Any]) -> None:
