@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -28,6 +28,7 @@ from bvae.command import exit_status
 from bvae.config import SHAPES, Config
 
 BASELINES = "baselines.json"
+SETTINGS = "sweep.yaml"  # what all runs have in common
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def plan(arguments: Arguments, out: Path, others: Sequence[str]) -> tuple[str, l
     """The grid's key, and the runs.
 
     Raises:
-        ValueError: a grid without effect, options that bvae.train does not take, or other runs in the folder.
+        ValueError: a grid without effect, or values that bvae.train does not take.
         SystemExit: options that cannot be read.
     """
     key, equals, text = (arguments.grid or "").partition("=")
@@ -92,9 +93,7 @@ def plan(arguments: Arguments, out: Path, others: Sequence[str]) -> tuple[str, l
                 *("--config", str(arguments.preset), "--device", arguments.device, *others),
                 *(f"--{key.replace('_', '-')}", value, "--seed", str(seed), "--out", str(run)),
             ]
-            with contextlib.redirect_stdout(io.StringIO()):  # its notes come again with the run
-                settings = parse(command, train.__doc__ or "").settings
-            jobs.append(Job(value, run, command, settings))
+            jobs.append(Job(value, run, command, _settings(command)))
     first = jobs[0].config
     if key == "beta" and first.objective.loss_type != "H":
         raise ValueError(
@@ -104,34 +103,28 @@ def plan(arguments: Arguments, out: Path, others: Sequence[str]) -> tuple[str, l
         raise ValueError(f"--grid {arguments.grid}: the values make no difference")
     if first.data.name == "folder":
         raise ValueError("a sweep measures disentanglement, and a folder's images have no known factors")
-    for job in jobs:
-        _check_same(job)
     return key, jobs
 
 
-def _check_same(job: Job) -> None:
-    """Raise ValueError if the run's folder holds a run of another configuration."""
-    file = job.out / "config.yaml"
+def _settings(command: list[str]) -> Config:
+    """What bvae.train would run."""
+    with contextlib.redirect_stdout(io.StringIO()):  # its notes come again with the run
+        return parse(command, train.__doc__ or "").settings
+
+
+def check_same(file: Path, wanted: Config) -> None:
+    """Raise ValueError if the sweep in the folder is of another configuration."""
     if not file.is_file():
         return
-    found, wanted = (_flat(each) for each in (config.read(file)[0], job.config))
-    for name, value in wanted.items():
-        if found[name] != value:
-            raise ValueError(
-                f"{job.out} was begun with {name} {found[name]} instead of {value}: name another folder with "
-                "--out, or remove this one"
-            )
-
-
-def _flat(settings: Config) -> dict[str, Any]:
-    """All values by their names; folders as the run's own file gives them after it was resumed."""
-    data = settings.data
-    settings = replace(settings, data=replace(data, root=data.root.resolve() if data.root else None))
-    return {
-        f"{section}.{name}": value
-        for section in vars(settings)
-        for name, value in vars(getattr(settings, section)).items()
-    }
+    found = config.read(file)[0]
+    for section in vars(wanted):
+        old, new = (vars(getattr(each, section)) for each in (found, wanted))
+        for name, value in new.items():
+            if old[name] != value:
+                raise ValueError(
+                    f"{file.parent} holds a sweep with {section}.{name} {old[name]} instead of {value}: name "
+                    "another folder with --out"
+                )
 
 
 # --- One run ----------------------------------------------------------------------------------------------
@@ -206,7 +199,10 @@ def sweep(arguments: Arguments, others: Sequence[str]) -> int:
 
     out = arguments.out or Path("runs") / f"sweep-{Path(str(arguments.preset)).stem}"
     key, jobs = plan(arguments, out, others)
+    common = _settings(["--config", str(arguments.preset), *others])
+    check_same(out / SETTINGS, common)
     out.mkdir(parents=True, exist_ok=True)
+    (out / SETTINGS).write_text(common.to_yaml())
     failed = []
     for number, job in enumerate(jobs, 1):
         if is_trained(job.out) and read_evaluation(job.out, arguments):

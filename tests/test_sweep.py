@@ -93,7 +93,8 @@ def test_a_sweep_and_the_same_again(preset, tmp_path, inline, quick, monkeypatch
     assert run(preset, out, "--seeds", "2", "--max-steps", "2") == 0
     assert (out / "sweep.md").read_text() == text
     assert run(preset, out) == 2
-    assert "was begun with training.max_steps 2 instead of 6: name another folder" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{out} holds a sweep with training.max_steps 2 instead of 6: name another folder" in said
 
 
 def test_what_is_measured(preset, tmp_path, inline):
@@ -131,6 +132,7 @@ def test_it_goes_on_where_it_was_stopped(preset, tmp_path, inline, quick, monkey
     assert "beta-4-seed-0 (status 130)" in capsys.readouterr().err
     assert not sweep.is_trained(out / "beta-4-seed-0")
     assert "| 4 |" not in (out / "sweep.md").read_text()
+    assert run(preset, out) == 0
     assert run(preset, out) == 0
     assert [command[0] for command in commands] == ["--config", "--config", "--resume"]
     assert (out / "sweep.md").read_text() == (tmp_path / "whole" / "sweep.md").read_text()
