@@ -11,7 +11,7 @@ import torch
 
 import bvae
 from bench.race import Race, Result, stopwatch
-from bench.record import ROOT, Record
+from bench.record import ROOT, Record, save
 from bench.report import markdown
 from bvae.kernels import launch
 
@@ -74,7 +74,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     made = config.stash.get(RECORD, None)
     if made is None or not made.results:
         return
-    terminalreporter.write_line("\n" + markdown(made.as_json()))
+    finished = made.finish()
+    terminalreporter.write_line("\n" + markdown(finished))
     path = config.getoption("--record")
     if path is None:
         return
@@ -83,4 +84,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     elif terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line("no record is written: a benchmark failed")
     else:
-        terminalreporter.write_line(f"record: {made.save(path)}")
+        terminalreporter.write_line(f"record: {save(finished, path)}")

@@ -97,6 +97,7 @@ class Record:
     """A run's results, and what was true while it ran; cold: nothing had been compiled before."""
 
     def __init__(self, device: torch.device, *, cold: bool) -> None:
+        self.device = device
         self.results: list[Result] = []
         self.head = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -108,19 +109,21 @@ class Record:
             "load_before": os.getloadavg()[0],
         }
 
-    def as_json(self) -> dict[str, Any]:
-        """The whole record; the load is the one minute's average of running processes."""
-        load = {"load_after": os.getloadavg()[0]}
-        return {**self.head, **load, "results": [result.as_json() for result in self.results]}
+    def finish(self) -> dict[str, Any]:
+        """The whole record. The rates are the better of before and after; load is a minute's average."""
+        self.head["load_after"] = os.getloadavg()[0]
+        after = rates(self.device)
+        self.head["rates"] = {name: max(rate, after[name]) for name, rate in self.head["rates"].items()}
+        return {**self.head, "results": [result.as_json() for result in self.results]}
 
-    def save(self, path: Path) -> Path:
-        """Write to a .json file, or under a folder as <device>/<date>-<commit>.json."""
-        record = self.as_json()
-        if path.suffix != ".json":
-            path = path / slug(record) / f"{record['date'][:10]}-{record['commit'] or 'no-commit'}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dumps(record))
-        return path
+
+def save(record: dict[str, Any], path: Path) -> Path:
+    """Write a record to a .json file, or under a folder as <device>/<date>-<commit>.json."""
+    if path.suffix != ".json":
+        path = path / slug(record) / f"{record['date'][:10]}-{record['commit'] or 'no-commit'}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dumps(record))
+    return path
 
 
 def slug(record: dict[str, Any]) -> str:

@@ -176,10 +176,14 @@ def _ratios(record: Record, plt: Any) -> Any:
     for y, result in enumerate(reversed(results)):
         first = next(iter(result["timings"]))
         median, low, high = result["timings"][first]["ratio"]
-        axes.barh(y, median, xerr=[[median - low], [high - median]], color="tab:blue", capsize=3)
-        axes.text(0, y, f" {result['hero']} / {first}", va="center", color="white", fontsize=8)
+        whiskers = [[median - low], [high - median]]
+        axes.barh(y, median - 1, left=1, xerr=whiskers, color="tab:blue", capsize=3)
+        axes.text(max(high, 1) * 1.1, y, f"{result['hero']} / {first}", va="center", fontsize=8)
     axes.set_yticks(range(len(results)), [r["facts"]["headline"] for r in reversed(results)])
     axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(axes.get_xlim()[0], axes.get_xlim()[1] * 6)  # room for the last label
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("times as fast; whiskers: quartiles")
     return figure
 
@@ -221,6 +225,10 @@ def _scaling(record: Record, plt: Any) -> Any:
             y = [r["facts"]["images"] / r["timings"][contender]["seconds"][0] for r in line]
             axes.loglog([r["facts"]["value"] for r in line], y, "o-", label=contender)
         axes.set_xlabel(name)
+        axes.set_xticks([r["facts"]["value"] for r in line], [str(r["facts"]["value"]) for r in line])
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(True, which="both", alpha=0.3)
     panels[0][0].set_ylabel("images/s")
     panels[0][0].legend()

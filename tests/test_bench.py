@@ -199,10 +199,12 @@ def made(kind="cpu", date="2026-01-02T03:04:05+00:00", device="Some CPU, 2 CPU t
 
 
 def test_a_record_names_its_machine_and_its_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "rates", lambda device: {"copy_bytes_per_s": 12345678.9})
+    measured = iter((12345678.9, 11111111.1))  # before and after: what was slower was disturbed
+    monkeypatch.setattr(records, "rates", lambda device: {"copy_bytes_per_s": next(measured)})
     record = records.Record(CPU, cold=True)
     record.results.append(run({"eager": lambda: None, "ours": lambda: None}, bytes=8, nothing=None))
-    path = record.save(tmp_path)
+    finished = record.finish()
+    path = records.save(finished, tmp_path)
     saved = records.load(path)
     assert path.parent.name == records.slug(saved)
     assert path.name == f"{saved['date'][:10]}-{saved['commit']}.json"
@@ -211,7 +213,7 @@ def test_a_record_names_its_machine_and_its_commit(tmp_path, monkeypatch):
     assert saved["rates"] == {"copy_bytes_per_s": 12350000.0}  # four digits
     assert saved["results"][0]["facts"] == {"bytes": 8}
     assert list(saved["results"][0]["timings"]) == ["eager", "ours"]
-    assert record.save(tmp_path / "mine.json") == tmp_path / "mine.json"
+    assert records.save(finished, tmp_path / "mine.json") == tmp_path / "mine.json"
 
 
 def test_the_newest_record_of_a_kind(tmp_path):
@@ -319,3 +321,16 @@ def test_a_commit_is_compared_with_the_tree(capfd):
     assert "of 2 timings moved beyond the spread" in shown
     after = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, cwd=records.ROOT)
     assert after.stdout == trees.stdout
+
+
+def test_the_readme_tells_the_newest_records():
+    """`python -m bench.report` was run after the last record was made."""
+    newest = {kind: records.newest(kind) for kind in ("cpu", "cuda")}
+    assert newest["cpu"]
+    loaded = {kind: path and records.load(path) for kind, path in newest.items()}
+    text = report.README.read_text()
+    assert report.rewrite(text, report.readme_table(loaded["cpu"], loaded["cuda"])) == text
+    for kind, path in newest.items():
+        assert path is None or (path.parent / "README.md").read_text().startswith(
+            report.markdown(loaded[kind])
+        )
