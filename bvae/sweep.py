@@ -28,6 +28,7 @@ from bvae.command import exit_status
 from bvae.config import SHAPES, Config
 
 BASELINES = "baselines.json"
+BINS = 20  # of the metrics: fewer points than that cannot be measured
 SETTINGS = "sweep.yaml"  # what all runs have in common
 
 
@@ -58,9 +59,10 @@ class Arguments:
             raise ValueError(
                 "name a preset and a grid (locatello_sprites_beta4 --grid beta=1,4), or --baselines"
             )
-        for name in ("seeds", "metric_seeds", "points"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        for name, least in (("seeds", 1), ("metric_seeds", 1), ("points", BINS)):
+            if getattr(self, name) < least:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} must be at least {least}, got {getattr(self, name)}")
 
 
 class Job(NamedTuple):

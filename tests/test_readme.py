@@ -5,12 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from test_dsprites import archive
 
-from bvae import sweep
+from bvae import evaluate, sweep
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
 from bvae.pytorch_vae import export_state
@@ -101,14 +102,18 @@ def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
     line = line.replace("runs/NAME", str(run_folder)).replace("runs/OTHER", str(run_folder))
     module, *arguments = shlex.split(line, comments=True)
     few = ["--points", "50", "--factor-bins", "2"]
-    tiny = f"--data faces --data-root {data} --channels 3 --arch pytorch-vae {SHORT} --points 100 --seeds 1"
+    tiny = f"--data faces --data-root {data} --channels 3 --arch pytorch-vae {SHORT} --points 50 --seeds 1"
     short = {
         "faces": ["--n", "9"],
         "bvae.evaluate": [*few, "--seeds", "1"],
         "bvae.compare": few,
-        "bvae.sweep": ["--points", "100"] if "--baselines" in line else tiny.split(),
+        "bvae.sweep": ["--points", "50"] if "--baselines" in line else tiny.split(),
     }
-    monkeypatch.setattr(sweep, "in_its_own_process", sweep.train_and_evaluate)  # it takes seconds to start
+    if module == "bvae.sweep":
+        monkeypatch.setattr(
+            sweep, "in_its_own_process", sweep.train_and_evaluate
+        )  # it takes seconds to start
+        monkeypatch.setattr(evaluate, "Arguments", partial(evaluate.Arguments, factor_bins=2))
     arguments += short.get(module, []) + short.get(arguments[0], [])
     assert importlib.import_module(module).main(arguments) == 0
 

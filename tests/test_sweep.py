@@ -207,8 +207,12 @@ def test_stopped_it_leaves_a_checkpoint(preset, tmp_path, number):
         (["higgins_sprites", "--grid", "beta"], "--grid must be an option and different values"),
         (["higgins_sprites", "--grid", "beta=1,1"], "--grid must be an option and different values"),
         (["higgins_sprites", "--grid", "gamma=-1,1"], "objective.gamma must be 0 or more, got -1"),
-        (["higgins_sprites", "--grid", "beta=1,4", "--seeds", "0"], "--seeds must be positive, got 0"),
-        (["higgins_sprites", "--grid", "beta=1,4", "--metric-seeds", "0"], "--metric-seeds must be positive"),
+        (["higgins_sprites", "--grid", "beta=1,4", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (
+            ["higgins_sprites", "--grid", "beta=1,4", "--metric-seeds", "0"],
+            "--metric-seeds must be at least 1",
+        ),
+        (["--baselines", "--points", "19"], "--points must be at least 20, got 19"),
         (["higgins_sprites", "--grid", "beta=4,4.0"], "the values make no difference"),
         (
             ["higgins_sprites", "--grid", "beta=1", "--data", "folder"],
