@@ -34,7 +34,7 @@ from bvae.metrics.heat_map import heat_map
 from bvae.metrics.information import discretise, entropy, mutual_information
 from bvae.metrics.reconstruction import reconstruction
 from bvae.metrics.sampling import Table
-from bvae.model import BetaVAE
+from bvae.model import ACTIVATIONS, BetaVAE
 from bvae.pipelines import dsprites, sprites
 from bvae.pipelines.cache import default_folder
 from bvae.traverse import save, traverse
@@ -122,7 +122,11 @@ def open_truth(arguments: Arguments, model: BetaVAE, device: torch.device) -> tr
 def encode(
     model: BetaVAE, known: truth.Truth, numbers: NDArray[np.int64], device: torch.device
 ) -> NDArray[np.float32]:
-    """The posterior means [n, D] of the images of those numbers, with a progress bar."""
+    """The posterior means [n, D] of the images of those numbers, with a progress bar.
+
+    Raises:
+        ValueError: means that are not finite, or a single latent.
+    """
     n, batch = len(numbers), BATCH[device.type]
     codes = np.empty((n, model.latent_dim), np.float32)
     with tqdm(total=n, desc="encoding", unit=" images", disable=None) as bar:
@@ -130,6 +134,7 @@ def encode(
             x = known.images(numbers[start : start + batch]).to(device)
             codes[start : start + batch] = model.encode(x)[0].cpu().numpy()
             bar.update(len(x))
+    inputs.check_codes(codes)
     return codes
 
 
@@ -155,7 +160,9 @@ def describe(
     for start in tqdm(range(0, len(drawn), batch), desc="decoding", disable=None):
         x = known.images(drawn[start : start + batch]).to(device)
         mu, log_var = model.encode(x)
-        found = reconstruction(model.decode(mu), x, peak=peak, variance=spread)
+        # float64: in float32 the sigmoid of 17 is 1, and a wrong pixel as sure as that would cost 100 nats.
+        mean = ACTIVATIONS[model.activation](model.decode_raw(mu).double())
+        found = reconstruction(mean, x, peak=peak, variance=spread)
         mus.append(mu.cpu())
         log_vars.append(log_var.cpu())
         closeness.append(tuple(len(x) * value for value in found))

@@ -154,6 +154,35 @@ def test_a_users_dsprites(tmp_path, capsys):
     assert result["model"]["reconstruction_nats"] == pytest.approx(error.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("head", "codes[0, 0] is nan: codes must be finite"), ("decoder", "decoder gives values that are not")],
+)
+def test_a_model_that_is_not_finite(tmp_path, monkeypatch, capsys, activation, part, message):
+    model = small_model(1, activation, 64)
+    with torch.no_grad():
+        next(model.get_submodule(part).parameters()).fill_(math.nan)
+    model.save_pretrained(tmp_path)
+    factors = np.indices((2, 3)).reshape(2, -1).T.repeat(10, 0)
+    known = truth.Truth(("a", "b"), factors, lambda numbers: torch.rand(len(numbers), 1, 64, 64))
+    monkeypatch.setattr(evaluate, "open_truth", lambda *arguments: known)
+    assert main([str(tmp_path), "--seeds", "1", "--points", "30"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_sure_mistake_costs_its_logit():
+    """A pixel of 0 whose logit is 20 costs 20 nats, though the sigmoid of 20 is 1 in float32."""
+    model = small_model(1, "sigmoid", 64)
+    last = model.decoder[-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.fill_(20)
+    known = truth.Truth(("a",), np.zeros((2, 1), int), lambda numbers: torch.zeros(len(numbers), 1, 64, 64))
+    found = evaluate.describe(model, known, np.arange(2), 0.5, torch.device("cpu"))
+    assert found["reconstruction_nats"] == pytest.approx(20 * 64 * 64, rel=1e-6)
+
+
 def test_sprites_of_which_a_factor_does_not_vary(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sprites, "COUNT", 100)  # all of them squares of one size
     shapes_run(tmp_path, cache_dir=tmp_path / "cache")

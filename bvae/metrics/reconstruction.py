@@ -25,11 +25,14 @@ def reconstruction(
         variance: of the Gaussian likelihood. None: a Bernoulli's, for pixels in [0, 1].
 
     Raises:
-        ValueError: different shapes, no images, or values outside [0, 1] with a Bernoulli.
+        ValueError: different shapes, no images, means that are not finite, or values outside [0, 1] with a
+            Bernoulli.
     """
     if mean.shape != target.shape or not len(mean):
         raise ValueError(f"means {list(mean.shape)} and images {list(target.shape)} must be equally many")
     mean, target = mean.double().flatten(1), target.double().flatten(1)
+    if not mean.isfinite().all():
+        raise ValueError("the decoder gives values that are not finite")
     squared = (mean - target).square()
     if variance is not None:
         nats = squared.sum(1) / (2 * variance)
