@@ -236,6 +236,7 @@ def test_factor_vaes_metric_leaves_inactive_latents_out():
     assert factor_vae(encoder(dead), Grid(SIZES), **FEW) > 0.99
     assert factor_vae(encoder(0.01 * np.eye(3)), Grid(SIZES), **FEW) == 0
     assert factor_vae(encoder(0.01 * np.eye(3)), Grid(SIZES), inactive=0.001, **FEW) > 0.99
+    assert factor_vae(encoder(dead), Grid(SIZES), inactive=0, **FEW) > 0.99
 
 
 @pytest.mark.parametrize("metric", [beta_vae, factor_vae])
@@ -259,6 +260,11 @@ def test_encoders_and_sizes_that_cannot_be_used(metric):
         metric(lambda x: x, Grid(SIZES), train=0)
 
 
+def test_too_few_points_to_tell_factors_apart():
+    with pytest.raises(ValueError, match="the 1 points to train on all share factor .: draw more"):
+        beta_vae(encoder(np.eye(3)), Grid(SIZES), train=1, test=1)
+
+
 @pytest.mark.parametrize("kind", ["grid", "table"])
 def test_groups_agree_in_their_factor_alone(kind):
     rng = np.random.default_rng(0)
@@ -280,6 +286,11 @@ def test_a_table_of_a_users_own_codes(factors, codes):
     assert rows > 0.99
     with pytest.raises(ValueError, match="factors must be integers"):
         Table(factors / 2)
+    with pytest.raises(ValueError, match="at least 2 factors"):
+        Table(factors[:, :1])  # every group shares it: each metric would be 1
+    constant = np.column_stack([factors, np.zeros(len(factors), int)])
+    with pytest.raises(ValueError, match=f"factor {factors.shape[1]} has no variation"):
+        Table(constant)
     with pytest.raises(ValueError, match="2 or more values"):
         Grid((3, 1))
 
@@ -325,6 +336,9 @@ def test_reconstructions():
     gaussian = reconstruction(target * 2 - 1.5, target * 2 - 1, peak=2, variance=0.5)
     assert gaussian == pytest.approx((4 * 0.25, 0.25, 20 * math.log10(2 / 0.5)))
     assert reconstruction(target, target, peak=1).psnr == math.inf
+    for variance in (None, 0.5):
+        with pytest.raises(ValueError, match="the decoder gives values that are not finite"):
+            reconstruction(target * math.nan, target, peak=1, variance=variance)
     with pytest.raises(ValueError, match="must be in .0, 1."):
         reconstruction(target - 1, target, peak=1)
     with pytest.raises(ValueError, match="equally many"):

@@ -29,12 +29,15 @@ def beta_vae(
         batch: about how many observations `encode` gets at a time.
 
     Raises:
-        ValueError: sizes that are not positive, or codes that are not finite [n, D].
+        ValueError: sizes that are not positive, so few points that they share one factor, or codes that are
+            not finite [n, D].
     """
     if min(pairs, train, test, batch) < 1:
         raise ValueError(f"pairs, train, test and batch must be positive: {pairs}, {train}, {test}, {batch}")
     rng = np.random.default_rng(seed)
     factor = rng.integers(sample.n_factors, size=train + test)
+    if (factor[:train] == factor[0]).all():
+        raise ValueError(f"the {train} points to train on all share factor {factor[0]}: draw more of them")
     at_once = max(1, batch // (2 * pairs)) * 2 * pairs  # whole points: only their means are kept
     each = groups(encode, sample, np.repeat(factor, pairs), 2, rng, at_once)
     points = np.concatenate(

@@ -29,7 +29,7 @@ def factor_vae(
         size: observations in a group.
         train, test: groups.
         variance_points: observations that give the variances of the whole data.
-        inactive: latents whose standard deviation is below it do not take part.
+        inactive: latents whose standard deviation is below it do not take part, nor do constant ones.
         batch: about how many observations `encode` gets at a time.
 
     Raises:
@@ -45,7 +45,7 @@ def factor_vae(
     alone = np.zeros(variance_points, np.int64)  # groups of one share nothing
     whole = np.concatenate([codes[:, 0] for codes in groups(encode, sample, alone, 1, rng, batch)])
     variance = whole.var(0, ddof=1)
-    active = np.flatnonzero(np.sqrt(variance) >= inactive)
+    active = np.flatnonzero((np.sqrt(variance) >= inactive) & (variance > 0))
     if not len(active):
         return 0.0
     factor = rng.integers(sample.n_factors, size=train + test)

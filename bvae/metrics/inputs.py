@@ -24,12 +24,7 @@ def check(codes: ArrayLike, factors: ArrayLike) -> tuple[Codes, Factors]:
     Raises:
         ValueError: another shape or type, codes that are not finite, or a factor that does not vary.
     """
-    codes, factors = check_codes(codes), np.asarray(factors)
-    if factors.ndim != 2 or factors.dtype.kind not in "iu" or factors.shape[1] < 2:
-        raise ValueError(
-            "factors must be integers [N, K] of at least 2 factors, "
-            f"got {factors.dtype} {list(factors.shape)}; continuous ones need bins"
-        )
+    codes, factors = check_codes(codes), check_factors(factors)
     if len(codes) != len(factors):
         raise ValueError(f"codes hold {len(codes)} points and factors {len(factors)}: they must be the same")
     renumbered = np.stack([np.unique(column, return_inverse=True)[1] for column in factors.T], 1)
@@ -52,7 +47,22 @@ def check_codes(codes: ArrayLike) -> Codes:
     return codes
 
 
-def check_variation(factors: Factors) -> None:
+def check_factors(factors: ArrayLike) -> NDArray[np.integer]:
+    """Factors [N, K >= 2] as they are.
+
+    Raises:
+        ValueError: another shape or type.
+    """
+    factors = np.asarray(factors)
+    if factors.ndim != 2 or factors.dtype.kind not in "iu" or factors.shape[1] < 2:
+        raise ValueError(
+            "factors must be integers [N, K] of at least 2 factors, "
+            f"got {factors.dtype} {list(factors.shape)}; continuous ones need bins"
+        )
+    return factors
+
+
+def check_variation(factors: NDArray[np.integer]) -> None:
     """Raise ValueError for a factor that has one value only: nothing can be learned about it."""
     for k, column in enumerate(factors.T):
         if len(column) == 0 or column.min() == column.max():

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bvae.metrics.inputs import Codes, check_codes
+from bvae.metrics.inputs import Codes, check_codes, check_factors, check_variation
 
 Encode = Callable[[Any], ArrayLike]  # n observations to codes [n, D], the posterior means
 
@@ -37,12 +37,15 @@ class Grid:
 
 
 class Table:
-    """A data set with its factors, integers [N, K]; an observation is the number of its row."""
+    """A data set with its factors, integers [N, K >= 2]; an observation is the number of its row.
+
+    Raises:
+        ValueError: another shape or type, or a factor that does not vary: all groups agree in it.
+    """
 
     def __init__(self, factors: ArrayLike) -> None:
-        factors = np.asarray(factors)
-        if factors.ndim != 2 or factors.dtype.kind not in "iu" or not len(factors):
-            raise ValueError(f"factors must be integers [N, K], got {factors.dtype} {list(factors.shape)}")
+        factors = check_factors(factors)
+        check_variation(factors)
         self.n_factors = factors.shape[1]
         self._order = np.argsort(factors, 0)  # equal values lie together
         ordered = np.take_along_axis(factors, self._order, 0)
