@@ -50,6 +50,8 @@ def _read_images(file: IO[bytes]) -> Tensor:
     expected = f"imgs must be uint8 [N, {SIDE}, {SIDE}] of 0 and 1, got"
     if shape[1:] != (SIDE, SIDE) or dtype != np.uint8 or columns_first:
         raise ValueError(f"{expected} {dtype} {list(shape)}")
+    if not shape[0]:
+        raise ValueError("imgs is empty")
     parts = []
     with tqdm(total=shape[0], desc="dsprites", unit=" images", disable=None) as bar:
         for start in range(0, shape[0], AT_A_TIME):
@@ -62,7 +64,7 @@ def _read_images(file: IO[bytes]) -> Tensor:
                 raise ValueError(f"{expected} {images.max()} in one of them")
             parts.append(pack(images))
             bar.update(count)
-    return torch.cat(parts) if parts else torch.empty(0, SIDE**2 // 8, dtype=torch.uint8)
+    return torch.cat(parts)
 
 
 def _check(classes: np.ndarray, count: int) -> np.ndarray:
@@ -74,7 +76,7 @@ def _check(classes: np.ndarray, count: int) -> np.ndarray:
         )
     indices = classes[:, 1:].astype(np.int64)
     for name, size, column in zip(FACTORS, SIZES, indices.T, strict=True):
-        if count and not 0 <= column.min() <= column.max() < size:
+        if not 0 <= column.min() <= column.max() < size:
             raise ValueError(
                 f"latents_classes: {name} must be 0 to {size - 1}, got {column.min()} to {column.max()}"
             )

@@ -49,8 +49,8 @@ BLOCK = 16 * CHUNK  # images that a worker draws at a time
 
 # --- Names of images --------------------------------------------------------------------------------------
 def ravel(indices: Tensor) -> Tensor:
-    """Indices [N, 5] to the images' numbers [N] in the whole set, where y runs fastest."""
-    number = torch.zeros_like(indices[:, 0])
+    """Indices [N, 5] to the images' numbers, int64 [N], in the whole set, where y runs fastest."""
+    number = torch.zeros_like(indices[:, 0], dtype=torch.int64)
     for column, size in zip(indices.unbind(1), SIZES, strict=True):
         number = number * size + column
     return number

@@ -49,6 +49,7 @@ def test_images_and_indices(tmp_path, monkeypatch):
         ({"imgs": np.full((12, 64, 64), 255, np.uint8)}, "imgs must be uint8 .* of 0 and 1, got 255"),
         ({"imgs": np.zeros((12, 32, 32), np.uint8)}, r"got uint8 \[12, 32, 32\]"),
         ({"imgs": np.zeros((12, 64, 64), np.float32)}, "got float32"),
+        ({"imgs": np.zeros((0, 64, 64), np.uint8)}, "imgs is empty"),
         ({"imgs": np.array([Hostile()])}, "got object"),
         ({"latents_classes": np.array([Hostile()])}, "not dSprites' npz"),
         ({"latents_classes": np.zeros((12, 5), int)}, r"latents_classes must be integers \[12, 6\]"),

@@ -108,6 +108,7 @@ def test_numbers_count_as_the_original_does():
     numbers = torch.arange(COUNT)
     indices = unravel(numbers)
     assert torch.equal(ravel(indices), numbers)
+    assert torch.equal(ravel(indices[-3:].to(torch.uint8)), numbers[-3:])  # the numbers are no bytes
     assert torch.equal(indices[:4, 4], torch.arange(4))
     expected = np.stack(np.unravel_index(numbers.numpy(), SIZES), 1)
     assert np.array_equal(indices.numpy(), expected)
