@@ -20,7 +20,8 @@ from bench.race import clock
 from bvae.arguments import parse
 from bvae.pipelines import faces
 from bvae.run import prepare
-from bvae.train import StopRequest, train
+from bvae.stop import StopRequest
+from bvae.train import train
 
 GPU = torch.cuda.is_available()
 N, EPOCHS = (12_000, 12) if GPU else (1_440, 3)  # faces, of which four in five are for training

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -94,6 +95,29 @@ class Report:
         self._metrics.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+
+class Speed:
+    """Images a second of the training steps alone, without compilation, validation and checkpoints."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._steps, self._seconds = 0, 0.0
+        self._step, self._since = 0, time.perf_counter()
+
+    def start(self, step: int) -> None:
+        """What happened since the last call was not training; `step` steps are done."""
+        self._step, self._since = step, time.perf_counter()
+
+    def reach(self, step: int) -> None:
+        """What happened since the last call was training up to this step, which the device has finished."""
+        now = time.perf_counter()
+        self._steps, self._seconds = self._steps + step - self._step, self._seconds + now - self._since
+        self._step, self._since = step, now
+
+    @property
+    def images_per_s(self) -> float:
+        return self._steps * self._batch_size / self._seconds if self._seconds else 0.0
 
 
 class Silence:

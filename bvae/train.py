@@ -13,76 +13,23 @@ Results are in runs/NAME: traversals.gif, model.safetensors, metrics.jsonl and m
 import contextlib
 import shlex
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from bvae import checkpoint, debug
 from bvae.arguments import parse
 from bvae.processes import end, lost_the_others, speak_first, who
 from bvae.profile import Profile, name_kernels
 from bvae.reference import scale_pixels
-from bvae.report import Report, Silence, save_pictures
+from bvae.report import Report, Silence, Speed, save_pictures
 from bvae.run import Run, prepare
 from bvae.step import NotFinite, Scalars
+from bvae.stop import StopRequest
 from bvae.validation import Validation, validate
 
 SHOWN = 3  # images of a batch that are named on the screen
 PAUSE = 10  # seconds: what a checkpoint and a validation take must stay a small part of the time
-
-
-class StopRequest:
-    """Remembers Ctrl-C, SIGTERM and SLURM's SIGUSR1 until the step is done; a second one acts as usual.
-
-    While `at_once`, nothing would be lost, and they raise KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.at_once = True
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-        if self.at_once:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> "StopRequest":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class Speed:
-    """Images a second of the training steps alone, without compilation, validation and checkpoints."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._steps, self._seconds = 0, 0.0
-        self._step, self._since = 0, time.perf_counter()
-
-    def start(self, step: int) -> None:
-        """What happened since the last call was not training; `step` steps are done."""
-        self._step, self._since = step, time.perf_counter()
-
-    def reach(self, step: int) -> None:
-        """What happened since the last call was training up to this step, which the device has finished."""
-        now = time.perf_counter()
-        self._steps, self._seconds = self._steps + step - self._step, self._seconds + now - self._since
-        self._step, self._since = step, now
-
-    @property
-    def images_per_s(self) -> float:
-        return self._steps * self._batch_size / self._seconds if self._seconds else 0.0
 
 
 def train(run: Run, stop: StopRequest, profile: Profile | None = None) -> tuple[Validation, float] | None:
