@@ -17,6 +17,7 @@ from bvae.kernels import launch
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 COLD, RECORD = pytest.StashKey[bool](), pytest.StashKey[Record]()
+LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.benchmark(timer=stopwatch, group=Path(item.path).stem))
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items:
+        stash = items[0].config.stash
+        stash[LEFT_OUT] = stash.get(LEFT_OUT, 0) + len(items)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     made = config.stash.get(RECORD, None)
     if made is None or not made.results:
         return
-    finished = made.finish()
+    finished = {**made.finish(), "left_out": config.stash.get(LEFT_OUT, 0)}
     terminalreporter.write_line("\n" + markdown(finished))
     path = config.getoption("--record")
     if path is None:

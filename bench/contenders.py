@@ -16,6 +16,7 @@ from bvae.kernels import launch
 from bvae.losses import CapacityLoss
 from bvae.model import BetaVAE
 from bvae.optimizer import build_optimizer
+from bvae.pipelines.resident import Resident
 from bvae.step import TrainingStep, autocast_dtype, captures
 
 GAMMA, MAX_CAPACITY, CAPACITY_ITERS, LR = 10.0, 25.0, 10_000, 5e-4
@@ -87,13 +88,24 @@ def seed(network: Network, images: Tensor, *, tuned: bool = False, compile: bool
     return Contender(call, lambda: last[0][1:], model.load_state_dict)
 
 
-def ours(network: Network, images: Tensor, folder: Path, training: TrainingConfig) -> Contender:
+def ours(
+    network: Network,
+    images: Tensor | Resident,
+    folder: Path,
+    training: TrainingConfig,
+    *,
+    channels_last: bool = True,
+) -> Contender:
     """`bvae.train`'s step on uint8 `images` [B, H, W, C], with the layers that `training` leaves on.
 
-    Weights pass through a file in `folder`.
+    Of a data set on a GPU it gathers a batch a step inside its graph, as training does. Not `channels_last`,
+    weights and images lie contiguous by channels. Weights pass through a file in `folder`.
     """
     device = images.device
-    model = BetaVAE(3, **network.config).to(device, memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    if not channels_last and isinstance(images, Tensor):
+        images = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    model = BetaVAE(3, **network.config).to(device, memory_format=layout)
     loss = CapacityLoss(GAMMA, MAX_CAPACITY, CAPACITY_ITERS, network.kl_weight, activation="tanh").to(device)
     step = TrainingStep(
         model,
@@ -113,7 +125,7 @@ def ours(network: Network, images: Tensor, folder: Path, training: TrainingConfi
             to_capture[0] = False
             if not step.capture(images):
                 raise torch.OutOfMemoryError("the step's graph does not fit the GPU's memory")
-        step(images)
+        step(images if isinstance(images, Tensor) else None)
 
     def terms() -> tuple[float, float]:
         step.history.send(int(step.step))

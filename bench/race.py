@@ -5,7 +5,7 @@ comes before the clock starts (the gate, compiling, warming up, counting launche
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -32,7 +32,17 @@ class Timing:
     ratio: Spread  # its time over the hero's, round by round: how many times as fast the hero is
     launches: int | None = None  # kernels, copies and fills of a call; on a GPU
     device_seconds: float | None = None  # of these, without the gaps between them
-    peak_bytes: int | None = None  # allocated beyond what was there before the call; on a GPU
+    peak_bytes: int | None = None  # allocated beyond what was there before the call; on a GPU, not in a graph
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What the project asks of two contenders: `fast` at least so many times as fast as `slow`."""
+
+    claim: str
+    slow: str
+    fast: str
+    at_least: float
 
 
 @dataclass
@@ -46,6 +56,7 @@ class Result:
     missing: str | None  # a contender that cannot run on this device
     rounds: int
     facts: dict[str, Any] = field(default_factory=dict)  # images, bytes, the model: whatever the report needs
+    bars: list[tuple[Bar, Spread]] = field(default_factory=list)  # and what was measured; none fails a run
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,6 +66,11 @@ def spread(values: Sequence[float]) -> Spread:
     """Median, lower and upper quartile."""
     median, low, high = np.percentile(values, (50, 25, 75))
     return float(median), float(low), float(high)
+
+
+def paired(slow: Sequence[float], fast: Sequence[float]) -> Spread:
+    """How many times as fast `fast` is, round by round."""
+    return spread([s / f for s, f in zip(slow, fast, strict=True)])
 
 
 def synchronize(device: torch.device) -> None:
@@ -84,14 +100,23 @@ def clock(call: Callable[[], object], device: torch.device, calls: int = 1) -> f
     return (time.perf_counter() - start) / calls
 
 
-def _launches(call: Callable[[], object], device: torch.device) -> tuple[int, float]:
-    """Everything that the device ran for a call, and how many seconds that took."""
+def _launches(call: Callable[[], object], device: torch.device) -> tuple[int, float, bool]:
+    """Everything that the device ran for a call, how many seconds that took, and whether a graph held it."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()
         synchronize(device)
-    events = [e for e in profile.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
-    return len(events), sum(e.time_range.elapsed_us() for e in events) * 1e-6
+    return _count(profile.events() or [])
+
+
+def _count(events: Iterable[Any]) -> tuple[int, float, bool]:
+    """`_launches` of a profile's events, which have spans round kernels too, such as the optimizer's step."""
+    events = list(events)
+    on_device = [
+        e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    ]
+    seconds = sum(e.time_range.elapsed_us() for e in on_device) * 1e-6
+    return len(on_device), seconds, any("GraphLaunch" in e.name for e in events)
 
 
 def _peak_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -127,6 +152,7 @@ class Race:
         missing: str | None = None,
         rounds: int = 9,
         single: bool = False,
+        bars: Sequence[Bar] = (),
         **facts: Any,
     ) -> Result:
         """Time what `prepare` gives, once `gate` has passed.
@@ -138,6 +164,7 @@ class Race:
             prepare: the contenders' calls, in order: what people have today, its better settings, "ours", and
                 "ours" without this or that. Where "ours" is `missing`, the last one takes its place.
             single: a call takes long and needs no warm-up: one call a round, and the first round counts.
+            bars: what the report holds against the measured ratios.
             facts: for the record; those that are None are left out.
         """
         first = gate()
@@ -168,14 +195,16 @@ class Race:
         benchmark.pedantic(shown, setup=before, teardown=after, rounds=rounds)
         timings = {}
         for key, measured in times.items():
-            ratio = spread([m / h for m, h in zip(measured, times[hero], strict=True)])
+            ratio = paired(measured, times[hero])
             timing = Timing(spread(measured), first.get(key), ratio)
             if self.device.type == "cuda" and not single:
-                timing.launches, timing.device_seconds = _launches(contenders[key], self.device)
-                timing.peak_bytes = _peak_bytes(contenders[key], self.device)
+                timing.launches, timing.device_seconds, graph = _launches(contenders[key], self.device)
+                if not graph:  # whose memory was allocated at its capture
+                    timing.peak_bytes = _peak_bytes(contenders[key], self.device)
             timings[key] = timing
         known = {key: value for key, value in facts.items() if value is not None}
-        result = Result(group, name, timings, hero, missing, len(times[hero]), known)
+        reached = [(bar, paired(times[bar.slow], times[bar.fast])) for bar in bars]
+        result = Result(group, name, timings, hero, missing, len(times[hero]), known, reached)
         self.results.append(result)
         benchmark.extra_info.update(result.as_json())
         return result

@@ -6,15 +6,17 @@ and rewrites the table of the README between its two markers.
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS, ROOT, load, newest
-from bench.roofline import cost, share
+from bench.roofline import busy_seconds, cost, share
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NOT_MEASURED = "not measured yet"
+GROUPS = "step", "training", "kernels", "loader", "scaling"
 BUSY = 0.5  # processes beside the benchmarks' own
 
 Record = dict[str, Any]
@@ -35,8 +37,8 @@ def quantity(seconds: float, images: int | None) -> str:
     raise AssertionError
 
 
-def times(ratio: list[float]) -> str:
-    """A ratio and its quartiles."""
+def times(ratio: Sequence[float]) -> str:
+    """How many times as fast, and the quartiles."""
     median, low, high = (f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in ratio)
     return f"{median} x ({low} to {high})"
 
@@ -46,10 +48,17 @@ def _conditions(record: Record) -> str:
     return f"{machine['device']}, {record['date'][:10]}, commit {record['commit'] or 'none'}{uncommitted}"
 
 
-def _busy(record: Record) -> str:
-    """A remark if the machine did other work before the benchmarks began."""
-    load = record["load_before"]
-    return f" The machine was shared: load {load:.1f} before the first benchmark." if load > BUSY else ""
+def _remarks(record: Record) -> str:
+    """If the machine did other work before the benchmarks began; if not all benchmarks ran."""
+    load, left_out = record["load_before"], record["left_out"]
+    busy = f" The machine was shared: load {load:.1f} before the first benchmark." if load > BUSY else ""
+    return busy + (f" {left_out} benchmarks were left out." if left_out else "")
+
+
+def _results(record: Record) -> list[Result]:
+    """What is told, what matters most first."""
+    ranks = {group: rank for rank, group in enumerate(GROUPS)}
+    return sorted(record["results"], key=lambda result: ranks.get(result["group"], len(ranks)))
 
 
 def markdown(record: Record) -> str:
@@ -69,14 +78,22 @@ def markdown(record: Record) -> str:
         f"# {_conditions(record)}",
         "",
         f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}{driver}; {versions}. "
-        f"Measured in the same run: {measured}.{_busy(record)}",
+        f"Measured in the same run: {measured}.{_remarks(record)}",
         "",
-        "Medians over alternating rounds. In brackets: how many times as fast the contender without brackets "
-        f"is, and the quartiles of that. Its first call includes compiling{cached}; its share of the floor "
-        "is that of `bench/roofline.py`.",
+        "Medians over alternating rounds. In brackets: how many times as fast the contender named there is, "
+        f"and the quartiles of that. Its first call includes compiling{cached}; its share of the floor is "
+        "that of `bench/roofline.py`, on a GPU without the gaps between kernels, and above 100% where a "
+        "cache served, or others kept the machine from the rates above when these were measured.",
     ]
-    for group in dict.fromkeys(result["group"] for result in record["results"]):
-        lines += ["", *_group([r for r in record["results"] if r["group"] == group], rates)]
+    results = _results(record)
+    for group in dict.fromkeys(result["group"] for result in results):
+        lines += ["", *_group([r for r in results if r["group"] == group], rates)]
+    bars = [bar for result in results for bar in result["bars"]]
+    if bars:
+        lines += ["", "| asked for | at least | measured | |", "|---|---|---|---|"]
+    for bar, ratio in bars:
+        verdict = "met" if ratio[0] >= bar["at_least"] else "missed"
+        lines.append(_row([bar["claim"], f"{bar['at_least']:g} x", times(ratio), verdict]))
     return "\n".join(lines) + "\n"
 
 
@@ -97,12 +114,13 @@ def _group(results: list[Result], rates: dict[str, float]) -> list[str]:
                 cells.append("")
             else:
                 cell = quantity(timings[name]["seconds"][0], result["facts"].get("images"))
-                cells.append(cell if name == result["hero"] else f"{cell} ({times(timings[name]['ratio'])})")
+                ratio = f"{cell} ({result['hero']}: {times(timings[name]['ratio'])})"
+                cells.append(cell if name == result["hero"] else ratio)
         best = timings[result["hero"]]
         cells.append("" if best["first_call"] is None else f"{best['first_call']:.3g} s")
         cells.append("" if floor is None else f"{floor:.0%}")
         if n_bytes := result["facts"].get("bytes"):
-            cells[-1] += f" ({n_bytes / best['seconds'][0] / 1e9:.3g} GB/s)"
+            cells[-1] += f" ({n_bytes / busy_seconds(best) / 1e9:.3g} GB/s)"
         if len(header) > len(cells):
             cells += [
                 "" if best[k] is None else f"{best[k] / d:.3g}"
@@ -110,8 +128,9 @@ def _group(results: list[Result], rates: dict[str, float]) -> list[str]:
             ]
         lines.append(_row(cells))
         if cpu := result["facts"].get("cpu_us_per_image"):
-            hero = cpu[result["hero"]]
-            spent = [f"{cpu[n]:.0f} µs ({cpu[n] / hero:.2f} x)" if n in cpu else "" for n in names]
+            hero = result["hero"]
+            ratios = {name: f"{spent / cpu[hero]:.2f} x that of {hero}" for name, spent in cpu.items()}
+            spent = [f"{cpu[name]:.0f} µs ({ratios[name]})" if name in cpu else "" for name in names]
             lines.append(_row([f"{result['name']}: CPU time an image", *spent, "", ""]))
     return lines
 
@@ -121,15 +140,19 @@ def _row(cells: list[str]) -> str:
 
 
 def _headline(result: Result) -> str:
-    """The hero's rate, how many times that of the first contender it is, and of the fastest other."""
+    """The hero's rate, and how many times as fast it is as others.
+
+    These are all for a step, ours without its layers among them; else the first contender and the fastest.
+    """
     timings, hero = result["timings"], result["hero"]
     cell = quantity(timings[hero]["seconds"][0], result["facts"].get("images"))
-    first, *others = [name for name in timings if not name.startswith("ours") and name != hero]
-    cell += f": {times(timings[first]['ratio'])} {first}"
-    if others:
-        fastest = min(others, key=lambda name: timings[name]["seconds"][0])
-        cell += f", {times(timings[fastest]['ratio'])} {fastest}"
-    return f"{hero} {cell}; {result['missing']}: {NOT_MEASURED}" if result["missing"] else cell
+    if result["missing"]:
+        cell = f"{result['missing']}: {NOT_MEASURED}; {hero}: {cell}"
+    others = [name for name in timings if name != hero]
+    if result["group"] != "step":
+        first, *peers = [name for name in others if not name.startswith("ours")]
+        others = [first, *sorted(peers, key=lambda name: timings[name]["seconds"][0])[:1]]
+    return "<br>".join([cell, *(f"{times(timings[name]['ratio'])} as fast as {name}" for name in others)])
 
 
 def readme_table(cpu: Record | None, gpu: Record | None) -> str:
@@ -145,7 +168,7 @@ def readme_table(cpu: Record | None, gpu: Record | None) -> str:
     labels: list[str] = []
     cells: dict[str, dict[str, str]] = {"CPU": {}, "GPU": {}}
     for name, record in records.items():
-        for result in record["results"] if record else []:
+        for result in _results(record) if record else []:
             label = result["facts"].get("headline")
             if label:
                 cells[name][label] = _headline(result)
@@ -156,7 +179,7 @@ def readme_table(cpu: Record | None, gpu: Record | None) -> str:
         lines.append(
             _row([label, *(cells[n].get(label, "" if records[n] else NOT_MEASURED) for n in records)])
         )
-    remark = "".join(_busy(record) for record in records.values() if record)
+    remark = "".join(_remarks(record) for record in records.values() if record)
     return "\n".join(lines) + (f"\n\n{remark.strip()}" if remark else "")
 
 
@@ -169,7 +192,7 @@ def rewrite(text: str, table: str) -> str:
 
 def _ratios(record: Record, plt: Any) -> Any:
     """Bars: how many times as fast as the first contender, with quartiles."""
-    results = [r for r in record["results"] if "headline" in r["facts"]]
+    results = [r for r in _results(record) if "headline" in r["facts"]]
     if not results:
         return None
     figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(results)))

@@ -135,8 +135,12 @@ def floor_seconds(result: dict[str, Any], rates: dict[str, float]) -> float | No
 def share(result: dict[str, Any], rates: dict[str, float]) -> float | None:
     """The floor over the time taken; above 1 where a cache serves what the floor reads from memory."""
     floor = floor_seconds(result, rates)
-    timing = result["timings"][result["hero"]]
-    return floor and floor / (timing["device_seconds"] or timing["seconds"][0])
+    return floor and floor / busy_seconds(result["timings"][result["hero"]])
+
+
+def busy_seconds(timing: dict[str, Any]) -> float:
+    """Of a call: a GPU's, without the gaps between its kernels; else the wall's."""
+    return timing["device_seconds"] or timing["seconds"][0]
 
 
 def _print_record(path: Path) -> None:

@@ -1,9 +1,9 @@
 """The fused operations against the same mathematics in PyTorch, eager and compiled.
 
-Forward, backward and both apart. All contenders get the same inputs, in turn from several sets, so that no
-cache holds all of them: mu and log_var are halves of one tensor, as an encoder gives them; a decoder's output
-is channels last, its target uint8. On a CPU the reference is the product, and the Triton kernels, which an
-interpreter would run, are not timed.
+Forward, backward and both apart. All contenders get the same inputs, in turn from several sets; where a set
+is large, no cache holds all of them. mu and log_var are halves of one tensor, as an encoder gives them; a
+decoder's output is channels last, its target uint8. On a CPU the reference is the product, and the Triton
+kernels, which an interpreter would run, are not timed.
 """
 
 import itertools

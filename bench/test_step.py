@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bench.contenders import Contender, Network, check, dtype_name, ours, seed
+from bench.race import Bar
 from bvae.config import TrainingConfig, read
 
 GPU = torch.cuda.is_available()
@@ -45,12 +46,22 @@ def test_step(batch: int, device: torch.device, race: Callable[..., Any], tmp_pa
     }
     for name, training in _layers(device, batch).items():
         contenders[name] = ours(SEEDS, images, tmp_path, training)
+    bars = []
+    if not GPU:  # float32 against float32, the same network, eager and contiguous
+        plain = replace(TrainingConfig(), amp=False, compile=False)
+        contenders["ours, float32, eager, contiguous"] = ours(
+            SEEDS, images, tmp_path, plain, channels_last=False
+        )
+        whole = next(name for name in ("ours, no amp", "ours") if name in contenders)
+        claim = "a CPU's step in float32: channels_last and torch.compile, over eager and contiguous"
+        bars.append(Bar(claim, "ours, float32, eager, contiguous", whole, 1.3))
     race(
         "step",
         f"seed's network, batch {batch}",
         gate=lambda: check(SEEDS, contenders, device),
         prepare=lambda: {name: contender.step for name, contender in contenders.items()},
         rounds=7,
+        bars=bars,
         images=batch,
         model=SEEDS.config,
         dtype=dtype_name(device, amp=True),
@@ -79,5 +90,5 @@ def test_step_of_the_cpu_preset(device: torch.device, race: Callable[..., Any], 
         images=64,
         model=SMALL.config,
         dtype=dtype_name(device, preset.amp),
-        headline="Training step, faces_cpu's network, batch 64",
+        headline="Training step, faces_cpu's network, float32 and eager, batch 64",
     )

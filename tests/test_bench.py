@@ -3,6 +3,7 @@
 import copy
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,26 @@ def test_ratios_are_the_rounds_own(monkeypatch):
     assert result.timings["eager"].ratio == pytest.approx((1.5, 1.5, 1.5))
     assert result.timings["eager"].seconds == pytest.approx((15.0, 9.0, 22.5))
     assert result.hero == "ours"
+
+
+def test_bars_are_measured_round_by_round_and_fail_nothing():
+    bar = racing.Bar("as fast again", "eager", "compiled", 1e9)
+    result = run({name: lambda: sum(range(1000)) for name in ("eager", "compiled", "ours")}, bars=[bar])
+    ((told, ratio),) = result.bars
+    assert told == bar
+    assert 0 < ratio[0] < 1e9
+
+
+def test_launches_are_kernels_and_not_the_spans_round_them():
+    def event(name, microseconds, *, device=True, span=False):
+        kind = torch.autograd.DeviceType.CUDA if device else torch.autograd.DeviceType.CPU
+        elapsed = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, device_type=kind, is_user_annotation=span, time_range=elapsed)
+
+    step = [event("adam_kernel", 3), event("Optimizer.step#Adam.step", 9, span=True)]
+    launch = event("cudaGraphLaunch", 5, device=False)
+    assert racing._count(step) == (1, pytest.approx(3e-6), False)
+    assert racing._count([*step, launch]) == (1, pytest.approx(3e-6), True)
 
 
 def test_a_red_gate_times_nothing():
@@ -127,6 +148,27 @@ def test_the_steps_gate(tmp_path, monkeypatch, factor):
             contenders.check(network, {"there": there, "here": here}, CPU)
 
 
+def test_a_contiguous_contender_is_contiguous(tmp_path, monkeypatch):
+    """The images that its convolutions get, and its weights; the usual one has neither."""
+    seen = []
+    encode = BetaVAE.encode
+
+    def spy(model, x):
+        weights = [p for p in model.parameters() if p.dim() == 4]
+        seen.append([t.is_contiguous() for t in (x, *weights)])
+        return encode(model, x)
+
+    monkeypatch.setattr(BetaVAE, "encode", spy)
+    images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
+    network = contenders.Network(4, (8, 16), 32)
+    for channels_last in (False, True):
+        plain = TrainingConfig(compile=False)
+        contenders.ours(network, images, tmp_path, plain, channels_last=channels_last).step()
+    there, here = seen
+    assert all(there)
+    assert not any(here)
+
+
 def test_the_floor_of_the_seeds_network():
     """Its published arithmetic, and the passes over its tensors that were counted by hand."""
     cost = roofline.cost({}, itemsize=2)
@@ -159,11 +201,19 @@ def made(kind="cpu", date="2026-01-02T03:04:05+00:00", device="Some CPU, 2 CPU t
     step = racing.Result(
         "step",
         "seed's network, batch 64",
-        {"the seed's code": timing(0.64, (4.0, 3.9, 4.2)), "ours": timing(0.16, even)},
+        {
+            "the seed's code": timing(0.64, (4.0, 3.9, 4.2)),
+            "ours": timing(0.16, even),
+            "ours, no amp": timing(0.2, (1.25, 1.2, 1.3)),
+        },
         "ours",
         None,
         9,
         {"images": 64, "model": {}, "dtype": "float32", "headline": "Training step"},
+        [
+            (racing.Bar("fast", "the seed's code", "ours", 3.5), (4.0, 3.9, 4.2)),
+            (racing.Bar("faster", "the seed's code", "ours", 4.5), (4.0, 3.9, 4.2)),
+        ],
     )
     kernel = racing.Result(
         "kernels",
@@ -194,6 +244,7 @@ def made(kind="cpu", date="2026-01-02T03:04:05+00:00", device="Some CPU, 2 CPU t
         "machine": machine,
         "rates": {"copy_bytes_per_s": 2e10, "float32_flop_per_s": 1e11, "bfloat16_flop_per_s": 2e11},
         "load_before": 0.0,
+        "left_out": 0,
         "results": [result.as_json() for result in (step, kernel, scaling)],
     }
 
@@ -234,11 +285,20 @@ def test_the_readmes_table():
     header, _, step, kernel = table.splitlines()
     assert header == "|  | Some CPU, 2 CPU threads, 2026-01-02, commit abc1234 | GPU |"
     assert (
-        step == "| Training step | 400 images/s: 4.00 x (3.90 to 4.20) the seed's code | not measured yet |"
+        step == "| Training step | 400 images/s<br>4.00 x (3.90 to 4.20) as fast as the seed's code<br>"
+        "1.25 x (1.20 to 1.30) as fast as ours, no amp | not measured yet |"
     )
     assert kernel == (
-        "| Loss | compiled 1 ms: 2.00 x (1.90 to 2.10) eager; ours: not measured yet | not measured yet |"
+        "| Loss | ours: not measured yet; compiled: 1 ms<br>2.00 x (1.90 to 2.10) as fast as eager "
+        "| not measured yet |"
     )
+
+
+def test_steps_come_first():
+    record = made()
+    record["results"].reverse()
+    assert report.readme_table(record, None) == report.readme_table(made(), None)
+    assert report.markdown(record) == report.markdown(made())
 
 
 def test_a_cpus_figures_never_stand_in_the_gpus_column():
@@ -251,11 +311,28 @@ def test_a_busy_machine_is_said_to_be_one():
     assert "shared: load 1.7" in report.readme_table({**made(), "load_before": 1.71}, None)
 
 
+def test_a_record_of_some_benchmarks_says_so():
+    assert report.readme_table({**made(), "left_out": 3}, None).endswith("\n\n3 benchmarks were left out.")
+    assert "3 benchmarks were left out." in report.markdown({**made(), "left_out": 3})
+
+
 def test_the_whole_record_as_markdown():
     text = report.markdown(made())
-    assert "| step | the seed's code | ours | first call | of the floor |" in text
-    assert "| 100 images/s (4.00 x (3.90 to 4.20)) | 400 images/s | 12 s | 125% |" in text  # 64 x 312.6 MFLOP
-    assert "| 2 ms (2.00 x (1.90 to 2.10)) | 1 ms | not measured yet | 12 s | 50% (10 GB/s) |" in text
+    assert "| step | the seed's code | ours | ours, no amp | first call | of the floor |" in text
+    assert "| 100 images/s (ours: 4.00 x (3.90 to 4.20)) | 400 images/s |" in text
+    assert "| 12 s | 125% |" in text  # 64 x 312.6 MFLOP
+    assert "| 2 ms (compiled: 2.00 x (1.90 to 2.10)) | 1 ms | not measured yet |" in text
+    assert "| 12 s | 50% (10 GB/s) |" in text
+    assert "| fast | 3.5 x | 4.00 x (3.90 to 4.20) | met |" in text
+    assert "| faster | 4.5 x | 4.00 x (3.90 to 4.20) | missed |" in text
+
+
+def test_a_floors_share_and_its_rate_are_of_the_same_time():
+    """On a GPU, where the gaps between kernels count for neither."""
+    record = made("cuda")
+    kernel = record["results"][1]["timings"]["compiled"]
+    kernel.update(device_seconds=kernel["seconds"][0] / 2, launches=3)
+    assert "| 100% (20 GB/s) | 3 |" in report.markdown(record)
 
 
 def test_only_the_table_between_the_markers_is_rewritten():
@@ -295,7 +372,7 @@ def test_a_regression_beyond_the_spread_is_seen():
     assert [move.name for move in moved] == ["step: seed's network, batch 64: ours"]
     assert moved[0].speedup == pytest.approx(1 / 1.3)
     shown = compare.table([made()], [slower(1.3)])
-    assert "1 of 6 timings moved" in shown
+    assert "1 of 8 timings moved" in shown
     assert "| 400 images/s | 307.7 images/s | 0.77 x |" in shown
     assert compare.moves([made()], [slower(0.5)])[0].speedup == 2
 
@@ -303,7 +380,7 @@ def test_a_regression_beyond_the_spread_is_seen():
 def test_a_change_within_the_spread_is_not():
     assert compare.moves([made()], [slower(1.15)]) == []
     assert compare.moves([made(), slower(1.3)], [slower(1.3)]) == []  # base varies as much itself
-    assert compare.table([made()], [made()]) == "0 of 6 timings moved beyond the spread."
+    assert compare.table([made()], [made()]) == "0 of 8 timings moved beyond the spread."
 
 
 def test_a_base_that_is_no_commit(capsys):
