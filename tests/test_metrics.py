@@ -260,6 +260,15 @@ def test_encoders_and_sizes_that_cannot_be_used(metric):
         metric(lambda x: x, Grid(SIZES), train=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_straight_from_a_network(codes, factors, dtype):
+    """With their gradient, and in a type that NumPy has not."""
+    table = torch.tensor(codes["identity"], requires_grad=True).to(dtype)
+    assert beta_vae(lambda rows: table[rows], Table(torch.from_numpy(factors)), **FEW) > 0.99
+    given = score(table, torch.from_numpy(factors), boosting="histogram")
+    assert given == score(table.detach().double().numpy(), factors)
+
+
 def test_too_few_points_to_tell_factors_apart():
     with pytest.raises(ValueError, match="the 1 points to train on all share factor .: draw more"):
         beta_vae(encoder(np.eye(3)), Grid(SIZES), train=1, test=1)

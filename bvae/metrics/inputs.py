@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 Codes = NDArray[np.floating]  # [N, D]
@@ -33,12 +34,12 @@ def check(codes: ArrayLike, factors: ArrayLike) -> tuple[Codes, Factors]:
 
 
 def check_codes(codes: ArrayLike) -> Codes:
-    """Codes [N, D >= 2] as float64.
+    """Codes [N, D >= 2] as float64; a tensor on any device will do, with a gradient or without.
 
     Raises:
         ValueError: another shape, or values that are not finite.
     """
-    codes = np.asarray(codes, np.float64)
+    codes = _array(codes).astype(np.float64)
     if codes.ndim != 2 or codes.shape[1] < 2:
         raise ValueError(f"codes must be [N, D] of at least 2 latents, got {list(codes.shape)}")
     if not np.isfinite(codes).all():
@@ -53,7 +54,7 @@ def check_factors(factors: ArrayLike) -> NDArray[np.integer]:
     Raises:
         ValueError: another shape or type.
     """
-    factors = np.asarray(factors)
+    factors = _array(factors)
     if factors.ndim != 2 or factors.dtype.kind not in "iu" or factors.shape[1] < 2:
         raise ValueError(
             "factors must be integers [N, K] of at least 2 factors, "
@@ -86,3 +87,10 @@ def split(codes: Codes, factors: Factors, train: int, test: int, rng: np.random.
     first, second = np.split(rng.permutation(n)[: train + test], [train])
     check_variation(factors[first])
     return Split(codes[first], factors[first], codes[second], factors[second])
+
+
+def _array(values: ArrayLike) -> np.ndarray:
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.double() if values.is_floating_point() else values).numpy()  # NumPy has no bfloat16
