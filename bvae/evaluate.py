@@ -304,13 +304,14 @@ def evaluate(arguments: Arguments) -> str:
         "seconds": seconds,
     }
     table = markdown(result)
-    (arguments.run / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.run / "evaluation.md").write_text(table)
     picture.save(arguments.run / "evaluation.png")
     typical = torch.from_numpy(codes[[np.linalg.norm(codes, axis=1).argmin()]]).to(device)
     images = traverse(model, typical, shown, torch.linspace(-3, 3, 11))
     labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
     save(images, labels, arguments.run / "evaluation_traversals.png")
+    # Last, because a sweep takes it for the sign that nothing is missing.
+    (arguments.run / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     return table
 
 

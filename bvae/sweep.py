@@ -137,7 +137,7 @@ def is_trained(run: Path) -> bool:
 
 def read_evaluation(run: Path, arguments: Arguments) -> dict[str, Any] | None:
     """What bvae.evaluate found with these protocols, if it did."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads((run / "evaluation.json").read_text())
         if (found["seeds"], found["points"]) == (arguments.metric_seeds, arguments.points):
             return found

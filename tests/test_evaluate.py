@@ -129,6 +129,19 @@ def test_what_is_infinite_is_said_so(tmp_path, monkeypatch):
     assert json.loads(text, parse_constant=pytest.fail)["model"]["total_correlation"] is None
 
 
+def test_results_are_there_when_all_is(tmp_path, data, monkeypatch, capsys):
+    """A sweep takes evaluation.json for the sign that a run is evaluated."""
+    small_model().save_pretrained(tmp_path)
+
+    def fail(*arguments):
+        raise OSError("no room")
+
+    monkeypatch.setattr(evaluate, "save", fail)
+    assert main([str(tmp_path), *FEW, "--data", "faces", "--data-root", str(data)]) == 2
+    assert "no room" in capsys.readouterr().err
+    assert not (tmp_path / "evaluation.json").exists()
+
+
 def shapes_run(folder, **data) -> None:
     small_model(1, "sigmoid", 64).save_pretrained(folder)
     settings = DataConfig(**{"name": "sprites", "channels": 1, "flip": False, **data})

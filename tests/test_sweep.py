@@ -97,6 +97,16 @@ def test_a_sweep_and_the_same_again(preset, tmp_path, inline, quick, monkeypatch
     assert f"{out} holds a sweep with training.max_steps 2 instead of 6: name another folder" in said
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"mig": 0.5}'])
+def test_an_evaluation_that_is_none_is_made_again(preset, tmp_path, inline, quick, text):
+    assert run(preset, tmp_path) == 0
+    file = tmp_path / "beta-4-seed-0" / "evaluation.json"
+    whole = file.read_text()
+    file.write_text(text)
+    assert run(preset, tmp_path) == 0
+    assert file.read_text() == whole
+
+
 def test_what_is_measured(preset, tmp_path, inline):
     assert main([str(preset), "--grid", "beta=1", "--seeds", "1", *FEW, "--out", str(tmp_path)]) == 0
     scores = json.loads((tmp_path / "beta-1-seed-0" / "evaluation.json").read_text())["scores"]
