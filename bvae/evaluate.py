@@ -71,14 +71,14 @@ class Interval(NamedTuple):
     """A score over metric seeds."""
 
     mean: float
-    half_width: float  # of the 95 % interval of the mean by Student's t; 0 with one seed
+    half_width: float | None  # of the 95 % interval of the mean by Student's t; None with one seed
 
 
 def interval(values: list[float]) -> Interval:
     """The mean of values and how sure it is."""
     n = len(values)
     if n == 1:
-        return Interval(values[0], 0.0)
+        return Interval(values[0], None)
     return Interval(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * stats.sem(values)))
 
 
@@ -238,11 +238,15 @@ def best_latents(areas: NDArray[np.float64], names: Sequence[str]) -> dict[str, 
     }
 
 
+def _spread(half_width: float | None) -> str:
+    return "one seed" if half_width is None else f"± {half_width:.3f}"
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The result as a table that people read."""
     lines = [f"| {result['images']} images | mean | 95 % interval |", "|---|---|---|"]
     lines += [
-        f"| {name} | {value['mean']:.3f} | ± {value['half_width']:.3f} |"
+        f"| {name} | {value['mean']:.3f} | {_spread(value['half_width'])} |"
         for name, value in result["scores"].items()
     ]
     lines += [

@@ -59,6 +59,8 @@ class Arguments:
             raise ValueError(
                 "name a preset and a grid (locatello_sprites_beta4 --grid beta=1,4), or --baselines"
             )
+        if self.baselines and (self.preset or self.grid):
+            raise ValueError("--baselines trains nothing: leave the preset and --grid out")
         for name, least in (("seeds", 1), ("metric_seeds", 1), ("points", BINS)):
             if getattr(self, name) < least:
                 option = f"--{name.replace('_', '-')}"
@@ -101,8 +103,9 @@ def plan(arguments: Arguments, out: Path, others: Sequence[str]) -> tuple[str, l
         raise ValueError(
             f"beta has no effect on {arguments.preset}'s loss {first.objective.loss_type}: add --loss-type H"
         )
-    if len(values) > 1 and first == jobs[arguments.seeds].config:
-        raise ValueError(f"--grid {arguments.grid}: the values make no difference")
+    configs = [job.config for job in jobs[:: arguments.seeds]]
+    if any(config in configs[:i] for i, config in enumerate(configs)):
+        raise ValueError(f"--grid {arguments.grid}: two of the values make no difference")
     if first.data.name == "folder":
         raise ValueError("a sweep measures disentanglement, and a folder's images have no known factors")
     return key, jobs

@@ -330,3 +330,12 @@ def test_heat_map_is_white_at_0_and_dark_at_1():
         for row, column in [(0, 0), (0, 1), (1, 1)]
     ]
     assert corner == [(8, 48, 107), (255, 255, 255), (8, 48, 107)]
+
+
+def test_one_metric_seed_says_nothing_of_its_spread(data, tmp_path):
+    small_model().save_pretrained(tmp_path)
+    (tmp_path / "config.yaml").write_text(Config(data=DataConfig(root=data, image_size=32)).to_yaml())
+    assert main([str(tmp_path), *FEW, "--seeds", "1"]) == 0
+    scores = json.loads((tmp_path / "evaluation.json").read_text())["scores"]
+    assert scores["mig"]["half_width"] is None
+    assert f"| mig | {scores['mig']['mean']:.3f} | one seed |" in (tmp_path / "evaluation.md").read_text()

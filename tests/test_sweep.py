@@ -223,7 +223,8 @@ def test_stopped_it_leaves_a_checkpoint(preset, tmp_path, number):
             "--metric-seeds must be at least 1",
         ),
         (["--baselines", "--points", "19"], "--points must be at least 20, got 19"),
-        (["higgins_sprites", "--grid", "beta=4,4.0"], "the values make no difference"),
+        (["higgins_sprites", "--grid", "beta=1,4,4.0"], "two of the values make no difference"),
+        (["higgins_sprites", "--baselines"], "--baselines trains nothing: leave the preset and --grid out"),
         (
             ["higgins_sprites", "--grid", "beta=1", "--data", "folder"],
             "a folder's images have no known factors",
