@@ -59,8 +59,8 @@ class Arguments:
             raise ValueError(
                 "name a preset and a grid (locatello_sprites_beta4 --grid beta=1,4), or --baselines"
             )
-        if self.baselines and (self.preset or self.grid):
-            raise ValueError("--baselines trains nothing: leave the preset and --grid out")
+        if self.baselines and self.grid:
+            raise ValueError(f"--baselines trains nothing: --grid {self.grid} has no effect")
         for name, least in (("seeds", 1), ("metric_seeds", 1), ("points", BINS)):
             if getattr(self, name) < least:
                 option = f"--{name.replace('_', '-')}"

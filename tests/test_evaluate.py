@@ -262,7 +262,7 @@ def test_kaggles_attributes(data, tmp_path):
 # --- Its parts --------------------------------------------------------------------------------------------
 def test_intervals_are_students():
     assert interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.302653 / math.sqrt(3)))
-    assert interval([0.25]) == (0.25, 0)
+    assert interval([0.25]) == (0.25, None)
 
 
 def test_the_true_factors_rate_best(tmp_path):

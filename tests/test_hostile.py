@@ -409,13 +409,13 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "configuration": Target(configurations, read_configuration, 100, 1500),
+    "configuration": Target(configurations, read_configuration, 100, 750),
     "list": Target(lists, read_list, 100, 2000),
     "table": Target(tables, read_table, 60, 500),
     "attributes": Target(attributes, read_attributes, 50, 500),
     "shapes": Target(shapes, read_shapes, 50, 500),
     "picture": Target(pictures, decode, 200, 2500),
-    "shard": Target(tars, read_shard, 100, 1500),
+    "shard": Target(tars, read_shard, 100, 1000),
     "cache": Target(manifests, read_cache, 60, 1000),
     "checkpoint": Target(checkpoints, read_checkpoint, 100, 1000),
     "command": Target(commands, run_command, 60, 500),

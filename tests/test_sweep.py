@@ -224,7 +224,7 @@ def test_stopped_it_leaves_a_checkpoint(preset, tmp_path, number):
         ),
         (["--baselines", "--points", "19"], "--points must be at least 20, got 19"),
         (["higgins_sprites", "--grid", "beta=1,4,4.0"], "two of the values make no difference"),
-        (["higgins_sprites", "--baselines"], "--baselines trains nothing: leave the preset and --grid out"),
+        (["--baselines", "--grid", "beta=1"], "--baselines trains nothing: --grid beta=1 has no effect"),
         (
             ["higgins_sprites", "--grid", "beta=1", "--data", "folder"],
             "a folder's images have no known factors",
