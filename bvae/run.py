@@ -92,9 +92,9 @@ class Run:
 
     def advance(self, images: Tensor | None) -> None:
         """One training step on what `batches` gave."""
+        if self.done % len(self.train) == 0:  # an epoch begins
+            self.step.set_lr(self.lr(self.done + 1))
         self.done += 1
-        if self.lr(self.done) != self.lr(self.done - 1) or self.done == 1:
-            self.step.set_lr(self.lr(self.done))
         self.step(images)
 
     def metrics(self, scalars: Scalars) -> dict[str, float]:
