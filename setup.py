@@ -9,7 +9,15 @@ setup(
     description="A fast beta-VAE trainer with fused Triton losses",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["bvae", "bvae.kernels", "bvae.metrics", "bvae.pipelines"],
+    packages=[
+        "bvae",
+        "bvae.compat",
+        "bvae.evaluation",
+        "bvae.kernels",
+        "bvae.metrics",
+        "bvae.pipelines",
+        "bvae.training",
+    ],
     package_dir={"bvae.kernels": "kernels", "bvae.pipelines": "pipelines"},
     package_data={"bvae": ["presets/*.yaml"]},
     install_requires=[

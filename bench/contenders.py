@@ -15,9 +15,9 @@ from bvae.config import TrainingConfig
 from bvae.kernels import launch
 from bvae.losses import CapacityLoss
 from bvae.model import BetaVAE
-from bvae.optimizer import build_optimizer
-from bvae.pipelines.resident import Resident
-from bvae.step import TrainingStep, autocast_dtype, captures
+from bvae.pipelines.memory_loaders import DeviceLoader
+from bvae.training.optimizer import build_optimizer
+from bvae.training.step import TrainingStep, autocast_dtype, captures
 
 GAMMA, MAX_CAPACITY, CAPACITY_ITERS, LR = 10.0, 25.0, 10_000, 5e-4
 LOG_VAR = -12.0  # in the gate: as good as no noise
@@ -90,7 +90,7 @@ def seed(network: Network, images: Tensor, *, tuned: bool = False, compile: bool
 
 def ours(
     network: Network,
-    images: Tensor | Resident,
+    images: Tensor | DeviceLoader,
     folder: Path,
     training: TrainingConfig,
     *,
@@ -114,7 +114,7 @@ def ours(
         seed=0,
         dtype=autocast_dtype(device, training.amp)[0],
         compile=training.compile,
-        history=training.log_every,
+        buffer_steps=training.log_every,
     )
     to_capture = [captures(device, training)[0]]
 
@@ -128,7 +128,7 @@ def ours(
         step(images if isinstance(images, Tensor) else None)
 
     def terms() -> tuple[float, float]:
-        step.history.send(int(step.step))
+        step.metrics_buffer.send(int(step.step))
         scalars = step.receive(wait=True)
         assert scalars
         return scalars.mse, scalars.kld

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.race import Result, clock
-from bvae.step import autocast_dtype
+from bvae.training.step import autocast_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -26,8 +26,8 @@ from bench.race import Bar, clock
 from bench.reference_loop import Files
 from bvae.config import TrainingConfig
 from bvae.pipelines import faces
+from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.pipelines.picture import Picture
-from bvae.pipelines.resident import Resident
 from bvae.pipelines.torch_decode import TorchDecoder
 
 BATCH, N_BATCHES = 144, 14
@@ -63,7 +63,7 @@ def _decoder(decoder: Any, files: Sequence[str]) -> Epoch:
 
 def _cache(images: Tensor) -> Epoch:
     """Epochs without end over a set larger than a processor's cache, N_BATCHES at a time."""
-    resident = Resident(images, BATCH, 0, train=True, flip=True)
+    resident = DeviceLoader(images, BATCH, 0, train=True, flip=True)
     endless = (batch for epoch in itertools.count() for batch, _ in resident.epoch(epoch))
     return lambda: itertools.islice(endless, N_BATCHES)
 
@@ -184,7 +184,7 @@ def test_data_beside_the_step(device: torch.device, race: Callable[..., Any], tm
     """The step that gathers its images inside its graph, as training does, and on one constant batch."""
     images = torch.randint(256, (50 * BATCH, 64, 64, 3), dtype=torch.uint8, device=device)
     training = TrainingConfig(amp=True)
-    data = Resident(images, BATCH, 0, train=True, flip=True)
+    data = DeviceLoader(images, BATCH, 0, train=True, flip=True)
     constant = ours(Network(), images[:BATCH], tmp_path, training).step
     gathering = ours(Network(), data, tmp_path, training).step
     numbers = itertools.count(1)

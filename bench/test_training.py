@@ -18,11 +18,11 @@ import torch._dynamo
 
 from bench import reference_loop
 from bench.race import clock
-from bvae.arguments import parse
 from bvae.pipelines import faces
-from bvae.run import prepare
-from bvae.stop import StopRequest
 from bvae.train import train
+from bvae.training.cli import parse
+from bvae.training.run import prepare
+from bvae.training.signals import StopRequest
 
 GPU = torch.cuda.is_available()
 N, EPOCHS = (12_000, 12) if GPU else (1_440, 2)  # faces, of which four in five are for training

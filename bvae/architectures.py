@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from bvae.batch_norm import BatchNorm2d
+from bvae.layers import BatchNorm2d
 
 
 class Network(NamedTuple):

@@ -16,14 +16,14 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bvae import evaluate
-from bvae.arguments import choose_device
-from bvae.command import exit_status
 from bvae.config import Config, ObjectiveConfig
+from bvae.errors import exit_status
+from bvae.evaluation import measure
 from bvae.metrics import inputs
 from bvae.metrics.information import discretise, entropy, mutual_information
 from bvae.model import BetaVAE
-from bvae.traverse import save, traverse
+from bvae.plots import save_traversal, traverse
+from bvae.training.cli import choose_device
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Answer(NamedTuple):
     factors: inputs.Factors  # [N, K] of all images
     start: int  # the place, among the points, of the image that the walk starts from
     row: Row
-    images: Tensor  # uint8 [steps, H, W, 3]
+    images: Tensor  # uint8 [steps, 1, H, W, 3]
 
 
 def loss_name(objective: ObjectiveConfig | None) -> str:
@@ -105,20 +105,20 @@ def ask(run: Path, arguments: Arguments, start: int | None) -> Answer:
     """One model's latent for the factor, walked along from the image at `start`, or from its most typical."""
     device = choose_device(arguments.device)
     model = BetaVAE.from_pretrained(run).to(device)
-    source = evaluate.Arguments(run, arguments.data, arguments.data_root, arguments.factor_bins)
-    known = evaluate.open_truth(source, model, device)
+    protocol = measure.Protocol(arguments.data, arguments.data_root, arguments.factor_bins)
+    known = measure.open_truth(run, protocol, model, device)
     if arguments.factor not in known.names:
         raise ValueError(f"--factor must be one of {', '.join(known.names)}, got {arguments.factor!r}")
     wanted = known.names.index(arguments.factor)
-    numbers = evaluate.some(known, arguments.points)
-    codes = evaluate.encode(model, known, numbers, device)
+    numbers = measure.some(known, arguments.points)
+    codes = measure.encode(model, known, numbers, device)
     told = shares(codes, known.factors[numbers])
     latent = int(told[:, wanted].argmax())
     other = int(np.where(np.arange(len(known.names)) == wanted, -1, told[latent]).argmax())
 
-    trained = evaluate.settings(run)
+    trained = measure.settings(run)
     variance = (trained or Config()).objective.decoder_variance
-    found = evaluate.describe(model, known, numbers, variance, device)
+    found = measure.describe(model, known, numbers, variance, device)
     if start is None:
         start = int(np.linalg.norm(codes, axis=1).argmin())
     z = torch.from_numpy(codes[[start]]).to(device)
@@ -165,7 +165,7 @@ def compare(arguments: Arguments) -> str:
                 f"{run} was trained on other images than {first}: name those to compare them on with --data "
                 "and --data-root"
             )
-        side, wanted = (answer.images.shape[1] for answer in (answers[-1], answers[0]))
+        side, wanted = (answer.images.shape[-2] for answer in (answers[-1], answers[0]))
         if side != wanted:
             raise ValueError(
                 f"{run} gives images of {side} pixels and {first} of {wanted}: they do not fit side by side"
@@ -175,7 +175,7 @@ def compare(arguments: Arguments) -> str:
     images = torch.stack([answer.images for answer in answers])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for end in (".png", ".gif"):
-        save(images, labels, arguments.out.with_name(arguments.out.name + end))
+        save_traversal(images, labels, arguments.out.with_name(arguments.out.name + end))
     table = markdown(rows, arguments.factor)
     arguments.out.with_name(arguments.out.name + ".md").write_text(table)
     return table

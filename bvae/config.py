@@ -16,7 +16,7 @@ import yaml
 from tyro.conf import arg
 
 from bvae.architectures import check_size
-from bvae.dialect import brief, is_dialect, translate, unknown_key
+from bvae.compat.pytorch_vae_config import brief, is_dialect, translate, unknown_key
 
 LossType = Literal["VAE", "H", "B"]
 PRESETS = Path(__file__).parent / "presets"

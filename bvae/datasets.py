@@ -9,11 +9,11 @@ from torch import Tensor
 
 from bvae.config import SHAPES, DataConfig
 from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, sprites
-from bvae.pipelines.bits import Bits
-from bvae.pipelines.epochs import Epochs
+from bvae.pipelines.loader import Loader
+from bvae.pipelines.memory_loaders import place
+from bvae.pipelines.packed_loader import PackedLoader
 from bvae.pipelines.picture import Picture
-from bvae.pipelines.resident import place
-from bvae.pipelines.stream import Stream, glance
+from bvae.pipelines.streaming_loader import StreamingLoader, glance
 from bvae.pipelines.webdataset import ImageFile
 
 DRAWN = 12_000  # faces in the data set that ships
@@ -27,8 +27,8 @@ SHOWN = 10  # bad files named on the screen
 class Data(NamedTuple):
     """What a run reads."""
 
-    train: Epochs
-    valid: Epochs
+    train: Loader
+    valid: Loader
     bad: list[cache.Bad]  # files that it does without
     files: list[str]  # of the training images, in the order of their indices; none where they are drawn
 
@@ -43,32 +43,34 @@ class Source(NamedTuple):
 
 
 def open_data(
-    config: DataConfig, batch_size: int, seed: int, device: torch.device, rank: int = 0, world: int = 1
+    config: DataConfig, batch_size: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> Data:
-    """The training and the validation images, ready to be read in batches by one of `world` processes.
+    """The training and the validation images, ready to be read in batches by one of `world_size` processes.
 
     Raises:
         FileNotFoundError, ValueError: no such data, damaged images, or fewer images than a batch.
         OSError: the cache cannot be written.
     """
     if config.name in SHAPES:
-        return _open_shapes(config, batch_size, seed, device, rank, world)
+        return _open_shapes(config, batch_size, seed, device, rank, world_size)
     source = find(config)
-    _check_enough(source.root, len(source.train), len(source.valid), batch_size, world)
-    sharding = {"rank": rank, "world": world}
+    _check_enough(source.root, len(source.train), len(source.valid), batch_size, world_size)
+    sharding = {"rank": rank, "world_size": world_size}
     uses = (
         {"train": True, "flip": config.flip, **sharding},
         {"train": False, "flip": False, **sharding},
     )
-    opened = _stream(config, source, device) if config.stream else ingest(config, source, device, rank, world)
+    opened = (
+        _stream(config, source, device) if config.stream else ingest(config, source, device, rank, world_size)
+    )
     bad: list[cache.Bad] = []
-    sets: list[Epochs] = []
+    sets: list[Loader] = []
     for label, use, found in zip(LABELS, uses, opened, strict=True):
         bad += found.bad
         if isinstance(found, cache.Cached):
             data, line = place(found.images, batch_size, seed, device, **use)
         else:
-            data = Stream(found.files, found.reader, batch_size, seed, device, **use)
+            data = StreamingLoader(found.files, found.reader, batch_size, seed, device, **use)
             line = f"{len(found.files)}, decoded with {found.reader.version} whenever they are used"
         sets.append(data)
         print(f"{label}: {line}", flush=True)
@@ -77,22 +79,22 @@ def open_data(
         if config.on_bad == "stop" or len(bad) == total:
             raise ValueError(complaint(bad, total))
         print(f"{len(bad)} of {total} images cannot be used: training without them")
-        _check_enough(source.root, sets[0].count, sets[1].count, batch_size, world)
+        _check_enough(source.root, sets[0].count, sets[1].count, batch_size, world_size)
     without = {file for file, _ in bad}
     return Data(sets[0], sets[1], bad, [name for name in map(str, source.train) if name not in without])
 
 
 def _open_shapes(
-    config: DataConfig, batch_size: int, seed: int, device: torch.device, rank: int, world: int
+    config: DataConfig, batch_size: int, seed: int, device: torch.device, rank: int, world_size: int
 ) -> Data:
     """All shapes to train on, as disentanglement_lib does, and a fixed draw of them to look at."""
     packed = shapes(config, device)
     drawn = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))[:VALIDATED]
-    _check_enough(config.root or config.name, len(packed), len(drawn), batch_size, world)
-    sharding = {"rank": rank, "world": world}
-    train = Bits(packed, sprites.SIDE, batch_size, seed, train=True, **sharding)
+    _check_enough(config.root or config.name, len(packed), len(drawn), batch_size, world_size)
+    sharding = {"rank": rank, "world_size": world_size}
+    train = PackedLoader(packed, sprites.SIDE, batch_size, seed, train=True, **sharding)
     held = packed[drawn.to(device)]
-    valid = Bits(held, sprites.SIDE, batch_size, seed, train=False, **sharding)
+    valid = PackedLoader(held, sprites.SIDE, batch_size, seed, train=False, **sharding)
     print(
         f"{LABELS[0]}: {train.count}, {packed.nbytes / 1e6:.0f} MB of one bit a pixel; "
         f"{LABELS[1]}: {valid.count} of them",
@@ -115,9 +117,9 @@ def shapes(config: DataConfig, device: torch.device) -> Tensor:
     return dsprites.read(config.root).packed.to(device)
 
 
-def _check_enough(root: Path | str, train: int, valid: int, batch_size: int, world: int) -> None:
-    if train < batch_size * world:
-        each = f" for each of {world} processes" if world > 1 else ""
+def _check_enough(root: Path | str, train: int, valid: int, batch_size: int, world_size: int) -> None:
+    if train < batch_size * world_size:
+        each = f" for each of {world_size} processes" if world_size > 1 else ""
         raise ValueError(f"{root} holds {train} training images, fewer than a batch of {batch_size}{each}")
     if not valid:
         raise ValueError(f"{root} holds no validation images that can be used")
@@ -151,7 +153,7 @@ def find(config: DataConfig) -> Source:
 
 
 def ingest(
-    config: DataConfig, source: Source, device: torch.device, rank: int = 0, world: int = 1
+    config: DataConfig, source: Source, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> Iterator[cache.Cached]:
     """The caches of the training and the validation images; decoded now if they are not there."""
     name = decoder.choose(config.decoder)
@@ -159,7 +161,7 @@ def ingest(
     for files, label in zip((source.train, source.valid), LABELS, strict=True):
         request = cache.Request(source.root, files, source.picture, name)
         yield cache.obtain(
-            request, where, lambda: _reader(config, source.picture, device), label, rank, world
+            request, where, lambda: _reader(config, source.picture, device), label, rank, world_size
         )
 
 

@@ -73,8 +73,8 @@ def trial(kind: str) -> str:
 
 
 def _train(options: list[str]) -> str:
-    from bvae.arguments import parse
-    from bvae.run import prepare
+    from bvae.training.cli import parse
+    from bvae.training.run import prepare
 
     run = prepare(parse(options, ""))
     seconds = []
@@ -82,7 +82,7 @@ def _train(options: list[str]) -> str:
         images = next(run.batches())
         start = time.perf_counter()
         run.advance(images)
-        run.step.history.send(run.done)
+        run.step.metrics_buffer.send(run.done)
         run.step.receive(wait=True)
         seconds.append(time.perf_counter() - start)
     return f"a tiny step takes {1000 * min(seconds[1:]):.1f} ms, the first one {seconds[0]:.1f} s"
@@ -183,8 +183,8 @@ def _driver() -> str:
 
 def precision() -> Iterator[Finding]:
     """What --amp does here."""
-    from bvae.arguments import choose_device
-    from bvae.step import autocast_dtype
+    from bvae.training.cli import choose_device
+    from bvae.training.step import autocast_dtype
 
     dtype, text = autocast_dtype(choose_device("auto"), True)
     yield Finding("ok" if dtype else "--", "bf16", f"--amp is {text}")
@@ -281,7 +281,7 @@ def steps() -> Iterator[Finding]:
     """A tiny training step on each backend."""
     import torch
 
-    from bvae.step import compiles
+    from bvae.training.step import compiles
 
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from bvae import pytorch_vae
 from bvae.architectures import ARCHITECTURES, check_size
+from bvae.compat import pytorch_vae_weights
 from bvae.config import Config
 from bvae.ops import reparam_kl
 
@@ -164,7 +164,7 @@ class BetaVAE(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: the file is not such a checkpoint.
         """
-        config, state = pytorch_vae.load(path)
+        config, state = pytorch_vae_weights.load(path)
         model = cls(**config)
         model.load_state_dict(state)
         return model.eval()

@@ -22,10 +22,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from bvae import baselines, checkpoint, config, evaluate, sweep_report, train
-from bvae.arguments import choose_device, parse
-from bvae.command import exit_status
+from bvae import config, train
 from bvae.config import SHAPES, Config
+from bvae.errors import exit_status
+from bvae.evaluation import baselines, run_folder, sweep_report
+from bvae.evaluation.measure import Protocol
+from bvae.training import checkpoint
+from bvae.training.cli import choose_device, parse
 
 BASELINES = "baselines.json"
 BINS = 20  # of the metrics: fewer points than that cannot be measured
@@ -158,10 +161,8 @@ def train_and_evaluate(job: Job, arguments: Arguments) -> int:
         status = train.main(command)
         if status or not is_trained(job.out):
             return status or 130  # stopped, with a checkpoint
-    measured = evaluate.Arguments(
-        job.out, seeds=arguments.metric_seeds, points=arguments.points, device=arguments.device
-    )
-    return exit_status(lambda: print(evaluate.evaluate(measured), end=""))
+    protocol = Protocol(seeds=arguments.metric_seeds, points=arguments.points, device=arguments.device)
+    return exit_status(lambda: print(run_folder.evaluate(job.out, protocol), end=""))
 
 
 def _alone(job: Job, arguments: Arguments) -> None:

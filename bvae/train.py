@@ -4,8 +4,8 @@
   python -m bvae.train --data celeba --data-root DIR --amp
   python -m bvae.train --data folder --data-root DIR --loss-type H --beta 4
   python -m bvae.train --config bbvae.yaml                PyTorch-VAE's configurations run as written
-  python -m bvae.train --resume runs/NAME                 go on after Ctrl-C or a crash
-  torchrun --nproc-per-node 8 -m bvae.train --batch-size 1152 ...    on eight GPUs, 144 images each a step
+  python -m bvae.train --resume runs/NAME                 continue after Ctrl-C or a crash
+  torchrun --nproc-per-node 8 -m bvae.train --batch-size 1152 ...    on eight GPUs, 144 images each per step
 
 Results are in runs/NAME: traversals.gif, model.safetensors, metrics.jsonl and more.
 """
@@ -17,16 +17,17 @@ import sys
 import time
 from pathlib import Path
 
-from bvae import checkpoint, debug
-from bvae.arguments import parse
-from bvae.processes import end, lost_the_others, speak_first, who
-from bvae.profile import Profile, name_kernels
+from bvae.plots import save_pictures
 from bvae.reference import scale_pixels
-from bvae.report import Report, Silence, Speed, save_pictures
-from bvae.run import Run, prepare
-from bvae.step import NotFinite, Scalars
-from bvae.stop import StopRequest
-from bvae.validation import Validation, validate
+from bvae.training import checkpoint, nan_debug
+from bvae.training.cli import parse
+from bvae.training.distributed import exit_process, lost_connection, rank_suffix, silence_other_ranks
+from bvae.training.log import NullLog, RunLog, Throughput
+from bvae.training.profiler import Profile, name_kernels
+from bvae.training.run import Run, prepare
+from bvae.training.signals import StopRequest
+from bvae.training.step import NotFinite, Scalars
+from bvae.training.validation import Validation, validate
 
 SHOWN = 3  # images of a batch that are named on the screen
 PAUSE = 10  # seconds: what a checkpoint and a validation take must stay a small part of the time
@@ -42,9 +43,9 @@ def train(run: Run, stop: StopRequest, profile: Profile | None = None) -> tuple[
         KeyboardInterrupt: a request to stop when there was nothing to save.
         OSError: the run folder cannot be written.
     """
-    training, per_epoch, processes = run.config.training, len(run.train), run.processes
-    report = Report(run.out, run.steps, run.done) if processes.is_first else Silence()
-    speed = Speed(training.batch_size)
+    training, per_epoch, distributed = run.config.training, len(run.train), run.distributed
+    report = RunLog(run.out, run.steps, run.done) if distributed.is_main else NullLog()
+    speed = Throughput(training.batch_size)
     first, saved = run.done, time.monotonic()
     # The processes must stop at the same step, and asking makes a host wait for its device's peers.
     asking = 1 if run.step.device.type == "cpu" else training.log_every
@@ -67,20 +68,20 @@ def train(run: Run, stop: StopRequest, profile: Profile | None = None) -> tuple[
             return True
         if training.checkpoint_every:
             return run.done % training.checkpoint_every == 0
-        return run.done % per_epoch == 0 and processes.first_says(time.monotonic() - saved > PAUSE)
+        return run.done % per_epoch == 0 and distributed.broadcast(time.monotonic() - saved > PAUSE)
 
     def keep(with_validation: bool) -> None:
         """Write a checkpoint, then validate."""
         nonlocal saved, result
         note(run.step.receive(wait=True))
-        run.step.history.send(run.done)
+        run.step.metrics_buffer.send(run.done)
         run.step.receive(wait=True)  # raises if a loss since the last log is not finite
         speed.reach(run.done)
         run.synchronize()
         run.save()
         if with_validation:
-            stop.at_once = processes.world == 1  # the others would wait for this process
-            result = validate(run.model, run.loss, run.valid, training.seed, run.step.dtype, processes)
+            stop.at_once = distributed.world_size == 1  # the others would wait for this process
+            result = validate(run.model, run.loss, run.valid, training.seed, run.step.dtype, distributed)
             report.validation(run.done, epoch(run.done), result)
             run.rate(result)
             stop.at_once = False
@@ -101,10 +102,10 @@ def train(run: Run, stop: StopRequest, profile: Profile | None = None) -> tuple[
                     stop.at_once = False
                 if run.done % training.log_every == 0 or run.done == run.steps:
                     note(run.step.receive(wait=True))
-                    run.step.history.send(run.done)
+                    run.step.metrics_buffer.send(run.done)
                 note(run.step.receive(wait=False))
                 due = is_due()
-                stopping = run.done % asking == 0 and processes.any(stop.signal is not None)
+                stopping = run.done % asking == 0 and distributed.any_rank(stop.signal is not None)
                 if due or stopping:
                     keep(with_validation=due)
                 if stopping or run.done == run.steps:
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
     130: stopped on request before there was a checkpoint.
     """
-    speak_first()
+    silence_other_ranks()
     with StopRequest() as stop:
         return _main(sys.argv[1:] if argv is None else argv, stop)
 
@@ -156,13 +157,13 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         run = prepare(arguments)
         out = run.out
         if arguments.debug_nan:
-            print(debug.find(run) or f"every number up to step {run.done} is finite")
+            print(nan_debug.find(run) or f"every number up to step {run.done} is finite")
             return 0
-        profiled = arguments.profile and run.processes.is_first
+        profiled = arguments.profile and run.distributed.is_main
         outcome = train(run, stop, Profile(out, run.step.device) if profiled else None)
         if not outcome:
             print(f"stopped at step {run.done} of {run.steps}. {_go_on(out)}")
-        elif run.processes.is_first:
+        elif run.distributed.is_main:
             finish(run, *outcome)
         run.leave()
         return 0
@@ -180,7 +181,7 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         if "alloc" in str(error) or "out of memory" in str(error):
             _complain(f"out of memory: {str(error).splitlines()[0]}")
             print("a smaller --batch-size or --hidden-dims needs less", file=sys.stderr)
-        elif lost_the_others(error):
+        elif lost_connection(error):
             _complain(f"another process has ended: its message says why. {_go_on(out)}")
         else:
             raise
@@ -208,7 +209,7 @@ def _batch(run: Run, step: int) -> str:
 
 
 def _complain(text: str) -> None:
-    print(f"error{who()}: {text}", file=sys.stderr)
+    print(f"error{rank_suffix()}: {text}", file=sys.stderr)
 
 
 def _go_on(out: Path | None) -> str:
@@ -221,4 +222,4 @@ def _go_on(out: Path | None) -> str:
 
 
 if __name__ == "__main__":
-    end(main())
+    exit_process(main())

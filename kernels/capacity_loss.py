@@ -30,8 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bvae.kernels.completion_counters import completion_counters
 from bvae.kernels.launch import Launch, cdiv, collapse, is_dense, power_of_two
-from bvae.kernels.tickets import tickets
 from bvae.kernels.tile import last_to_arrive, offsets
 
 
@@ -90,7 +90,7 @@ def _forward_kernel(
     kl_slope_out,  # the gradient of loss by each element of kl
     slope,  # in recon's dtype, or None
     partial_sums,  # [programs] float32
-    ticket,  # int32 zero
+    counter,  # int32 zero
     rows,
     row_length,
     batch,
@@ -138,7 +138,7 @@ def _forward_kernel(
             slope_at = slope + row * slope_row_stride + offsets(column, sizes, slope_strides, DIMS)
             tl.store(slope_at, (element_slope * slope_scale).to(slope.dtype.element_ty), mask=mask)
     tl.store(partial_sums + tl.program_id(0), tl.sum(error_sum, 0))
-    if last_to_arrive(ticket, tl.num_programs(0)):
+    if last_to_arrive(counter, tl.num_programs(0)):
         part = tl.arange(0, PROGRAMS_PADDED)
         parts_at = partial_sums + part
         parts = tl.load(parts_at, mask=part < tl.num_programs(0), other=0.0, cache_modifier=".cg")
@@ -275,7 +275,7 @@ def plan_forward(
         **dict(zip(("loss_out", "recon_out", "kld_out", "capacity_out", "kl_slope_out"), terms, strict=True)),
         "slope": slope if with_slope else None,
         "partial_sums": recon.new_empty(programs, dtype=torch.float32),
-        "ticket": tickets(1, recon.device),
+        "counter": completion_counters(1, recon.device),
         "batch": recon.shape[0],
         "error_scale": _error_scale(*objective),
         "slope_scale": _gain(*objective) if as_gradient else 1.0,

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bvae.kernels.completion_counters import completion_counters
 from bvae.kernels.launch import Launch, cdiv, collapse, power_of_two
 from bvae.kernels.noise import four_normals
-from bvae.kernels.tickets import tickets
 from bvae.kernels.tile import last_to_arrive, offsets
 
 
@@ -66,7 +66,7 @@ def _forward_kernel(
     first_sample,  # row 0's number, which keys its noise
     row_sums,  # [batch, splits] float32, or None if splits is 1
     column_sums,  # [row blocks, row_length] float32, or None
-    ticket,  # int32 zeros, one per row block, then one per column block; None without either of the sums
+    counters,  # int32 zeros, one per row block, then one per column block; None without either of the sums
     batch,
     row_length,
     splits,  # programs per row block; more than 1 only where a row block is one row
@@ -118,7 +118,7 @@ def _forward_kernel(
             in_row = column < row_length
             sums_at = column_sums + row_block.to(tl.int64) * row_length + column
             tl.store(sums_at, tl.sum(kl_element, 0), mask=in_row)
-            if last_to_arrive(ticket + row_blocks + column_block, row_blocks):
+            if last_to_arrive(counters + row_blocks + column_block, row_blocks):
                 total = tl.zeros((PARTS, COLUMNS), tl.float32)
                 for first in range(0, row_blocks, PARTS):
                     part = (first + tl.arange(0, PARTS))[:, None]
@@ -132,7 +132,7 @@ def _forward_kernel(
         tl.store(kl + row, row_sum, mask=row < batch)
     else:
         tl.store(row_sums + row * splits + split, row_sum)
-        if last_to_arrive(ticket + row_block, splits):
+        if last_to_arrive(counters + row_block, splits):
             part = tl.arange(0, SPLITS_PADDED)[None, :]
             parts_at = row_sums + row[:, None] * splits + part
             parts = tl.load(parts_at, mask=part < splits, other=0.0, cache_modifier=".cg")
@@ -257,7 +257,7 @@ def plan_forward(
     rows, columns, warps = _tile_size(batch, row_length, per_dim)
     row_blocks, column_blocks = cdiv(batch, rows), cdiv(row_length, columns)
     splits = min(column_blocks, max(1, _PROGRAMS // row_blocks))
-    counters = row_blocks + (column_blocks if per_dim else 0) if splits > 1 or per_dim else 0
+    needed = row_blocks + (column_blocks if per_dim else 0) if splits > 1 or per_dim else 0
     sample = seed is not None
     layout, strides = _layout(mu, log_var, z if sample else mu)
     args = {
@@ -272,7 +272,7 @@ def plan_forward(
         "first_sample": first_sample,
         "row_sums": kl.new_empty(batch, splits) if splits > 1 else None,
         "column_sums": kl.new_empty(row_blocks, row_length) if per_dim else None,
-        "ticket": tickets(counters, mu.device) if counters else None,
+        "counters": completion_counters(needed, mu.device) if needed else None,
         "batch": batch,
         "row_length": row_length,
         "splits": splits,

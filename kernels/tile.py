@@ -16,17 +16,17 @@ def offsets(index, sizes, strides, DIMS: tl.constexpr):
 
 
 @triton.jit
-def last_to_arrive(ticket, arrivals):
-    """Whether this program is the last of `arrivals` at `ticket`, whose stores it can then read.
+def last_to_arrive(counter, arrivals):
+    """Whether this program is the last of `arrivals` at `counter`, whose stores it can then read.
 
     The barriers put this program's stores before the release, and its loads after the acquire: all stores on
     NVIDIA; on AMD, whose barrier does not wait for stores under way, those of the first warp, which performs
     the atomic. So a program of several warps may announce a scalar that it stored, but a block only if it has
-    one warp. The last one resets the ticket.
+    one warp. The last one resets the counter.
     """
     tl.debug_barrier()
-    last = tl.atomic_add(ticket, 1, sem="acq_rel") == arrivals - 1
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == arrivals - 1
     tl.debug_barrier()
     if last:
-        tl.store(ticket, 0)
+        tl.store(counter, 0)
     return last

@@ -85,10 +85,10 @@ class Request:
         text = json.dumps(identity, sort_keys=True) + "\n" + self.listing
         return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=KEY_BYTES).hexdigest()
 
-    def share(self, rank: int, world: int) -> "Request":
-        """The part of the files that one of `world` processes decodes."""
+    def share(self, rank: int, world_size: int) -> "Request":
+        """The part of the files that one of `world_size` processes decodes."""
         n = len(self.files)
-        return replace(self, files=self.files[rank * n // world : (rank + 1) * n // world])
+        return replace(self, files=self.files[rank * n // world_size : (rank + 1) * n // world_size])
 
 
 class Cached(NamedTuple):
@@ -105,11 +105,16 @@ def default_folder() -> Path:
 
 
 def obtain(
-    request: Request, folder: Path, decoder: Callable[[], Decoder], label: str, rank: int = 0, world: int = 1
+    request: Request,
+    folder: Path,
+    decoder: Callable[[], Decoder],
+    label: str,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Cached:
     """The cache that is asked for; it is built if it is not there or damaged.
 
-    Of several processes that want the same cache one builds it, and the others wait. With world > 1 each
+    Of several processes that want the same cache one builds it, and the others wait. With world_size > 1 each
     process first decodes its share, and one of them joins the shares.
 
     Args:
@@ -125,13 +130,13 @@ def obtain(
         print(f"{label}: {len(found.images)} from the cache {entry}", flush=True)
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    own = request.share(rank, world)
-    if world > 1:
-        obtain(own, folder, decoder, f"{label}, share {rank + 1} of {world}")
+    own = request.share(rank, world_size)
+    if world_size > 1:
+        obtain(own, folder, decoder, f"{label}, share {rank + 1} of {world_size}")
     with lock(entry, label):
         try:
             found = read(entry)  # built while this process waited
-            if world > 1:
+            if world_size > 1:
                 shutil.rmtree(
                     folder / own.key, ignore_errors=True
                 )  # who joined the shares may have missed it
@@ -141,11 +146,11 @@ def obtain(
         except Damaged as damage:
             print(f"{entry} is damaged ({damage}): decoding again", flush=True)
             shutil.rmtree(entry, ignore_errors=True)
-        if world == 1:
+        if world_size == 1:
             reader, n = decoder(), len(request.files)
             print(f"{label}: decoding {n} with {reader.version}, once, into {entry}", flush=True)
             return _write(entry, request, _decode(request, reader, label))
-        parts = [request.share(r, world) for r in range(world)]
+        parts = [request.share(r, world_size) for r in range(world_size)]
         shares = [obtain(part, folder, decoder, f"{label}, share") for part in parts]
         built = _write(entry, request, _join(shares))
         for share in shares:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bvae.pipelines.bits import pack
+from bvae.pipelines.packed_loader import pack
 from bvae.pipelines.sprites import FACTORS, SIDE, SIZES
 
 AT_A_TIME = 8192  # images: 34 MB

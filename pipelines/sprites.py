@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bvae.pipelines.bits import pack
 from bvae.pipelines.cache import lock
+from bvae.pipelines.packed_loader import pack
 
 FACTORS = ("shape", "scale", "orientation", "x", "y")
 SIZES = (3, 6, 40, 32, 32)  # values of each factor

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bvae import baselines
-from bvae.baselines import ALL, INTERPOLATED, PAPER, Sharing, measure
+from bvae.evaluation import baselines
+from bvae.evaluation.baselines import ALL, INTERPOLATED, PAPER, Sharing, measure
 from bvae.pipelines import sprites
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from bvae.batch_norm import BatchNorm2d
+from bvae.layers import BatchNorm2d
 
 
 def test_outputs_gradients_and_statistics_are_pytorchs():

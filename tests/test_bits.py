@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bvae.pipelines.bits import Bits, pack, unpack
-from bvae.pipelines.resident import Resident
+from bvae.pipelines.memory_loaders import DeviceLoader
+from bvae.pipelines.packed_loader import PackedLoader, pack, unpack
 
 IMAGES = torch.randint(2, (50, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -20,9 +20,9 @@ def test_packing_is_numpys_and_unpacking_its_inverse():
 
 @pytest.mark.parametrize("train", [True, False])
 def test_batches_are_those_of_the_images_themselves(train):
-    options = {"train": train, "rank": 1, "world": 2}
-    bits = Bits(pack(IMAGES), 8, 7, 3, **options)
-    plain = Resident(255 * IMAGES[..., None], 7, 3, flip=False, **options)
+    options = {"train": train, "rank": 1, "world_size": 2}
+    bits = PackedLoader(pack(IMAGES), 8, 7, 3, **options)
+    plain = DeviceLoader(255 * IMAGES[..., None], 7, 3, flip=False, **options)
     assert len(bits) == len(plain)
     for (a, i), (b, j) in zip(bits.epoch(2), plain.epoch(2), strict=True):
         assert torch.equal(a, b)
@@ -36,7 +36,7 @@ def test_batches_are_those_of_the_images_themselves(train):
 
 def test_a_compiled_gather_builds_no_table_on_the_host():
     """To copy one to the GPU at each step would make the host wait, and cannot be captured."""
-    bits = Bits(pack(IMAGES), 8, 7, 3, train=True)
+    bits = PackedLoader(pack(IMAGES), 8, 7, 3, train=True)
     bits.begin(2)
     traced = []
 
@@ -52,7 +52,7 @@ def test_a_compiled_gather_builds_no_table_on_the_host():
 
 @pytest.mark.gpu
 def test_a_cuda_graph_unpacks_its_own_batches():
-    bits = Bits(pack(IMAGES).cuda(), 8, 7, 3, train=True)
+    bits = PackedLoader(pack(IMAGES).cuda(), 8, 7, 3, train=True)
     bits.begin(0)
     position = torch.zeros((), dtype=torch.int64, device="cuda")
     bits.batch(position)  # makes the table that the graph reads

@@ -38,11 +38,11 @@ def request(root, picture=PICTURE, name="torchvision"):
     return cache.Request(root, sorted(str(path) for path in root.iterdir()), picture, name)
 
 
-def obtain(root, folder, rank=0, world=1):
+def obtain(root, folder, rank=0, world_size=1):
     def make():
         return decoder.build("torchvision", PICTURE, CPU)
 
-    return cache.obtain(request(root), folder, make, "images", rank, world)
+    return cache.obtain(request(root), folder, make, "images", rank, world_size)
 
 
 def decoded(root):
@@ -53,12 +53,12 @@ def decoded(root):
 class Elsewhere:
     """A process that builds the cache, taking so many seconds an image and core."""
 
-    def __init__(self, root, folder, seconds=0.0, rank=0, world=1):
+    def __init__(self, root, folder, seconds=0.0, rank=0, world_size=1):
         self.log = folder.parent / f"log {time.monotonic_ns()}"
-        self.process = FORK.Process(target=self._build, args=(root, folder, seconds, rank, world))
+        self.process = FORK.Process(target=self._build, args=(root, folder, seconds, rank, world_size))
         self.process.start()
 
-    def _build(self, root, folder, seconds, rank, world):
+    def _build(self, root, folder, seconds, rank, world_size):
         decode = torch_decode.decode_bytes
 
         def slowly(*arguments):
@@ -67,7 +67,7 @@ class Elsewhere:
 
         torch_decode.decode_bytes = slowly
         with open(self.log, "w", buffering=1) as log, contextlib.redirect_stdout(log):
-            images = obtain(root, folder, rank=rank, world=world).images
+            images = obtain(root, folder, rank=rank, world_size=world_size).images
             print(zlib.crc32(images.numpy().tobytes()))
 
     def printed(self):
@@ -245,12 +245,12 @@ def test_many_threads_leave_one_cache_and_no_lock(root, folder):
     assert [path.suffix for path in folder.iterdir()] == [""]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_decode_their_shares(root, folder, world):
-    ranks = [Elsewhere(root, folder, 0.1, rank, world) for rank in range(world)]
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_decode_their_shares(root, folder, world_size):
+    ranks = [Elsewhere(root, folder, 0.1, rank, world_size) for rank in range(world_size)]
     printed = [rank.printed() for rank in ranks]
     for rank, text in enumerate(printed):
-        assert f"images, share {rank + 1} of {world}: decoding {20 // world} with" in text
+        assert f"images, share {rank + 1} of {world_size}: decoding {20 // world_size} with" in text
     (entry,) = folder.iterdir()
     alone = Elsewhere(root, folder.with_name("alone")).printed()
     assert {text.splitlines()[-1] for text in printed} == {alone.splitlines()[-1]}  # the same bytes
@@ -259,7 +259,7 @@ def test_ranks_decode_their_shares(root, folder, world):
 
 def test_a_rank_that_never_comes_is_stood_in_for(root, folder):
     (root / "002.jpg").write_bytes(b"")
-    found = obtain(root, folder, rank=1, world=4)
+    found = obtain(root, folder, rank=1, world_size=4)
     assert found.bad == [(str(root / "002.jpg"), "empty")]
     assert torch.equal(found.images, decoded(root)[[i for i in range(20) if i != 2]])
     assert [path.name for path in folder.iterdir()] == [found.folder.name]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bvae import checkpoint
+from bvae.training import checkpoint
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from bvae.command import exit_status
+from bvae.errors import exit_status
 
 
 def stop(error: BaseException) -> None:

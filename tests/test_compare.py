@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from bvae import compare, evaluate
+from bvae import compare
 from bvae.compare import Arguments, loss_name, main, shares
 from bvae.config import Config, DataConfig, ObjectiveConfig
+from bvae.evaluation import measure
+from bvae.evaluation.measure import Protocol
 from bvae.model import BetaVAE
 from bvae.pipelines import faces
-from bvae.report import LABEL, MARGIN
+from bvae.plots import LABEL, MARGIN
 
 N, SIDE = 60, 32
 FEW = ["--points", "40", "--factor-bins", "2"]
@@ -70,12 +72,10 @@ def test_the_table(runs, made):
         ["third", "B, gamma 10, C 25"],
     ]
     model = BetaVAE.from_pretrained(runs / "second")
-    known = evaluate.open_truth(
-        evaluate.Arguments(runs / "second", factor_bins=2), model, torch.device("cpu")
-    )
-    drawn = evaluate.some(known, 40)
-    found = evaluate.describe(model, known, drawn, 0.5, torch.device("cpu"))
-    codes = evaluate.encode(model, known, drawn, torch.device("cpu"))
+    known = measure.open_truth(runs / "second", Protocol(factor_bins=2), model, torch.device("cpu"))
+    drawn = measure.some(known, 40)
+    found = measure.describe(model, known, drawn, 0.5, torch.device("cpu"))
+    codes = measure.encode(model, known, drawn, torch.device("cpu"))
     told = shares(codes, known.factors[drawn])
     glasses = known.names.index("glasses")
     latent = told[:, glasses].argmax()
@@ -114,10 +114,8 @@ def test_all_models_start_from_the_same_image(runs, monkeypatch):
     second = compare.ask(runs / "second", arguments, first.start)
     assert second.start == first.start
     for name, (model, (z, _)) in zip(("first", "second"), started.items(), strict=True):
-        known = evaluate.open_truth(
-            evaluate.Arguments(runs / name, factor_bins=2), model, torch.device("cpu")
-        )
-        image = known.images(evaluate.some(known, 40)[[first.start]])
+        known = measure.open_truth(runs / name, Protocol(factor_bins=2), model, torch.device("cpu"))
+        image = known.images(measure.some(known, 40)[[first.start]])
         with torch.no_grad():
             assert torch.allclose(z, model.encode(image)[0], atol=1e-4)
 
@@ -136,7 +134,7 @@ def test_the_latent_that_tells_most(data, runs, monkeypatch):
         noise[:, 2] = glasses[numbers] + 0.1 * smile[numbers]
         return noise
 
-    monkeypatch.setattr(evaluate, "encode", codes)
+    monkeypatch.setattr(measure, "encode", codes)
     row = compare.ask(runs / "first", Arguments((), "glasses", points=N, factor_bins=2), 0).row
     assert (row.latent, row.other) == (2, "smile")
     assert row.share == pytest.approx(1)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bvae.pipelines import dsprites
-from bvae.pipelines.bits import pack
 from bvae.pipelines.dsprites import read
+from bvae.pipelines.packed_loader import pack
 from bvae.pipelines.sprites import COUNT, render, unravel
 
 

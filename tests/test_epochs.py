@@ -6,9 +6,9 @@ from pictures import write_folder
 from torch.overrides import TorchFunctionMode
 
 from bvae.pipelines.decoder import build
+from bvae.pipelines.memory_loaders import DeviceLoader, HostLoader
 from bvae.pipelines.picture import Picture
-from bvae.pipelines.resident import Hosted, Resident
-from bvae.pipelines.stream import Stream
+from bvae.pipelines.streaming_loader import StreamingLoader
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def images(files, decoder):
 def resident(images=None, n=23, batch_size=5, seed=1, train=True, flip=True, **options):
     if images is None:
         images = torch.randint(256, (n, 4, 4, 3), dtype=torch.uint8)
-    return Resident(images, batch_size, seed, train=train, flip=flip, **options)
+    return DeviceLoader(images, batch_size, seed, train=train, flip=flip, **options)
 
 
 def test_training_epoch_is_a_shuffled_pass_without_the_partial_batch():
@@ -83,9 +83,9 @@ def test_evaluation_keeps_order_and_the_last_batch():
 def test_one_contract_wherever_the_images_are(kind, train, files, decoder, images):
     options = {"train": train, "flip": train}
     data = {
-        "resident": lambda: Resident(images, 5, 1, **options),
-        "hosted": lambda: Hosted(images, 5, 1, CPU, **options),
-        "streamed": lambda: Stream(files, decoder, 5, 1, CPU, **options),
+        "resident": lambda: DeviceLoader(images, 5, 1, **options),
+        "hosted": lambda: HostLoader(images, 5, 1, CPU, **options),
+        "streamed": lambda: StreamingLoader(files, decoder, 5, 1, CPU, **options),
     }[kind]()
     expected = list(resident(images, train=train, flip=train).epoch(3))
     for start in (0, 2):
@@ -101,9 +101,9 @@ def test_one_contract_wherever_the_images_are(kind, train, files, decoder, image
 @pytest.mark.parametrize("kind", ["hosted", "streamed"])
 def test_an_epoch_may_be_left_in_the_middle(kind, files, decoder, images):
     data = (
-        Hosted(images, 2, 1, CPU, train=True, flip=True)
+        HostLoader(images, 2, 1, CPU, train=True, flip=True)
         if kind == "hosted"
-        else Stream(files, decoder, 2, 1, CPU, train=True, flip=True)
+        else StreamingLoader(files, decoder, 2, 1, CPU, train=True, flip=True)
     )
     for _ in range(3):
         epoch = data.epoch(0)
@@ -115,7 +115,7 @@ def test_an_epoch_may_be_left_in_the_middle(kind, files, decoder, images):
 def test_streaming_names_the_file_that_cannot_be_decoded(files, decoder, tmp_path):
     page = tmp_path / "page.jpg"
     page.write_text("<html>")
-    data = Stream([*files[:5], str(page)], decoder, 2, 0, CPU, train=False, flip=False)
+    data = StreamingLoader([*files[:5], str(page)], decoder, 2, 0, CPU, train=False, flip=False)
     with pytest.raises(OSError, match="page.jpg cannot be decoded: a web page .* bvae.data check"):
         list(data.epoch(0))
 
@@ -132,20 +132,21 @@ def test_flipping_the_cached_image_is_decoding_the_flipped_one(tmp_path):
     assert torch.equal(images[0].flip(1), images[1])
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_ranks_see_every_image_once(world):
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_ranks_see_every_image_once(world_size):
     """In training up to the last batch of all ranks together, which is dropped as one rank drops its own."""
     images = torch.randint(256, (103, 2, 2, 3), dtype=torch.uint8)
 
     def indices(train, epoch):
         ranks = [
-            resident(images, batch_size=8 // world, train=train, rank=r, world=world) for r in range(world)
+            resident(images, batch_size=8 // world_size, train=train, rank=r, world_size=world_size)
+            for r in range(world_size)
         ]
         return [[index for _, index in rank.epoch(epoch)] for rank in ranks]
 
     for epoch in (0, 1):
         ranks = indices(True, epoch)
-        assert [len(rank) for rank in ranks] == [12] * world
+        assert [len(rank) for rank in ranks] == [12] * world_size
         seen = torch.cat([index for rank in ranks for index in rank])
         assert len(seen) == len(seen.unique()) == 96
         together = [torch.cat([rank[step] for rank in ranks]) for step in range(12)]
@@ -157,7 +158,7 @@ def test_the_ranks_see_every_image_once(world):
 
 def test_ranks_start_in_the_middle_too():
     images = torch.randint(256, (40, 2, 2, 3), dtype=torch.uint8)
-    data = resident(images, batch_size=4, rank=1, world=2)
+    data = resident(images, batch_size=4, rank=1, world_size=2)
     for (_, a), (_, b) in zip(list(data.epoch(0))[2:], data.epoch(0, start=2), strict=True):
         assert torch.equal(a, b)
 
@@ -169,9 +170,9 @@ def test_on_a_gpu_the_batches_are_those_of_the_cpu(kind):
     device = torch.device("cuda")
     options = {"train": True, "flip": True}
     data = (
-        Resident(images.to(device), 16, 5, **options)
+        DeviceLoader(images.to(device), 16, 5, **options)
         if kind == "resident"
-        else Hosted(images, 16, 5, device, **options)
+        else HostLoader(images, 16, 5, device, **options)
     )
     for epoch in range(3):
         for (a, i), (b, j) in zip(

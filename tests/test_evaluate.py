@@ -11,15 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from bvae import evaluate
+from bvae import ground_truth
 from bvae.config import Config, DataConfig
-from bvae.evaluate import Arguments, interval, main, matrices, rate
-from bvae.metrics import truth
-from bvae.metrics.heat_map import CELL, LEFT, TOP, heat_map
+from bvae.evaluate import main
+from bvae.evaluation import measure, run_folder
+from bvae.evaluation.measure import Protocol, interval
+from bvae.ground_truth import Truth
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
-from bvae.pipelines.bits import pack
-from bvae.report import LABEL, MARGIN
+from bvae.pipelines.packed_loader import pack
+from bvae.plots import CELL, LABEL, LEFT, MARGIN, TOP, heat_map
 
 N = 60
 FEW = ["--seeds", "2", "--points", "30", "--factor-bins", "2"]
@@ -75,8 +76,8 @@ def test_files_and_table(run):
 
 def test_what_the_posteriors_and_reconstructions_are(run, data):
     model = BetaVAE.from_pretrained(run)
-    known = truth.folder(data, model, bins=2)
-    found = evaluate.describe(model, known, np.arange(N), 0.5, torch.device("cpu"))
+    known = ground_truth.folder(data, model, bins=2)
+    found = measure.describe(model, known, np.arange(N), 0.5, torch.device("cpu"))
     x = known.images(np.arange(N))
     with torch.no_grad():
         mu, log_var = model.encode(x)
@@ -117,13 +118,13 @@ def test_runs_whose_factors_are_not_known(tmp_path, capsys):
 def test_what_is_infinite_is_said_so(tmp_path, monkeypatch):
     """Latents that repeat each other have an infinite total correlation, and JSON has no number for it."""
     factors = np.indices((2, 3)).reshape(2, -1).T.repeat(10, 0)
-    known = truth.Truth(("a", "b"), factors, lambda numbers: torch.rand(len(numbers), 3, 32, 32) * 2 - 1)
+    known = Truth(("a", "b"), factors, lambda numbers: torch.rand(len(numbers), 3, 32, 32) * 2 - 1)
     model = small_model()
     with torch.no_grad():
         model.head.weight[1], model.head.bias[1] = model.head.weight[0], model.head.bias[0]
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(evaluate, "open_truth", lambda *arguments: known)
-    table = evaluate.evaluate(Arguments(tmp_path, seeds=1, points=30))
+    monkeypatch.setattr(run_folder, "open_truth", lambda *arguments: known)
+    table = run_folder.evaluate(tmp_path, Protocol(seeds=1, points=30))
     assert "| total_correlation | infinite | |" in table
     text = (tmp_path / "evaluation.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["model"]["total_correlation"] is None
@@ -136,7 +137,7 @@ def test_results_are_there_when_all_is(tmp_path, data, monkeypatch, capsys):
     def fail(*arguments):
         raise OSError("no room")
 
-    monkeypatch.setattr(evaluate, "save", fail)
+    monkeypatch.setattr(run_folder, "save_traversal", fail)
     assert main([str(tmp_path), *FEW, "--data", "faces", "--data-root", str(data)]) == 2
     assert "no room" in capsys.readouterr().err
     assert not (tmp_path / "evaluation.json").exists()
@@ -178,8 +179,8 @@ def test_a_model_that_is_not_finite(tmp_path, monkeypatch, capsys, activation, p
         next(model.get_submodule(part).parameters()).fill_(math.nan)
     model.save_pretrained(tmp_path)
     factors = np.indices((2, 3)).reshape(2, -1).T.repeat(10, 0)
-    known = truth.Truth(("a", "b"), factors, lambda numbers: torch.rand(len(numbers), 1, 64, 64))
-    monkeypatch.setattr(evaluate, "open_truth", lambda *arguments: known)
+    known = Truth(("a", "b"), factors, lambda numbers: torch.rand(len(numbers), 1, 64, 64))
+    monkeypatch.setattr(run_folder, "open_truth", lambda *arguments: known)
     assert main([str(tmp_path), "--seeds", "1", "--points", "30"]) == 2
     assert message in capsys.readouterr().err
 
@@ -191,8 +192,8 @@ def test_a_sure_mistake_costs_its_logit():
     with torch.no_grad():
         last.weight.zero_()
         last.bias.fill_(20)
-    known = truth.Truth(("a",), np.zeros((2, 1), int), lambda numbers: torch.zeros(len(numbers), 1, 64, 64))
-    found = evaluate.describe(model, known, np.arange(2), 0.5, torch.device("cpu"))
+    known = Truth(("a",), np.zeros((2, 1), int), lambda numbers: torch.zeros(len(numbers), 1, 64, 64))
+    found = measure.describe(model, known, np.arange(2), 0.5, torch.device("cpu"))
     assert found["reconstruction_nats"] == pytest.approx(20 * 64 * 64, rel=1e-6)
 
 
@@ -206,7 +207,7 @@ def test_sprites_of_which_a_factor_does_not_vary(tmp_path, monkeypatch, capsys):
 def test_attributes_are_told_by_single_latents(data, tmp_path, monkeypatch):
     """A latent that is the attribute's opposite tells it as well as any."""
     model = small_model()
-    known = truth.attributes(data, model)
+    known = ground_truth.attributes(data, model)
     assert known.factors.shape == (6, len(known.names))  # a tenth of the images is for testing
     with open(data / "celeba" / "factors.csv") as file:
         rows = list(csv.DictReader(file))[-6:]
@@ -214,12 +215,12 @@ def test_attributes_are_told_by_single_latents(data, tmp_path, monkeypatch):
     assert glasses.tolist() == [1 if float(row["glasses"]) > 0.5 else -1 for row in rows]
     codes = np.zeros((6, 4), np.float32)
     codes[:, 2] = -glasses
-    monkeypatch.setattr(evaluate, "encode", lambda *_: codes)
+    monkeypatch.setattr(run_folder, "encode", lambda *_: codes)
     model.save_pretrained(tmp_path)
     (tmp_path / "config.yaml").write_text(
         Config(data=DataConfig(name="celeba", root=data, image_size=32)).to_yaml()
     )
-    table = evaluate.evaluate(Arguments(tmp_path))
+    table = run_folder.evaluate(tmp_path, Protocol())
     assert "| AUROC of Eyeglasses, by latent 2 | 1.000 | |" in table
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert result["attributes"]["Eyeglasses"] == {"latent": 2, "auroc": 1.0}
@@ -244,7 +245,7 @@ def test_attributes_that_cannot_be_used(data, tmp_path, text, message):
     if text is not None:
         path.write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        truth.attributes(tmp_path, small_model())
+        ground_truth.attributes(tmp_path, small_model())
 
 
 def test_kaggles_attributes(data, tmp_path):
@@ -254,7 +255,8 @@ def test_kaggles_attributes(data, tmp_path):
     lines = [",".join(["image_id", *names.split()]), *(",".join(row.split()) for row in rows)]
     path.with_suffix(".csv").write_text("\n".join(lines) + "\n")
     path.unlink()
-    ours, theirs = truth.attributes(tmp_path, small_model()), truth.attributes(data, small_model())
+    ours = ground_truth.attributes(tmp_path, small_model())
+    theirs = ground_truth.attributes(data, small_model())
     assert ours.names == theirs.names
     assert np.array_equal(ours.factors, theirs.factors)
 
@@ -267,31 +269,31 @@ def test_intervals_are_students():
 
 def test_the_true_factors_rate_best(tmp_path):
     factors = np.indices((2, 3, 4)).reshape(3, -1).T.repeat(20, 0)
-    known = truth.Truth(("a", "b", "c"), factors, lambda numbers: torch.empty(0))
+    known = Truth(("a", "b", "c"), factors, lambda numbers: torch.empty(0))
     codes = (factors / [1, 2, 3]).astype(np.float32)
     seconds: dict[str, float] = {}
-    found = rate(codes, known, Arguments(tmp_path, seeds=2, points=400), seconds)
+    found = measure.rate(codes, known, Protocol(seeds=2, points=400), seconds)
     assert found.keys() == SCORES
     for name in SCORES - {"sap"}:
         assert found[name].mean > 0.97, name
     assert seconds.keys() == {"score", "beta_vae", "factor_vae"}
-    for matrix in matrices(codes[:, [1, 2, 0]], known, Arguments(tmp_path, points=480)).values():
+    for matrix in measure.matrices(codes[:, [1, 2, 0]], known, Protocol(points=480)).values():
         assert matrix.argmax(0).tolist() == [2, 0, 1]
         assert np.allclose(matrix.max(0), 1, atol=0.02)
 
 
 def test_all_images_are_encoded_in_order(data):
     model = small_model()
-    known = truth.folder(data, model, bins=5)
+    known = ground_truth.folder(data, model, bins=5)
     with torch.no_grad():
         expected = model.encode(known.images(np.arange(N)))[0]
-    codes = evaluate.encode(model, known, np.arange(N), torch.device("cpu"))
+    codes = measure.encode(model, known, np.arange(N), torch.device("cpu"))
     assert np.allclose(codes, expected, atol=1e-4)
 
 
 def test_faces_and_their_factors(data):
     model = small_model(image_size=64)
-    known = truth.folder(data / "celeba", model, bins=5)
+    known = ground_truth.folder(data / "celeba", model, bins=5)
     assert known.names[5] == "glasses"
     with open(data / "celeba" / "factors.csv") as file:
         rows = list(csv.DictReader(file))
@@ -308,13 +310,13 @@ def test_faces_and_their_factors(data):
 def test_factors_that_are_no_table_of_numbers(tmp_path, text):
     (tmp_path / "factors.csv").write_text(text)
     with pytest.raises(ValueError, match="factors.csv"):
-        truth.folder(tmp_path, small_model(), bins=5)
+        ground_truth.folder(tmp_path, small_model(), bins=5)
 
 
 @pytest.mark.parametrize(("activation", "low"), [("tanh", -1), ("sigmoid", 0)])
 def test_sprites_and_their_factors(activation, low):
     indices = sprites.unravel(torch.arange(0, sprites.COUNT, 1000))
-    known = truth.shapes(small_model(1, activation, 64), pack(sprites.render(indices)), indices)
+    known = ground_truth.shapes(small_model(1, activation, 64), pack(sprites.render(indices)), indices)
     numbers = np.array([5, 700, 300])
     assert known.factors.shape == (738, 5)
     x = known.images(numbers)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bvae import checkpoint
 from bvae.pipelines import faces
 from bvae.train import main
+from bvae.training import checkpoint
 
 OPTIONS = [
     *(

@@ -27,14 +27,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pictures import encoded, png, smooth, write_celeba, write_folder
 
-from bvae import checkpoint, data, evaluate, train, traverse
 from bvae import config as configuration
-from bvae.metrics import truth
+from bvae import data, evaluate, ground_truth, train, traverse
 from bvae.model import BetaVAE
 from bvae.pipelines import cache, celeba, dsprites, folder
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.torch_decode import TorchDecoder, decode_bytes
 from bvae.pipelines.webdataset import read
+from bvae.training import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch and Pillow have much to say about such files
 
@@ -377,7 +377,7 @@ def run_command(case, where):
 def read_table(data, where):
     (where / "factors.csv").write_bytes(data)
     with contextlib.suppress(ValueError):
-        found = truth.folder(where, BetaVAE(hidden_dims=[2], image_size=32, latent_dim=1), bins=5)
+        found = ground_truth.folder(where, BetaVAE(hidden_dims=[2], image_size=32, latent_dim=1), bins=5)
         assert found.factors.min() >= 0
         assert found.factors.max() < 5
         with contextlib.suppress(ValueError, OSError):
@@ -389,7 +389,7 @@ def read_attributes(data, where):
         write_celeba(where)
     (where / "celeba" / "list_attr_celeba.txt").write_bytes(data)
     with contextlib.suppress(ValueError):
-        truth.attributes(where, BetaVAE(hidden_dims=[2], image_size=32, latent_dim=1))
+        ground_truth.attributes(where, BetaVAE(hidden_dims=[2], image_size=32, latent_dim=1))
 
 
 def read_shapes(case, where):
@@ -549,7 +549,7 @@ def test_listed_file_that_leads_out(tmp_path, name):
     with pytest.raises(ValueError, match="leads out of the folder of the images"):
         celeba.splits(tmp_path)
     with pytest.raises(ValueError, match="leads out of the folder of the images"):
-        truth.folder(tmp_path, BetaVAE(hidden_dims=[2], image_size=32), bins=5)
+        ground_truth.folder(tmp_path, BetaVAE(hidden_dims=[2], image_size=32), bins=5)
 
 
 @pytest.mark.parametrize("name", NPY)

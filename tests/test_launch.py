@@ -1,4 +1,4 @@
-"""Layouts, block sizes and tickets: what the launcher decides before a kernel runs."""
+"""Layouts, block sizes and counters: what the launcher decides before a kernel runs."""
 
 import itertools
 
@@ -7,8 +7,8 @@ import torch
 
 from bvae import ops
 from bvae.kernels import capacity_loss, reparam_kl
+from bvae.kernels.completion_counters import CounterPool
 from bvae.kernels.launch import collapse, is_dense
-from bvae.kernels.tickets import TicketOffice
 
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ def test_a_tile_that_announces_a_block_has_one_warp():
 
 def test_counters_are_as_many_as_the_sums_need(monkeypatch):
     asked = []
-    monkeypatch.setattr(reparam_kl, "tickets", lambda count, device: asked.append(count))
+    monkeypatch.setattr(reparam_kl, "completion_counters", lambda count, device: asked.append(count))
     short, long = torch.empty(8, 128, device="meta"), torch.empty(1, 65536, device="meta")
     for latents, per_dim in ((short, False), (short, True), (long, False), (long, True)):
         reparam_kl.plan_forward(latents, latents, None, None, None, per_dim)
@@ -104,7 +104,7 @@ def test_dense_is_without_gaps(tensor, dense):
     assert is_dense(tensor) is dense
 
 
-def counters(office: TicketOffice, stream: str, count: int = 4, capturing: bool = False) -> torch.Tensor:
+def counters(office: CounterPool, stream: str, count: int = 4, capturing: bool = False) -> torch.Tensor:
     return office.counters(count, CPU, stream, capturing)
 
 
@@ -113,7 +113,7 @@ def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def test_a_stream_keeps_its_counters_and_shares_them_with_no_other():
-    office = TicketOffice()
+    office = CounterPool()
     first = counters(office, "first")
     assert same_memory(counters(office, "first"), first)
     assert not same_memory(counters(office, "second"), first)
@@ -122,7 +122,7 @@ def test_a_stream_keeps_its_counters_and_shares_them_with_no_other():
 
 
 def test_every_slice_of_counters_is_aligned_as_its_warm_ups_was():
-    office = TicketOffice()
+    office = CounterPool()
     requests = [(1, False), (1, True), (258, False), (3, True), (1, True), (5, False), (70, True), (1, True)]
     lent = [counters(office, "stream", count, capturing) for count, capturing in requests]
     assert office._block is not None
@@ -131,14 +131,14 @@ def test_every_slice_of_counters_is_aligned_as_its_warm_ups_was():
 
 
 def test_counts_that_change_do_not_exhaust_the_counters():
-    office = TicketOffice()
+    office = CounterPool()
     for count in range(1, 2000):
         counters(office, "stream", count)
     assert office._used <= 4096
 
 
 def test_every_captured_launch_has_counters_of_its_own():
-    office = TicketOffice()
+    office = CounterPool()
     kept = counters(office, "stream")
     captured = [counters(office, "stream", capturing=True) for _ in range(3)]
     pointers = {c.data_ptr() for c in (kept, *captured)}
@@ -147,7 +147,7 @@ def test_every_captured_launch_has_counters_of_its_own():
 
 
 def test_where_no_counters_are_left_they_are_fresh_zeros():
-    office = TicketOffice()
+    office = CounterPool()
     assert counters(office, "stream", capturing=True).tolist() == [0] * 4  # nothing is allocated in a capture
     assert office._block is None
     office.counters(office.SLOTS, CPU, "stream", False)
@@ -164,7 +164,7 @@ def test_a_launch_leaves_its_counters_at_zero(kernels, monkeypatch):
         return lent[-1]
 
     for module in (reparam_kl, capacity_loss):
-        monkeypatch.setattr(module, "tickets", lend)
+        monkeypatch.setattr(module, "completion_counters", lend)
     latents, images = torch.randn(1, 5000, device=kernels), torch.randn(2, 5000, device=kernels)
     ops.reparam_kl(latents, latents, seed=0, per_dim=True)
     ops.vae_loss(images, images, torch.ones(2, device=kernels))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from bvae.compat.pytorch_vae_weights import export_state
 from bvae.model import BetaVAE
-from bvae.pytorch_vae import export_state
 
 
 class Seed(nn.Module):

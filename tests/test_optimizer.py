@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bvae.config import TrainingConfig
-from bvae.optimizer import build_optimizer
+from bvae.training.optimizer import build_optimizer
 
 
 @pytest.mark.parametrize("name", ["adam", "adagrad"])

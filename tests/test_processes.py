@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bvae.pipelines import faces
-from bvae.processes import join
 from bvae.train import main
+from bvae.training.distributed import Distributed, init_distributed
 
 TINY = [
     *("--image-size", "32", "--hidden-dims", "4", "8", "8", "--latent-dim", "3", "--batch-size", "16"),
@@ -105,8 +105,8 @@ def test_a_process_that_dies_ends_the_job_with_a_message(data, tmp_path):
 
 
 def test_more_processes_than_a_batch_can_feed_are_named(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bvae.run.join", lambda device: type(join(device))(0, 3))
-    monkeypatch.setattr("bvae.processes.Processes.first_says", lambda self, value: value)
+    monkeypatch.setattr("bvae.training.run.init_distributed", lambda device: Distributed(0, 3))
+    monkeypatch.setattr("bvae.training.distributed.Distributed.broadcast", lambda self, value: value)
     assert main(["--data-root", str(data), "--out", str(tmp_path / "run"), *TINY]) == 2
     assert "--batch-size 16 cannot be cut into 3 equal parts" in capsys.readouterr().err
 
@@ -129,11 +129,11 @@ def test_more_processes_than_a_batch_can_feed_are_named(data, tmp_path, monkeypa
     ids=["incomplete", "too few GPUs", "nobody there"],
 )
 def test_a_meeting_that_cannot_be_is_named(monkeypatch, environment, device, text):
-    monkeypatch.setattr("bvae.processes.MEETING", timedelta(seconds=1))
+    monkeypatch.setattr("bvae.training.distributed.START_TIMEOUT", timedelta(seconds=1))
     for name, value in {"WORLD_SIZE": "2", **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=text):
-        join(torch.device(device))
+        init_distributed(torch.device(device))
 
 
 def test_a_torchrun_that_is_none_is_named_without_a_traceback(monkeypatch, capsys):

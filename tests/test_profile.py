@@ -8,8 +8,8 @@ import torch
 from torch.autograd import DeviceType
 
 from bvae.pipelines import faces
-from bvae.profile import Profile, part, table
 from bvae.train import main
+from bvae.training.profiler import Profile, part, table
 
 TINY = [
     *("--image-size", "32", "--hidden-dims", "4", "8", "--latent-dim", "3", "--batch-size", "8"),
@@ -92,7 +92,7 @@ def test_a_step_is_timed_until_the_gpu_is_done(tmp_path, monkeypatch):
         clock[0], queued[0] = clock[0] + queued[0], 0.0
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr("bvae.profile.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("bvae.training.profiler.time.perf_counter", lambda: clock[0])
     for _ in range(40):
         queued[0] += 1e-3
         profile.step()

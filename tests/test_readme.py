@@ -12,9 +12,9 @@ import pytest
 from test_dsprites import archive
 
 from bvae import evaluate, sweep
+from bvae.compat.pytorch_vae_weights import export_state
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
-from bvae.pytorch_vae import export_state
 from bvae.train import main
 
 ROOT = Path(__file__).resolve().parent.parent

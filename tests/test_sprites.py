@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bvae.pipelines import sprites
-from bvae.pipelines.bits import pack, unpack
+from bvae.pipelines.packed_loader import pack, unpack
 from bvae.pipelines.sprites import COUNT, FACTORS, SHAPES, SIZES, ravel, render, unravel, whole
 
 FRAMES = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "dsprites_gif_frames.npz"

@@ -12,29 +12,29 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2.functional import resize
 
-from bvae.capture import preserved
 from bvae.config import TrainingConfig
 from bvae.kernels import launch
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
-from bvae.optimizer import build_optimizer
 from bvae.pipelines import faces, portrait
-from bvae.pipelines.resident import Resident
-from bvae.step import TrainingStep
+from bvae.pipelines.memory_loaders import DeviceLoader
+from bvae.training.cuda_graph import preserved
+from bvae.training.optimizer import build_optimizer
+from bvae.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 GAUSSIAN = {"kl_weight": 0.01, "activation": "tanh"}
 
 
 def build_step(
-    device=CPU, loss=None, *, lr=1e-3, dtype=None, compile=False, history=8, **options
+    device=CPU, loss=None, *, lr=1e-3, dtype=None, compile=False, buffer_steps=8, **options
 ) -> TrainingStep:
     torch.manual_seed(0)
     model = BetaVAE(3, 5, (4, 8), 32).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(TrainingConfig(lr=lr), model.parameters())
     loss = (loss or CapacityLoss(10.0, 25.0, 10, **GAUSSIAN)).to(device)
     return TrainingStep(
-        model, loss, optimizer, seed=3, dtype=dtype, compile=compile, history=history, **options
+        model, loss, optimizer, seed=3, dtype=dtype, compile=compile, buffer_steps=buffer_steps, **options
     )
 
 
@@ -48,8 +48,8 @@ def weights(step: TrainingStep) -> list[Tensor]:
 
 
 def losses(step: TrainingStep, done: int) -> list[float]:
-    step.history.send(done)
-    return [row[0] for _, row in step.history.receive(wait=True)]
+    step.metrics_buffer.send(done)
+    return [row[0] for _, row in step.metrics_buffer.receive(wait=True)]
 
 
 def still(step: TrainingStep) -> TrainingStep:
@@ -104,7 +104,7 @@ def test_a_read_is_seen(read):
 def test_a_step_never_synchronises():
     step = build_step(torch.device("cuda"), clip_grad=1.0)
     images = batch(device="cuda")
-    data = Resident(batch(80, device="cuda"), 8, 1, train=True, flip=True)
+    data = DeviceLoader(batch(80, device="cuda"), 8, 1, train=True, flip=True)
     data.begin(0)
     step(images)
     torch.cuda.set_sync_debug_mode("error")
@@ -112,8 +112,8 @@ def test_a_step_never_synchronises():
         for number in range(3):
             step.set_lr(1e-3 / (number + 1))
             step(images)
-            step.history.send(number + 2)
-            while not step.history.receive(wait=False):
+            step.metrics_buffer.send(number + 2)
+            while not step.metrics_buffer.receive(wait=False):
                 pass
         data.begin(1)
     finally:
@@ -132,7 +132,7 @@ def test_parts_of_a_batch_give_the_whole_batchs_update(loss):
         step = still(build_step(loss=loss, accumulate=accumulate))
         for number in range(4):
             step(batch(seed=number))
-        results.append((weights(step), step.history.rows.clone()))
+        results.append((weights(step), step.metrics_buffer.rows.clone()))
         if isinstance(loss, CapacityLoss):
             assert loss.step == 4
     for one, other in zip(*(r[0] for r in results), strict=True):
@@ -163,25 +163,25 @@ def test_the_learning_rate_is_read_on_the_device():
 
 
 def test_history_gives_each_step_once():
-    step = build_step(history=3)
+    step = build_step(buffer_steps=3)
     seen = []
     for number in range(1, 8):
         step(batch(seed=number))
         if number % 3 == 0 or number == 7:
-            step.history.send(number)
-            seen += [s for s, _ in step.history.receive(wait=True)]
-            assert step.history.receive(wait=True) == []
+            step.metrics_buffer.send(number)
+            seen += [s for s, _ in step.metrics_buffer.receive(wait=True)]
+            assert step.metrics_buffer.receive(wait=True) == []
     assert seen == list(range(1, 8))
 
 
 def test_a_loss_that_is_not_finite_is_named_by_its_step():
-    step = build_step(history=5)
+    step = build_step(buffer_steps=5)
     for number in range(1, 6):
         if number == 3:
             with torch.no_grad():
                 step.model.head.bias[0] = math.nan
         step(batch())
-    step.history.send(5)
+    step.metrics_buffer.send(5)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
         step.receive(wait=True)
 
@@ -206,11 +206,11 @@ def test_warming_up_leaves_no_trace():
 
 
 @pytest.mark.parametrize("flip", [True, False])
-@pytest.mark.parametrize("world", [1, 3])
-def test_a_gathered_batch_is_the_epochs(flip, world):
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_gathered_batch_is_the_epochs(flip, world_size):
     images = batch(50)
-    for rank, epoch in itertools.product(range(world), (0, 5)):
-        data = Resident(images, 4, 7, train=True, flip=flip, rank=rank, world=world)
+    for rank, epoch in itertools.product(range(world_size), (0, 5)):
+        data = DeviceLoader(images, 4, 7, train=True, flip=flip, rank=rank, world_size=world_size)
         data.begin(3)  # another epoch before: its addresses are used again
         data.begin(epoch)
         for position, (expected, _) in enumerate(data.epoch(epoch)):
@@ -238,10 +238,10 @@ def test_other_images_than_the_captured_are_named(images, text):
 @pytest.mark.parametrize("source", ["resident", "given"])
 def test_a_captured_run_is_the_uncaptured_run(source, dtype, compile):
     device = torch.device("cuda")
-    data = Resident(batch(80, device=device), 8, 1, train=True, flip=True)
+    data = DeviceLoader(batch(80, device=device), 8, 1, train=True, flip=True)
     curves = []
     for captured in (False, True):
-        step = build_step(device, dtype=dtype, compile=compile, history=30, clip_grad=10.0)
+        step = build_step(device, dtype=dtype, compile=compile, buffer_steps=30, clip_grad=10.0)
         if captured:
             assert step.capture(data if source == "resident" else data.head(8))
         for epoch in range(3):
@@ -345,7 +345,7 @@ def test_bfloat16_ends_where_float32_does():
     images = resize(small, [32, 32], antialias=True).permute(0, 2, 3, 1)
     ends = []
     for dtype in (None, torch.bfloat16):
-        step = build_step(loss=BetaLoss(**GAUSSIAN), dtype=dtype, lr=5e-3, history=300)
+        step = build_step(loss=BetaLoss(**GAUSSIAN), dtype=dtype, lr=5e-3, buffer_steps=300)
         for number in range(300):
             step(images[32 * (number % 8) :][:32])
         ends.append(sum(losses(step, 300)[-50:]))

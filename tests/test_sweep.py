@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bvae import baselines, evaluate, sweep, sweep_report, train
-from bvae import step as training_step
+from bvae import sweep, train
 from bvae.config import read
+from bvae.evaluation import baselines, run_folder, sweep_report
 from bvae.pipelines import sprites
 from bvae.sweep import main
+from bvae.training import step as training_step
 
 PRESET = """
 data: {name: dsprites, root: ROOT, channels: 1, flip: false}
@@ -52,14 +53,14 @@ def inline(monkeypatch):
 def quick(monkeypatch):
     """An evaluation of no metrics, whose figure is of the weights, and baselines that are not measured."""
 
-    def evaluate_weights(arguments):
-        weights = load_file(arguments.run / "model.safetensors")
+    def evaluate_weights(run, protocol):
+        weights = load_file(run / "model.safetensors")
         figure = sum(value.double().abs().sum().item() for value in weights.values())
-        found = {"seeds": arguments.seeds, "points": arguments.points, **result(0.5, figure)}
-        (arguments.run / "evaluation.json").write_text(json.dumps(found))
+        found = {"seeds": protocol.seeds, "points": protocol.points, **result(0.5, figure)}
+        (run / "evaluation.json").write_text(json.dumps(found))
         return ""
 
-    monkeypatch.setattr(evaluate, "evaluate", evaluate_weights)
+    monkeypatch.setattr(run_folder, "evaluate", evaluate_weights)
     scores = {name: dict.fromkeys(baselines.FACTORS, (0.5, 0.6)) for name in baselines.PAPER}
     monkeypatch.setattr(baselines, "measure", lambda *_, **__: scores)
 

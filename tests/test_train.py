@@ -21,12 +21,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from bvae import checkpoint, step
-from bvae.arguments import parse
 from bvae.kernels import launch
 from bvae.pipelines import celeba, faces
-from bvae.run import prepare
 from bvae.train import main
+from bvae.training import checkpoint, step
+from bvae.training.cli import parse
+from bvae.training.run import prepare
 
 TINY = [
     *("--image-size", "32", "--hidden-dims", "4", "8", "8", "--latent-dim", "3"),
@@ -524,7 +524,7 @@ def test_read_only_run_folder_is_found_before_the_data_are_opened(
     out = tmp_path / "run"
     if resumed:
         run(data, out, "--max-steps", 2)
-    monkeypatch.setattr("bvae.run.open_data", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("bvae.training.run.open_data", lambda *_: pytest.fail("opened"))
 
     def refuse(dir):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

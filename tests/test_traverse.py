@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from bvae.images import read_image
 from bvae.model import BetaVAE
-from bvae.report import LABEL, MARGIN
-from bvae.traverse import main, most_visible, read_image, traverse
+from bvae.plots import LABEL, MARGIN, most_visible, traverse
+from bvae.traverse import main
 
 SIDE = 32
 
@@ -101,7 +102,7 @@ def test_without_a_crop_the_largest_square(photo):
 
 
 def test_rows_by_change():
-    images = torch.zeros(3, 4, 2, 2, 3, dtype=torch.uint8)
+    images = torch.zeros(3, 4, 1, 2, 2, 3, dtype=torch.uint8)
     images[1, 0], images[2, 0] = 10, 20
     assert most_visible(images, 2) == [2, 1]
 
@@ -110,7 +111,7 @@ def test_many_latents_are_decoded_in_parts(run, monkeypatch):
     model = BetaVAE.from_pretrained(run)
     z, values = torch.ones(1, 5), torch.linspace(-1, 1, 3)
     whole = traverse(model, z, range(5), values)
-    monkeypatch.setattr("bvae.traverse.BATCH", 4)
+    monkeypatch.setattr("bvae.plots.BATCH", 4)
     assert (traverse(model, z, range(5), values).int() - whole.int()).abs().max() <= 1
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from bvae.losses import BetaLoss
-from bvae.pipelines.resident import place
+from bvae.pipelines.memory_loaders import place
 from bvae.reference import scale_pixels
-from bvae.validation import validate
+from bvae.training.validation import validate
 
 IMAGES = torch.randint(256, (10, 8, 8, 3), dtype=torch.uint8)
 X = scale_pixels(IMAGES.permute(0, 3, 1, 2))

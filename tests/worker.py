@@ -11,14 +11,14 @@ from torch import nn
 from bvae.config import TrainingConfig
 from bvae.losses import CapacityLoss
 from bvae.model import BetaVAE
-from bvae.optimizer import build_optimizer
-from bvae.pipelines.resident import Resident
-from bvae.processes import end, join
-from bvae.step import TrainingStep
+from bvae.pipelines.memory_loaders import DeviceLoader
+from bvae.training.distributed import exit_process, init_distributed
+from bvae.training.optimizer import build_optimizer
+from bvae.training.step import TrainingStep
 
 if __name__ == "__main__":
     out, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-    processes = join(torch.device("cpu"))
+    distributed = init_distributed(torch.device("cpu"))
     torch.manual_seed(0)
     model = BetaVAE(3, 5, (4, 8), 32).to(dtype)
     for module in model.modules():
@@ -31,17 +31,17 @@ if __name__ == "__main__":
         seed=3,
         dtype=None,
         compile=False,
-        history=10,
+        buffer_steps=10,
         clip_grad=0.1,
-        processes=processes,
+        distributed=distributed,
     )
     images = torch.randint(256, (320, 32, 32, 3), dtype=torch.uint8)
-    share = {"rank": processes.rank, "world": processes.world}
-    data = Resident(images, 64 // processes.world, 1, train=True, flip=True, **share)
+    share = {"rank": distributed.rank, "world_size": distributed.world_size}
+    data = DeviceLoader(images, 64 // distributed.world_size, 1, train=True, flip=True, **share)
     for epoch in range(2):
         for batch, _ in data.epoch(epoch):
             step(batch)
-    if processes.is_first:
+    if distributed.is_main:
         torch.save(model.state_dict(), out)
-    processes.leave()
-    end(0)
+    distributed.close()
+    exit_process(0)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from bvae.config import LARGEST
 from bvae.datasets import CELEBA_CROP
+from bvae.images import read_image
 from bvae.metrics.inputs import Factors
 from bvae.model import BetaVAE
 from bvae.pipelines import celeba, sprites
-from bvae.pipelines.bits import unpack
+from bvae.pipelines.packed_loader import unpack
 from bvae.reference import scale_pixels
-from bvae.traverse import read_image
 
 
 class Truth(NamedTuple):

@@ -8,10 +8,10 @@ import torch
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
 from bvae.ops import reparam_kl
-from bvae.pipelines.epochs import Epochs
-from bvae.processes import Processes
+from bvae.pipelines.loader import Loader
 from bvae.reference import scale_pixels
-from bvae.step import pixel_mse
+from bvae.training.distributed import Distributed
+from bvae.training.step import pixel_mse
 
 
 class Validation(NamedTuple):
@@ -29,10 +29,10 @@ class Validation(NamedTuple):
 def validate(
     model: BetaVAE,
     loss: BetaLoss | CapacityLoss,
-    data: Epochs,
+    data: Loader,
     seed: int,
     dtype: torch.dtype | None,
-    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    distributed: Distributed = Distributed(),  # noqa: B008 (frozen)
 ) -> Validation:
     """Run the model in evaluation mode over the data, unflipped, with the same loss weights as in training.
 
@@ -48,7 +48,7 @@ def validate(
     pixels = torch.zeros(model.input_shape, dtype=torch.float64, device=device)
     squares = torch.zeros_like(pixels)
     for number, (images, _) in enumerate(data.epoch(0)):
-        batch = number * processes.world + processes.rank
+        batch = number * distributed.world_size + distributed.rank
         target = images.permute(0, 3, 1, 2)
         x = scale_pixels(target, loss.pixel_range[0])
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -65,7 +65,7 @@ def validate(
         squares += x.double().square().sum(0)
     model.train(), loss.train()
 
-    processes.add([totals, kl_per_dim, error, pixels, squares])
+    distributed.all_reduce_sum([totals, kl_per_dim, error, pixels, squares])
     count = data.count
     variance = (squares - pixels.square() / count).sum()
     loss_mean, mse, kld, elbo_mean = (totals / count).tolist()

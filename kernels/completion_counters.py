@@ -9,7 +9,7 @@ from torch import Tensor
 from bvae.kernels.launch import cdiv, power_of_two
 
 
-class TicketOffice:
+class CounterPool:
     """Zeroed int32 counters for kernels whose last program finishes the work and resets the counter.
 
     Two launches that may overlap must not share a counter. Launches on one stream follow each other, so a
@@ -71,10 +71,10 @@ def _allocate_aside(count: int, device: torch.device) -> Tensor:
     return result[0]
 
 
-_offices: dict[int, TicketOffice] = {}
+_pools: dict[int, CounterPool] = {}
 
 
-def tickets(count: int, device: torch.device) -> Tensor:
+def completion_counters(count: int, device: torch.device) -> Tensor:
     """`count` zeroed int32 counters on `device` that the launch under way must leave at zero."""
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
@@ -82,4 +82,4 @@ def tickets(count: int, device: torch.device) -> Tensor:
     with torch.cuda.device(index):
         capturing = torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(index).cuda_stream
-    return _offices.setdefault(index, TicketOffice()).counters(count, device, stream, capturing)
+    return _pools.setdefault(index, CounterPool()).counters(count, device, stream, capturing)

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bvae.capture import capture
 from bvae.config import TrainingConfig
-from bvae.history import History
 from bvae.losses import BetaLoss, CapacityLoss, LossTerms
 from bvae.model import BetaVAE
 from bvae.ops import reparam_kl
-from bvae.pipelines.resident import Resident
-from bvae.processes import Processes
+from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.reference import scale_pixels
+from bvae.training.cuda_graph import capture
+from bvae.training.distributed import Distributed
+from bvae.training.metrics_buffer import MetricsBuffer
 
 
 class NotFinite(FloatingPointError):
@@ -29,7 +29,7 @@ class NotFinite(FloatingPointError):
 
 
 class Scalars(NamedTuple):
-    """What a step's row of `TrainingStep.history` says."""
+    """What a step's row of `TrainingStep.metrics_buffer` says."""
 
     step: int
     loss: float
@@ -103,11 +103,11 @@ class TrainingStep:
         seed: keys the noise, with the step and the image's number in the whole batch.
         dtype: of autocast; None is float32. float16 gets a gradient scaler.
         compile: run the forward and backward pass under torch.compile.
-        history: steps whose scalars are kept until `receive`; `send` at least that often.
+        buffer_steps: steps whose scalars are kept until `receive`; `send` at least that often.
         clip_grad: the gradient's largest norm, or None.
         accumulate: equal parts into which the images are cut; their gradients are averaged. BatchNorm and
             |KL - C| see a part at a time.
-        processes: average the gradients with the others'; each takes its B images of the whole batch.
+        distributed: average the gradients with the others'; each takes its B images of the whole batch.
     """
 
     def __init__(
@@ -119,17 +119,17 @@ class TrainingStep:
         seed: int,
         dtype: torch.dtype | None,
         compile: bool,
-        history: int,
+        buffer_steps: int,
         clip_grad: float | None = None,
         accumulate: int = 1,
-        processes: Processes = Processes(),  # noqa: B008 (frozen)
+        distributed: Distributed = Distributed(),  # noqa: B008 (frozen)
     ) -> None:
         self.device = next(model.parameters()).device
         self.model, self.loss, self.optimizer, self.dtype = model, loss, optimizer, dtype
-        self.clip_grad, self.accumulate, self.processes = clip_grad, accumulate, processes
+        self.clip_grad, self.accumulate, self.distributed = clip_grad, accumulate, distributed
         self.seed = torch.tensor(seed, device=self.device)
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)  # steps done
-        self.history = History(history, _HEAD + model.latent_dim + 1, self.device)
+        self.metrics_buffer = MetricsBuffer(buffer_steps, _HEAD + model.latent_dim + 1, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors now, before a capture
@@ -157,14 +157,14 @@ class TrainingStep:
             self._images.copy_(images, non_blocking=True)
         self._replay()
 
-    def capture(self, images: Resident | Tensor) -> bool:
+    def capture(self, images: DeviceLoader | Tensor) -> bool:
         """Make every later step a replay of one CUDA graph; False, and no change, if memory is short.
 
         Args:
-            images: the data set, whose batches the graph then gathers by itself (`Resident.begin` an epoch
-                before its first step); or images like those that will be given.
+            images: the loader, whose batches the graph gathers by itself (`DeviceLoader.begin` comes before
+                each epoch); or images like those that will be given.
         """
-        if isinstance(images, Resident):
+        if isinstance(images, DeviceLoader):
             images.begin(0)
             per_epoch, batch = len(images), images.batch
             gather = torch.compile(batch) if self.compile else batch
@@ -178,7 +178,7 @@ class TrainingStep:
                 self._update(static)
 
         self._replay = capture(step, self._state)
-        self.gathers = self._replay is not None and isinstance(images, Resident)
+        self.gathers = self._replay is not None and isinstance(images, DeviceLoader)
         return self._replay is not None
 
     def release(self) -> None:
@@ -188,7 +188,7 @@ class TrainingStep:
     def restore(self, step: int) -> None:
         """Go on as if `step` steps had been done."""
         self.step.fill_(step)
-        self.history.start(step)
+        self.metrics_buffer.start(step)
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the steps to come; a captured step reads it from the device."""
@@ -204,7 +204,7 @@ class TrainingStep:
         Raises:
             NotFinite: a step's loss or gradient is not; names the first such step.
         """
-        received = self.history.receive(wait)
+        received = self.metrics_buffer.receive(wait)
         for step, row in received:
             if not math.isfinite(row[0]):
                 raise NotFinite(f"the loss is {row[0]}", step)
@@ -235,13 +235,13 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         row = self._backward(images)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        self.processes.average([*gradients, row])
+        self.distributed.all_reduce_mean([*gradients, row])
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.history.write(self.step, row)
+        self.metrics_buffer.write(self.step, row)
 
     def _backward(self, images: Tensor) -> Tensor:
         """The gradients of the mean over the parts; the history's row."""
@@ -252,7 +252,7 @@ class TrainingStep:
         for number, part in enumerate(images.split(size)):
             if number and isinstance(self.loss, CapacityLoss):
                 self.loss.step -= 1  # it counts forward passes; the parts are one step
-            first = (self.processes.rank * self.accumulate + number) * size
+            first = (self.distributed.rank * self.accumulate + number) * size
             terms, mse, kl_per_dim = self._objective(part, self.step, first)
             self.scaler.scale(terms.loss / self.accumulate if self.accumulate > 1 else terms.loss).backward()
             rows.append(torch.cat([torch.stack([*terms, mse]), kl_per_dim]).detach().float())
@@ -264,7 +264,7 @@ class TrainingStep:
 
     def _state(self) -> Iterator[Tensor]:
         """Every tensor that a step changes."""
-        yield from (self.step, self.history.rows)
+        yield from (self.step, self.metrics_buffer.rows)
         for module in (self.model, self.loss):
             yield from module.parameters()
             yield from module.buffers()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bvae.run import Run
-from bvae.step import NotFinite
+from bvae.training.run import Run
+from bvae.training.step import NotFinite
 
 
 def find(run: Run) -> str | None:

@@ -10,9 +10,9 @@ import torch
 import tyro
 import yaml
 
-from bvae import checkpoint
 from bvae import config as configuration
 from bvae.config import SHAPES, Config, LossType
+from bvae.training import checkpoint
 
 # In a resumed run: where things are, how long it goes on, the way out of a loss that is not finite, and how
 # the same step is executed.

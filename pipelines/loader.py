@@ -12,7 +12,7 @@ from bvae.kernels.noise import philox
 _ORDER, _FLIP = 0x6F726472, 0x666C6970
 
 
-class Epochs(ABC):
+class Loader(ABC):
     """Batches of uint8 images [B, H, W, C].
 
     Args:
@@ -22,8 +22,8 @@ class Epochs(ABC):
         device: where the batches are.
         train: shuffle, and drop the last batch if it is not full; otherwise keep both order and last batch.
         flip: mirror each image with probability one half.
-        rank, world: which of how many processes reads. Step s of all of them together takes the s-th
-            world * batch_size images of the one order; in evaluation they take turns with the batches.
+        rank, world_size: which of how many processes reads. Step s of all of them together takes the s-th
+            world_size * batch_size images of the one order; in evaluation they take turns with the batches.
     """
 
     def __init__(
@@ -36,22 +36,22 @@ class Epochs(ABC):
         train: bool,
         flip: bool,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ) -> None:
         self.count, self.batch_size, self.seed, self.device = count, batch_size, seed, device
-        self.train, self.flip, self.rank, self.world = train, flip, rank, world
+        self.train, self.flip, self.rank, self.world_size = train, flip, rank, world_size
 
     def __len__(self) -> int:
         """Batches in an epoch of this rank."""
         if self.train:
-            return self.count // (self.batch_size * self.world)
-        return len(range(self.rank * self.batch_size, self.count, self.world * self.batch_size))
+            return self.count // (self.batch_size * self.world_size)
+        return len(range(self.rank * self.batch_size, self.count, self.world_size * self.batch_size))
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images [B, H, W, C] with their indices [B], from batch `start` on."""
         order, flipped = self.plan(number)
         batches = order.to(self._order_device).split(self.batch_size)
-        mine = (batches[step * self.world + self.rank] for step in range(start, len(self)))
+        mine = (batches[step * self.world_size + self.rank] for step in range(start, len(self)))
         for images, index in self._fetch(mine):
             yield (images if flipped is None else _flip(images, flipped[index])), index
 
@@ -67,9 +67,9 @@ class Epochs(ABC):
         return order, flipped
 
     def indices(self, number: int, start: int) -> Tensor:
-        """The images [world * B] of an epoch's batch `start`, those of all ranks."""
+        """The images [world_size * B] of an epoch's batch `start`, those of all ranks."""
         order, _ = self.plan(number)
-        together = self.batch_size * self.world
+        together = self.batch_size * self.world_size
         return order[start * together : (start + 1) * together]
 
     def head(self, n: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class History:
+class MetricsBuffer:
     """A ring of `length` float32 rows on a device, one per step, and one copy of it on its way to the host.
 
     Step k's row is row (k - 1) mod length.

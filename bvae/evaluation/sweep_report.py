@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bvae import baselines
+from bvae.evaluation import baselines
 
 Found = Mapping[str, Sequence[Mapping[str, Any]]]  # of each value of the grid, its runs' evaluations
 Baselines = Mapping[

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bvae.pipelines.epochs import Epochs
+from bvae.pipelines.loader import Loader
 
 SHARE = 0.6  # of a GPU's free memory that images may take: the model and its graphs need the rest
 AHEAD = 2  # batches on their way to the GPU
 
 
-class Resident(Epochs):
+class DeviceLoader(Loader):
     """Images uint8 [N, H, W, C] on the device that uses them: an epoch gives the host nothing to do."""
 
     def __init__(self, images: Tensor, batch_size: int, seed: int, **options: Any) -> None:
@@ -41,7 +41,7 @@ class Resident(Epochs):
         assert self._order is not None, "begin an epoch first"
         device = self.device
         lane = torch.arange(self.batch_size, device=device)
-        index = self._order[(position * self.world + self.rank) * self.batch_size + lane]
+        index = self._order[(position * self.world_size + self.rank) * self.batch_size + lane]
         if self._flipped is None:
             return self.images[index]
         height, width = self.images.shape[1:3]
@@ -62,7 +62,7 @@ class _Batch(NamedTuple):
     copied: torch.cuda.Event | None
 
 
-class Hosted(Epochs):
+class HostLoader(Loader):
     """Images uint8 [N, H, W, C] in the host's memory, or mapped from disk.
 
     A thread gathers the next batches into pinned memory, and a stream of their own copies them to the device.
@@ -115,14 +115,16 @@ class Hosted(Epochs):
 
 def place(
     images: Tensor, batch_size: int, seed: int, device: torch.device, **options: Any
-) -> tuple[Resident | Hosted, str]:
+) -> tuple[DeviceLoader | HostLoader, str]:
     """The data set of images that are mapped from disk, and a line that says where they are and why."""
     size = f"{images.nbytes / 1e9:.2f} GB"
     if device.type == "cpu":
-        return Resident(images, batch_size, seed, **options), f"{size} in memory, mapped from disk"
+        return DeviceLoader(images, batch_size, seed, **options), f"{size} in memory, mapped from disk"
     free, _ = torch.cuda.mem_get_info(device)
     limit = f"{SHARE:.0%} of the {free / 1e9:.1f} GB that are free there"
     if images.nbytes <= SHARE * free:
-        return Resident(images.to(device), batch_size, seed, **options), f"{size} on the GPU, under {limit}"
+        return DeviceLoader(
+            images.to(device), batch_size, seed, **options
+        ), f"{size} on the GPU, under {limit}"
     line = f"{size} on the host, through pinned memory: on the GPU they would take more than {limit}"
-    return Hosted(images, batch_size, seed, device, **options), line
+    return HostLoader(images, batch_size, seed, device, **options), line

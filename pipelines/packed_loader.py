@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bvae.pipelines.resident import Resident
+from bvae.pipelines.memory_loaders import DeviceLoader
 
 GATHER = -0x7FBFDFEFF7FBFDFF  # 0x8040201008040201: as a factor, bit 8 i goes to bit 63 - i of the product
 
@@ -38,7 +38,7 @@ def pixels_of_bytes(device: torch.device) -> Tensor:
     return (255 * bits).to(torch.uint8).view(torch.int64).squeeze(1).to(device)
 
 
-class Bits(Resident):
+class PackedLoader(DeviceLoader):
     """Images of one bit a pixel, uint8 [N, side^2 / 8], on the device that uses them; never mirrored."""
 
     def __init__(self, packed: Tensor, side: int, batch_size: int, seed: int, **options: Any) -> None:
@@ -47,7 +47,7 @@ class Bits(Resident):
         self._pixels = pixels_of_bytes(packed.device)
 
     def batch(self, position: Tensor) -> Tensor:
-        """The images [B, side, side, 1] of the begun epoch's batch `position`; see `Resident.batch`."""
+        """The images [B, side, side, 1] of the begun epoch's batch `position`; see `DeviceLoader.batch`."""
         return unpack(super().batch(position), self.side, self._pixels)
 
     def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

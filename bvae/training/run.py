@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bvae import checkpoint
-from bvae.arguments import Arguments, choose_device
 from bvae.config import Config, ObjectiveConfig, TrainingConfig
 from bvae.datasets import find, open_data
 from bvae.kernels import launch
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE, build
-from bvae.optimizer import build_optimizer
-from bvae.pipelines.epochs import Epochs
-from bvae.pipelines.resident import Resident
-from bvae.processes import Processes, join
-from bvae.step import NotFinite, Scalars, TrainingStep, autocast_dtype, captures, compiles
-from bvae.validation import Validation
+from bvae.pipelines.loader import Loader
+from bvae.pipelines.memory_loaders import DeviceLoader
+from bvae.training import checkpoint
+from bvae.training.cli import Arguments, choose_device
+from bvae.training.distributed import Distributed, init_distributed
+from bvae.training.optimizer import build_optimizer
+from bvae.training.step import NotFinite, Scalars, TrainingStep, autocast_dtype, captures, compiles
+from bvae.training.validation import Validation
 
 ACTIVE = 0.01  # nats; a latent whose KL is above it is in use
 
@@ -64,10 +64,10 @@ class Run:
     loss: BetaLoss | CapacityLoss
     optimizer: torch.optim.Optimizer
     step: TrainingStep
-    train: Epochs
-    valid: Epochs
+    train: Loader
+    valid: Loader
     files: list[str]  # of the training images; none where they are drawn
-    processes: Processes
+    distributed: Distributed
     done: int = 0  # steps
 
     @property
@@ -83,7 +83,7 @@ class Run:
     def batches(self) -> Iterator[Tensor | None]:
         """For each step in the rest of the epoch uint8 images [B, H, W, C]; None where it gathers them."""
         number, start = divmod(self.done, len(self.train))
-        if self.step.gathers and isinstance(self.train, Resident):
+        if self.step.gathers and isinstance(self.train, DeviceLoader):
             self.train.begin(number)
             yield from repeat(None, len(self.train) - start)
         else:
@@ -119,7 +119,7 @@ class Run:
     def synchronize(self) -> None:
         """Give all processes the mean of their BatchNorm statistics, which no gradient keeps together."""
         statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        self.processes.average(statistics)
+        self.distributed.all_reduce_mean(statistics)
 
     def images(self, step: int) -> list[str]:
         """The files, or where there are none the numbers, of the images of a step's batch."""
@@ -143,7 +143,7 @@ class Run:
         for name, value in self.model.state_dict().items():
             if not value.isfinite().all():
                 raise NotFinite(f"{name} is not finite", self.done)
-        if not self.processes.is_first:
+        if not self.distributed.is_main:
             return
         state = {
             "model": self.model.state_dict(),
@@ -159,7 +159,7 @@ class Run:
 
     def rate(self, result: Validation) -> None:
         """Say what the checkpoint of this step is worth; the first process does. Raises OSError."""
-        if self.processes.is_first:
+        if self.distributed.is_main:
             checkpoint.rate(self.out / checkpoint.FOLDER, self.done, result.elbo)
 
     def restore(self) -> None:
@@ -213,7 +213,7 @@ class Run:
     def leave(self) -> None:
         """Part from the other processes; nothing trains afterwards."""
         self.step.release()  # NCCL waits for the end of every graph that uses its connections
-        self.processes.leave()
+        self.distributed.close()
 
 
 def _check_writable(out: Path) -> None:
@@ -237,10 +237,10 @@ def prepare(arguments: Arguments) -> Run:
     """
     config, training = arguments.settings, arguments.settings.training
     device = choose_device(arguments.device)
-    processes = join(device)
+    distributed = init_distributed(device)
     if device.type == "cuda":  # this process's, in every thread and for every library
         device = torch.device("cuda", torch.cuda.current_device())
-    out = processes.first_says(arguments.resume or arguments.out or free_run_folder(config))
+    out = distributed.broadcast(arguments.resume or arguments.out or free_run_folder(config))
     if out.exists() and not arguments.resume:
         raise FileExistsError(
             f"{out} exists: name another folder with --out, or continue with --resume {out}"
@@ -248,13 +248,13 @@ def prepare(arguments: Arguments) -> Run:
     _check_writable(out)
     if arguments.resume:
         _check_writable(out / checkpoint.FOLDER)
-    share = _share(training, processes)
-    if processes.world > 1:
-        if processes.local_rank == 0:
+    share = _share(training, distributed)
+    if distributed.world_size > 1:
+        if distributed.local_rank == 0:
             find(config.data)  # draws the faces if need be
-        processes.wait()
+        distributed.barrier()
     train, valid, bad, files = open_data(
-        config.data, share, training.seed, device, processes.rank, processes.world
+        config.data, share, training.seed, device, distributed.rank, distributed.world_size
     )
     given, config = config, config.resolve(len(train))
     if config.data.root:  # a checkpoint may be resumed from another folder
@@ -279,20 +279,20 @@ def prepare(arguments: Arguments) -> Run:
         seed=training.seed,
         dtype=dtype,
         compile=compiled,
-        history=min(training.log_every, training.steps(len(train))),
+        buffer_steps=min(training.log_every, training.steps(len(train))),
         clip_grad=training.clip_grad,
         accumulate=training.accumulate,
-        processes=processes,
+        distributed=distributed,
     )
-    run = Run(config, out, model, loss, step.optimizer, step, train, valid, files, processes)
+    run = Run(config, out, model, loss, step.optimizer, step, train, valid, files, distributed)
     if arguments.resume:
         run.restore()
     captured, how = captures(device, training)
     if captured and run.done < run.steps:
-        captured = step.capture(train if isinstance(train, Resident) else train.head(train.batch_size))
+        captured = step.capture(train if isinstance(train, DeviceLoader) else train.head(train.batch_size))
         how = "captured" if captured else "not captured: the graph does not fit the GPU's memory"
-    processes.wait()  # nobody writes before all are ready
-    if processes.is_first and not arguments.debug_nan:
+    distributed.barrier()  # nobody writes before all are ready
+    if distributed.is_main and not arguments.debug_nan:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(out / "config.yaml", given.to_yaml())
         if bad:
@@ -300,8 +300,8 @@ def prepare(arguments: Arguments) -> Run:
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
-    if processes.world > 1:
-        where = f"{processes.world} processes, {train.batch_size} images each a step; {where}"
+    if distributed.world_size > 1:
+        where = f"{distributed.world_size} processes, {train.batch_size} images each a step; {where}"
     print(
         f"{train.count} training and {valid.count} validation images; {where}; {precision}; "
         f"{execution}{how and ', ' + how}; steps {run.done} to {run.steps}; run folder {out}",
@@ -310,12 +310,12 @@ def prepare(arguments: Arguments) -> Run:
     return run
 
 
-def _share(training: TrainingConfig, processes: Processes) -> int:
+def _share(training: TrainingConfig, distributed: Distributed) -> int:
     """The images of a batch that each process takes."""
-    parts = processes.world * training.accumulate
+    parts = distributed.world_size * training.accumulate
     if training.batch_size % parts or training.batch_size < 2 * parts:
         raise ValueError(
             f"--batch-size {training.batch_size} cannot be cut into {parts} equal parts of at least 2 images "
-            f"({processes.world} processes x --accumulate {training.accumulate})"
+            f"({distributed.world_size} processes x --accumulate {training.accumulate})"
         )
-    return training.batch_size // processes.world
+    return training.batch_size // distributed.world_size

@@ -10,13 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bvae.pipelines.decoder import Decoder
-from bvae.pipelines.epochs import Epochs
+from bvae.pipelines.loader import Loader
 from bvae.pipelines.picture import inspect
 from bvae.pipelines.torch_decode import cores, reason
 from bvae.pipelines.webdataset import ImageFile, read
 
 
-class Stream(Epochs):
+class StreamingLoader(Loader):
     """Files that are decoded whenever they are used, some batches ahead."""
 
     def __init__(

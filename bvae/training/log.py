@@ -1,4 +1,4 @@
-"""What a run shows: a live bar or lines, metrics.jsonl, TensorBoard, and pictures of what was learned."""
+"""What a run reports while it trains: a progress bar or lines, metrics.jsonl and TensorBoard."""
 
 import contextlib
 import json
@@ -6,26 +6,19 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from bvae.checkpoint import write_text
-from bvae.model import BetaVAE
-from bvae.validation import Validation
-
-# ---- numbers -----------------------------------------------------------------------------------------------
+from bvae.training.checkpoint import write_text
+from bvae.training.validation import Validation
 
 METRICS = "metrics.jsonl"
 
 
-class Report:
+class RunLog:
     """Progress of a run: one live bar on a terminal, else a line each `log`; records in the run folder."""
 
     def __init__(self, out: Path, steps: int, done: int) -> None:
@@ -97,8 +90,8 @@ class Report:
             self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
 
-class Speed:
-    """Images a second of the training steps alone, without compilation, validation and checkpoints."""
+class Throughput:
+    """Images per second of the training steps alone, without compilation, validation and checkpoints."""
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
@@ -120,8 +113,8 @@ class Speed:
         return self._steps * self._batch_size / self._seconds if self._seconds else 0.0
 
 
-class Silence:
-    """A `Report` of nothing, for all processes but the first."""
+class NullLog:
+    """A `RunLog` that writes nothing, for all ranks but 0."""
 
     def advance(self) -> None: ...
 
@@ -142,85 +135,3 @@ def _drop_lines_after(path: Path, step: int, validate_again: bool) -> None:
             if record["step"] <= last:
                 kept.append(line + "\n")
     write_text(path, "".join(kept))
-
-
-# ---- pictures ----------------------------------------------------------------------------------------------
-
-MARGIN = 2  # pixels between pictures
-LABEL = 92  # pixels for a row's text, or more if it takes them
-FRAMES = 8  # of the GIF, one way
-FACES = 4  # side by side in the GIF
-COLOURS = 48  # of a frame of the GIF: it stays under a megabyte
-
-
-def to_uint8(images: Tensor, activation: str) -> Tensor:
-    """Images [N, C, H, W] in the decoder's range to uint8 RGB [N, H, W, 3] on the CPU."""
-    unit = (images.float() + 1) / 2 if activation == "tanh" else images.float()
-    pixels = (unit.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    return pixels.expand(-1, -1, -1, 3)
-
-
-def grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> Image.Image:
-    """Rows of uint8 images [N, H, W, 3] as one picture, with a text at the left of each row."""
-    height, width = rows[0].shape[1:3]
-    font = ImageFont.load_default(12)
-    left = _width(labels, font) if labels else 0
-    columns = max(len(row) for row in rows)
-    size = (left + columns * (width + MARGIN) - MARGIN, len(rows) * (height + MARGIN) - MARGIN)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, row in enumerate(rows):
-        top = i * (height + MARGIN)
-        if labels:
-            draw.multiline_text((4, top + height // 2 - 14), labels[i], fill="black", font=font)
-        for j, image in enumerate(row):
-            canvas.paste(Image.fromarray(image.numpy()), (left + j * (width + MARGIN), top))
-    return canvas
-
-
-def _width(labels: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
-    """Pixels for the longest line of the texts."""
-    lines = [line for label in labels for line in label.splitlines()]
-    return max(LABEL, *(math.ceil(font.getlength(line)) + 8 for line in lines))
-
-
-@torch.no_grad()
-def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: Path, rows: int = 8) -> None:
-    """Write reconstructions.png, samples.png, traversals.png and traversals.gif.
-
-    Leaves the model in evaluation mode.
-
-    Args:
-        x: validation images [N, C, H, W] in the decoder's range. The traversals of the PNG start from the
-            most typical one, whose mu is the shortest; those of the GIF from the first ones.
-        kl_per_dim: nats per latent; the `rows` latents with the highest are traversed, highest first.
-    """
-    model.eval()
-    activation = model.activation
-    pairs = [to_uint8(part, activation) for x8 in x[:32].split(8) for part in (x8, model.reconstruct(x8))]
-    grid(pairs, ["input", "reconstruction"] * (len(pairs) // 2)).save(out / "reconstructions.png")
-    generator = torch.Generator(x.device).manual_seed(0)
-    samples = to_uint8(model.sample(64, generator), activation)
-    grid(samples.split(8)).save(out / "samples.png")
-
-    latents = sorted(range(model.latent_dim), key=lambda i: -kl_per_dim[i])[:rows]
-    labels = [f"latent {i}\nKL {kl_per_dim[i]:.2f} nats" for i in latents]
-    mu = model.encode(x)[0]
-    typical = mu[mu.norm(dim=1).argmin()].unsqueeze(0)
-    grid([traversal(model, typical, i, 11).squeeze(1) for i in latents], labels).save(out / "traversals.png")
-
-    swing = [traversal(model, mu[:FACES], i, FRAMES) for i in latents]
-    there_and_back = [*range(FRAMES), *range(FRAMES - 2, 0, -1)]
-    frames = [
-        grid([row[t] for row in swing], labels).quantize(COLOURS, dither=Image.Dither.NONE)
-        for t in there_and_back
-    ]
-    frames[0].save(out / "traversals.gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
-
-
-def traversal(model: BetaVAE, z: Tensor, latent: int, steps: int) -> Tensor:
-    """Decode z [N, latent_dim] with one latent from -3 to 3: uint8 [steps, N, H, W, 3]."""
-    values = torch.linspace(-3, 3, steps, device=z.device)
-    zs = z.repeat(steps, 1)
-    zs[:, latent] = values.repeat_interleave(len(z))
-    return to_uint8(model.decode(zs), model.activation).unflatten(0, (steps, len(z)))

@@ -1,0 +1,1 @@
+"""PyTorch-VAE's configurations and weights, read and written."""

@@ -1,0 +1,1 @@
+"""Trained models on data with known factors: measured, tabulated and compared."""

@@ -1,0 +1,220 @@
+"""Measure a model on data whose factors are known: codes, posteriors, reconstructions and scores."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+from tqdm import tqdm
+
+from bvae import config, ground_truth, metrics
+from bvae.config import Config, DataConfig
+from bvae.datasets import CELEBA_CROP, DRAWN_ROOT
+from bvae.ground_truth import Truth
+from bvae.metrics import inputs, posterior
+from bvae.metrics.dci import Boosting, dci
+from bvae.metrics.information import discretise, entropy, mutual_information
+from bvae.metrics.reconstruction import reconstruction
+from bvae.metrics.sampling import Table
+from bvae.model import ACTIVATIONS, BetaVAE
+from bvae.pipelines import dsprites, sprites
+from bvae.pipelines.cache import default_folder
+
+BATCH = {"cpu": 64, "cuda": 4096}  # images encoded at a time; on a CPU what a core's cache holds
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """On which data, and how much of disentanglement_lib's protocols."""
+
+    data: Literal["auto", "faces", "celeba", "sprites", "dsprites"] = "auto"
+    """What the model is measured on. auto: what the run's config.yaml names."""
+    data_root: Path | None = None
+    """Folder of the faces and their factors.csv, of CelebA and its list_attr_celeba, or dSprites' npz.
+    None: the one in config.yaml, or data/faces."""
+    factor_bins: int = 10
+    """A factor of more values than this is cut into as many bins of equal width (faces)."""
+    seeds: int = 5
+    """How many times each metric draws new points: the intervals are over these seeds."""
+    points: int = 10_000
+    """Points for MIG, modularity, posteriors and reconstructions; those to train DCI, SAP, BetaVAE and
+    FactorVAE on, which are tested on half as many."""
+    boosting: Boosting = "histogram"
+    """DCI's trees. exact: disentanglement_lib's, twenty times slower."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+
+
+class Interval(NamedTuple):
+    """A score over metric seeds."""
+
+    mean: float
+    half_width: float | None  # of the 95 % interval of the mean by Student's t; None with one seed
+
+
+def interval(values: list[float]) -> Interval:
+    """The mean of values and how sure it is."""
+    n = len(values)
+    if n == 1:
+        return Interval(values[0], None)
+    return Interval(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * stats.sem(values)))
+
+
+def settings(run: Path) -> Config | None:
+    """The configuration that a model was trained with, if its folder holds it."""
+    file = run / "config.yaml"
+    return config.read(file)[0] if file.is_file() else None
+
+
+def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.device) -> Truth:
+    """The data that the model is measured on.
+
+    Raises:
+        ValueError, FileNotFoundError: no data with factors or attributes are named or found.
+    """
+    trained = settings(run)
+    data = trained.data if trained else DataConfig()
+    name = protocol.data
+    if name == "auto":
+        if trained is None:
+            raise ValueError(f"{run} does not say what it was trained on: name it with --data")
+        if data.name == "folder":
+            raise ValueError(f"{run} was trained on a folder of images without known factors")
+        name = data.name
+    root, crop = protocol.data_root or data.root, data.crop or CELEBA_CROP
+    if name == "faces":
+        return ground_truth.folder(root or DRAWN_ROOT, model, protocol.factor_bins, crop)
+    if name == "sprites":
+        ground_truth.check_shapes(model)
+        packed = sprites.whole(data.cache_dir or default_folder(), device)
+        return ground_truth.shapes(model, packed, sprites.unravel(torch.arange(len(packed))))
+    if root is None:
+        raise ValueError(f"--data {name} needs --data-root")
+    if name == "dsprites":
+        packed, indices = dsprites.read(root)
+        return ground_truth.shapes(model, packed.to(device), indices)
+    return ground_truth.attributes(root, model, crop)
+
+
+@torch.no_grad()
+def encode(
+    model: BetaVAE, known: Truth, numbers: NDArray[np.int64], device: torch.device
+) -> NDArray[np.float32]:
+    """The posterior means [n, D] of the images of those numbers, with a progress bar.
+
+    Raises:
+        ValueError: means that are not finite, or a single latent.
+    """
+    n, batch = len(numbers), BATCH[device.type]
+    codes = np.empty((n, model.latent_dim), np.float32)
+    with tqdm(total=n, desc="encoding", unit=" images", disable=None) as bar:
+        for start in range(0, n, batch):
+            x = known.images(numbers[start : start + batch]).to(device)
+            codes[start : start + batch] = model.encode(x)[0].cpu().numpy()
+            bar.update(len(x))
+    inputs.check_codes(codes)
+    return codes
+
+
+def some(known: Truth, points: int) -> NDArray[np.int64]:
+    """The numbers of as many images, or of all if there are fewer; the same ones on every call."""
+    return np.random.default_rng(0).permutation(len(known.factors))[:points]
+
+
+@torch.no_grad()
+def describe(
+    model: BetaVAE, known: Truth, drawn: NDArray[np.int64], variance: float, device: torch.device
+) -> dict[str, Any]:
+    """Posteriors and reconstructions of the images of those numbers.
+
+    Args:
+        variance: the Gaussian likelihood's; a model whose images are a Bernoulli's means has none.
+    """
+    mus: list[Tensor] = []
+    log_vars: list[Tensor] = []
+    closeness: list[tuple[float, ...]] = []
+    peak, spread = (2, variance) if model.activation == "tanh" else (1, None)
+    batch = BATCH[device.type]
+    for start in tqdm(range(0, len(drawn), batch), desc="decoding", disable=None):
+        x = known.images(drawn[start : start + batch]).to(device)
+        mu, log_var = model.encode(x)
+        # float64: in float32 the sigmoid of 17 is 1, and a wrong pixel as sure as that would cost 100 nats.
+        mean = ACTIVATIONS[model.activation](model.decode_raw(mu).double())
+        found = reconstruction(mean, x, peak=peak, variance=spread)
+        mus.append(mu.cpu())
+        log_vars.append(log_var.cpu())
+        closeness.append(tuple(len(x) * value for value in found))
+    mu, log_var = torch.cat(mus), torch.cat(log_vars)
+    nats, mse, psnr = np.sum(closeness, 0) / len(drawn)
+    kl = posterior.kl_per_latent(mu, log_var)
+    return {
+        "kl": kl.sum().item(),
+        "active_units": posterior.active_units(mu),
+        "total_correlation": posterior.gaussian_total_correlation(mu),
+        "reconstruction_nats": float(nats),
+        "mse": float(mse),
+        "psnr": float(psnr),
+        "kl_per_latent": kl.tolist(),
+        "entropy_per_latent": posterior.entropy_per_latent(log_var).tolist(),
+    }
+
+
+def rate(
+    codes: NDArray[np.float32], known: Truth, protocol: Protocol, seconds: dict[str, float]
+) -> dict[str, Interval]:
+    """All metrics over the seeds; adds what each group of them took."""
+    test = max(1, protocol.points // 2)
+    sample = Table(known.factors)
+    sizes = {"train": protocol.points, "test": test}
+    groups: dict[str, Callable[[int], Mapping[str, float]]] = {
+        "score": lambda seed: metrics.score(
+            codes, known.factors, seed=seed, points=protocol.points, boosting=protocol.boosting, **sizes
+        ),
+        "beta_vae": lambda seed: {
+            "beta_vae": metrics.beta_vae(lambda rows: codes[rows], sample, seed=seed, **sizes)
+        },
+        "factor_vae": lambda seed: {
+            "factor_vae": metrics.factor_vae(
+                lambda rows: codes[rows], sample, seed=seed, variance_points=max(2, protocol.points), **sizes
+            )
+        },
+    }
+    values: dict[str, list[float]] = {}
+    with tqdm(total=len(groups) * protocol.seeds, desc="metrics", disable=None) as bar:
+        for seed in range(protocol.seeds):
+            for name, measure in groups.items():
+                start = time.perf_counter()
+                for key, value in measure(seed).items():
+                    values.setdefault(key, []).append(value)
+                seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
+                bar.update()
+    return {name: interval(each) for name, each in values.items()}
+
+
+def matrices(codes: NDArray[np.float32], known: Truth, protocol: Protocol) -> dict[str, NDArray[np.float64]]:
+    """What each latent knows of each factor [D, K]: the share of its entropy, and DCI's importance."""
+    checked, factors = inputs.check(codes, known.factors)
+    rng = np.random.default_rng(0)
+    drawn = rng.permutation(len(checked))[: protocol.points]
+    shared = mutual_information(discretise(checked[drawn]), factors[drawn]) / entropy(factors[drawn])
+    data = inputs.split(checked, factors, protocol.points, max(1, protocol.points // 2), rng)
+    return {
+        "mutual information / entropy of the factor": shared,
+        "importance (DCI)": dci(data, protocol.boosting).importance,
+    }
+
+
+def best_latents(areas: NDArray[np.float64], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of AUROCs [D, K]: for each attribute the latent that tells most, and its area if it rises with it."""
+    either_way = np.maximum(areas, 1 - areas)
+    best = either_way.argmax(0)
+    return {
+        name: {"latent": int(latent), "auroc": float(either_way[latent, k])}
+        for k, (name, latent) in enumerate(zip(names, best, strict=True))
+    }

@@ -1,0 +1,114 @@
+"""Evaluate a run folder: measure its model, and write evaluation.md, .json, .png and _traversals.png."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bvae.config import Config
+from bvae.evaluation.measure import (
+    Protocol,
+    best_latents,
+    describe,
+    encode,
+    matrices,
+    open_truth,
+    rate,
+    settings,
+    some,
+)
+from bvae.metrics.auroc import auroc
+from bvae.model import BetaVAE
+from bvae.plots import heat_map, save_traversal, traverse
+from bvae.training.cli import choose_device
+
+ROWS = 20  # latents in the picture, those of the highest KL
+
+
+def _spread(half_width: float | None) -> str:
+    return "one seed" if half_width is None else f"± {half_width:.3f}"
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The result as a table that people read."""
+    lines = [f"| {result['images']} images | mean | 95 % interval |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {value['mean']:.3f} | {_spread(value['half_width'])} |"
+        for name, value in result["scores"].items()
+    ]
+    lines += [
+        f"| AUROC of {name}, by latent {told['latent']} | {told['auroc']:.3f} | |"
+        for name, told in result["attributes"].items()
+    ]
+    plain = {k: v for k, v in result["model"].items() if not k.endswith("per_latent")}
+    lines += [
+        f"| {name} | {'infinite' if value is None else f'{value:.4g}'} | |" for name, value in plain.items()
+    ]
+    lines += [f"| seconds: {name} | {value:.1f} | |" for name, value in result["seconds"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def evaluate(run: Path, protocol: Protocol) -> str:
+    """Measure the model of a run folder, write the files, and return the table.
+
+    Raises:
+        ValueError, FileNotFoundError: no model, no data with known factors, or a protocol out of range.
+    """
+    for name in ("seeds", "points"):
+        if getattr(protocol, name) < 1:
+            raise ValueError(f"--{name} must be positive, got {getattr(protocol, name)}")
+    device = choose_device(protocol.device)
+    model = BetaVAE.from_pretrained(run).to(device)
+    known = open_truth(run, protocol, model, device)
+    trained = settings(run)
+    variance = (trained or Config()).objective.decoder_variance
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        done = work()
+        seconds[name] = time.perf_counter() - start
+        return done
+
+    codes = timed("encoding", lambda: encode(model, known, np.arange(len(known.factors)), device))
+    drawn = some(known, protocol.points)
+    described = timed("posterior and reconstruction", lambda: describe(model, known, drawn, variance, device))
+    if known.independent:
+        scores = rate(codes, known, protocol, seconds)
+        found = timed("matrices", lambda: matrices(codes, known, protocol))
+        told = {}
+    else:
+        areas = timed("AUROC", lambda: auroc(codes, known.factors))
+        scores, found, told = {}, {"|2 AUROC - 1|": np.abs(2 * areas - 1)}, best_latents(areas, known.names)
+    seconds["in all"] = sum(seconds.values())
+
+    kl = described["kl_per_latent"]
+    shown = sorted(range(model.latent_dim), key=lambda i: -kl[i])[:ROWS]
+    labels = [f"latent {i}, {kl[i]:.2f} nats" for i in shown]
+    picture = heat_map({title: matrix[shown] for title, matrix in found.items()}, labels, known.names)
+    result = {
+        "images": len(known.factors),
+        "factors": known.names,
+        "seeds": protocol.seeds,
+        "points": protocol.points,
+        "boosting": protocol.boosting,
+        "scores": {name: value._asdict() for name, value in scores.items()},
+        "attributes": told,
+        "model": {k: v if np.isfinite(v).all() else None for k, v in described.items()},  # JSON has no inf
+        "matrices": {title: matrix.tolist() for title, matrix in found.items()},
+        "seconds": seconds,
+    }
+    table = markdown(result)
+    (run / "evaluation.md").write_text(table)
+    picture.save(run / "evaluation.png")
+    typical = torch.from_numpy(codes[[np.linalg.norm(codes, axis=1).argmin()]]).to(device)
+    images = traverse(model, typical, shown, torch.linspace(-3, 3, 11))
+    labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
+    save_traversal(images, labels, run / "evaluation_traversals.png")
+    # Last, because a sweep takes it for the sign that nothing is missing.
+    (run / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    return table
