@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bvae.config import Config, ObjectiveConfig
+from bvae.device import choose_device
 from bvae.errors import exit_status
 from bvae.evaluation import measure
 from bvae.metrics import inputs
 from bvae.metrics.information import discretise, entropy, mutual_information
 from bvae.model import BetaVAE
 from bvae.plots import save_traversal, traverse
-from bvae.training.cli import choose_device
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import torch
 
 from bvae.config import Config, DataConfig
 from bvae.datasets import complaint, find, ingest
+from bvae.device import choose_device
 from bvae.errors import exit_status
 from bvae.pipelines import cache, celeba, decoder, faces, folder
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.webdataset import ImageFile
-from bvae.training.cli import choose_device
 
 SURVEYED = Picture(crop=None, size=32, channels=3)  # small: a check decodes and looks at no pixel
 

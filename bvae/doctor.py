@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,17 +75,16 @@ def trial(kind: str) -> str:
 
 def _train(options: list[str]) -> str:
     from bvae.training.cli import parse
-    from bvae.training.run import prepare
+    from bvae.training.setup import open_run
 
-    run = prepare(parse(options, ""))
     seconds = []
-    for _ in range(6):
-        images = next(run.batches())
-        start = time.perf_counter()
-        run.advance(images)
-        run.step.metrics_buffer.send(run.done)
-        run.step.receive(wait=True)
-        seconds.append(time.perf_counter() - start)
+    with open_run(parse(options, "")) as run:
+        for images in islice(run.batches(), 6):
+            start = time.perf_counter()
+            run.advance(images)
+            run.step.metrics_buffer.send(run.done)
+            run.step.receive(wait=True)
+            seconds.append(time.perf_counter() - start)
     return f"a tiny step takes {1000 * min(seconds[1:]):.1f} ms, the first one {seconds[0]:.1f} s"
 
 
@@ -183,7 +183,7 @@ def _driver() -> str:
 
 def precision() -> Iterator[Finding]:
     """What --amp does here."""
-    from bvae.training.cli import choose_device
+    from bvae.device import choose_device
     from bvae.training.step import autocast_dtype
 
     dtype, text = autocast_dtype(choose_device("auto"), True)

@@ -1,8 +1,16 @@
-"""How a command ends: what is wrong with its input is one line on stderr, not a traceback."""
+"""What is wrong with a user's input, and how a command then ends: one line on stderr, no traceback."""
 
 import errno
 import sys
 from collections.abc import Callable
+
+
+class UsageError(ValueError):
+    """Input that cannot be used. The message says what was wrong, where, and what to do."""
+
+
+class MissingError(UsageError, FileNotFoundError):
+    """A file or folder that is not there."""
 
 
 def exit_status(work: Callable[[], int | None]) -> int:

@@ -24,11 +24,12 @@ import tyro
 
 from bvae import config, train
 from bvae.config import SHAPES, Config
+from bvae.device import choose_device
 from bvae.errors import exit_status
 from bvae.evaluation import baselines, run_folder, sweep_report
 from bvae.evaluation.measure import Protocol
 from bvae.training import checkpoint
-from bvae.training.cli import choose_device, parse
+from bvae.training.cli import parse
 
 BASELINES = "baselines.json"
 BINS = 20  # of the metrics: fewer points than that cannot be measured

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import tyro
 
+from bvae.device import choose_device
 from bvae.errors import exit_status
 from bvae.images import read_image
 from bvae.model import BetaVAE
 from bvae.plots import most_visible, save_traversal, traverse
-from bvae.training.cli import choose_device
 
 SHOWN = 10  # latents, unless they are named
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bvae.config import Config
+from bvae.device import choose_device
 from bvae.evaluation.measure import (
     Protocol,
     best_latents,
@@ -24,7 +25,6 @@ from bvae.evaluation.measure import (
 from bvae.metrics.auroc import auroc
 from bvae.model import BetaVAE
 from bvae.plots import heat_map, save_traversal, traverse
-from bvae.training.cli import choose_device
 
 ROWS = 20  # latents in the picture, those of the highest KL
 

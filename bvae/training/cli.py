@@ -114,10 +114,3 @@ def _check_resumable(base: Config, arguments: Arguments) -> None:
         for key, value in new.items():
             if value != old[key] and key not in MAY_CHANGE:
                 raise ValueError(f"--resume cannot change {section}.{key} from {old[key]} to {value}")
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" is the first GPU, or else the CPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU (see torch.cuda.is_available())")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
