@@ -109,14 +109,16 @@ def fit(
                 results.write(run, validation)
             monitor.end(validation)
             run.close()
-        return Fitted(run.model.eval(), run.config, monitor.history, validation)
+        return Fitted(run.model.eval(), run.config, monitor.metrics_buffer, validation)
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
     """Raise UsageError inside a running `fit`: a run sets switches of the whole process."""
     if not _running.acquire(blocking=False):
-        raise UsageError("fit is already running in this process: start this one after it, or in another process")
+        raise UsageError(
+            "fit is already running in this process: start this one after it, or in another process"
+        )
     try:
         yield
     finally:
@@ -168,19 +170,25 @@ def _collect(images: Any, valid: Any, config: Config, keep_size: bool) -> tuple[
     whole = collect(images, None if keep_size else data.image_size, channels, data.crop)
     height, width, channels = whole.shape[1:]
     if height != width or not SIZES[0] <= height <= SIZES[1]:
-        print(f"images of {height} x {width} pixels are cut and resized to {data.image_size} x {data.image_size}")
+        print(
+            f"images of {height} x {width} pixels are cut and resized to {data.image_size} x {data.image_size}"
+        )
         whole = collect(whole, data.image_size, channels, data.crop)
     if valid is not None:
         return whole, collect(valid, whole.shape[1], channels, data.crop, "valid")
     if len(whole) < 3:
-        raise UsageError(f"images holds {len(whole)} images: two to train on and one to validate on are the least")
+        raise UsageError(
+            f"images holds {len(whole)} images: two to train on and one to validate on are the least"
+        )
     held_out = torch.arange(len(whole)) % HELD_OUT == 0
     return whole[~held_out], whole[held_out]
 
 
 def _describe(config: Config, images: Tensor) -> Config:
     """The configuration with the data as they are."""
-    data = dataclasses.replace(config.data, name="memory", image_size=images.shape[1], channels=images.shape[3])
+    data = dataclasses.replace(
+        config.data, name="memory", image_size=images.shape[1], channels=images.shape[3]
+    )
     config = dataclasses.replace(config, data=data)
     config.check()
     return config
