@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bvae import checkpoint
+from bvae import checkpoint, compiler
 from bvae.arguments import Arguments, choose_device
 from bvae.config import Config, ObjectiveConfig, TrainingConfig
 from bvae.datasets import find, open_data
@@ -234,6 +234,7 @@ def prepare(arguments: Arguments) -> Run:
 
     Raises:
         ValueError, FileNotFoundError, OSError: the run cannot be what was asked for.
+        CompileFailed, CaptureFailed: this machine cannot compile or capture the step.
     """
     config, training = arguments.settings, arguments.settings.training
     device = choose_device(arguments.device)
@@ -288,9 +289,15 @@ def prepare(arguments: Arguments) -> Run:
     if arguments.resume:
         run.restore()
     captured, how = captures(device, training)
-    if captured and run.done < run.steps:
-        captured = step.capture(train if isinstance(train, Resident) else train.head(train.batch_size))
-        how = "captured" if captured else "not captured: the graph does not fit the GPU's memory"
+    if run.done < run.steps and (compiled or device.type == "cuda"):
+        compiler.remove_truncated()
+        images = train if captured and isinstance(train, Resident) else train.head(train.batch_size)
+        begin = partial(step.capture if captured else step.rehearse, images)
+        fits = compiler.first_step(begin, step.recompile, compile=compiled)
+        if captured:
+            how = "captured" if fits else "not captured: the graph does not fit the GPU's memory"
+        if compiled and not step.compile:
+            execution = "eager (torch.compile failed)"
     processes.wait()  # nobody writes before all are ready
     if processes.is_first and not arguments.debug_nan:
         out.mkdir(parents=True, exist_ok=True)

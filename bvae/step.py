@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bvae.capture import capture
+from bvae.capture import capture, preserved
 from bvae.config import TrainingConfig
 from bvae.history import History
 from bvae.losses import BetaLoss, CapacityLoss, LossTerms
@@ -133,9 +133,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors now, before a capture
-        self.compile = compile
-        options = INDUCTOR if self.device.type == "cuda" else None
-        self._objective = torch.compile(self.objective, options=options) if compile else self.objective
+        self.recompile(compile)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._replay: Callable[[], None] | None = None
         self._images: Tensor | None = None  # where a captured step that does not gather reads
@@ -180,6 +178,17 @@ class TrainingStep:
         self._replay = capture(step, self._state)
         self.gathers = self._replay is not None and isinstance(images, Resident)
         return self._replay is not None
+
+    def recompile(self, compile: bool) -> None:
+        """Let the next step compile, or be eager, whatever the last one was."""
+        self.compile = compile
+        options = INDUCTOR if self.device.type == "cuda" else None
+        self._objective = torch.compile(self.objective, options=options) if compile else self.objective
+
+    def rehearse(self, images: Tensor) -> None:
+        """A step on uint8 images [B, H, W, C] that leaves no trace, so that all is compiled."""
+        with preserved(self._state):
+            self._update(images)
 
     def release(self) -> None:
         """Give the captured graph up; later steps run without one."""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bvae import checkpoint, debug
 from bvae.arguments import parse
+from bvae.capture import is_out_of_memory
 from bvae.processes import end, lost_the_others, speak_first, who
 from bvae.profile import Profile, name_kernels
 from bvae.reference import scale_pixels
@@ -177,7 +178,7 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         _complain(f"{error}{_room(error, out)}. {_go_on(out)}" if out else str(error))
         return 2 if out is None and error.errno not in checkpoint.FULL else 1
     except RuntimeError as error:
-        if "alloc" in str(error) or "out of memory" in str(error):
+        if is_out_of_memory(error):
             _complain(f"out of memory: {str(error).splitlines()[0]}")
             print("a smaller --batch-size or --hidden-dims needs less", file=sys.stderr)
         elif lost_the_others(error):
