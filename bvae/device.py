@@ -15,7 +15,7 @@ NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's and WSL's
 
 
 def has_gpu() -> bool:
-    """Whether PyTorch sees a GPU. Without a device node on Linux there is none: torch need not be imported."""
+    """Whether PyTorch sees a GPU. Linux without a device node has none: torch is not imported then."""
     if sys.platform == "linux" and not any(Path(node).exists() for node in NODES):
         return False
     import torch

@@ -54,17 +54,17 @@ def fit(
     """Train a beta-VAE on images; the same run as `python -m bvae.train`, to the bit.
 
     Args:
-        images: a uint8 array or tensor `[N, H, W, C]`, `[N, C, H, W]` or `[N, H, W]` (grey), or one of floating
-            point in [0, 1]; a folder of image files; or a Dataset (torch's or Hugging Face's) of images, or of
-            tuples or mappings that hold one. C is 1 or 3. Equal squares of 32 to 256 pixels keep their size;
-            others are cut to a square and resized to `image_size` (64).
+        images: a uint8 array or tensor `[N, H, W, C]`, `[N, C, H, W]` or `[N, H, W]` (grey), or one of
+            floating point in [0, 1]; a folder of image files; or a Dataset (torch's or Hugging Face's) of
+            images, or of tuples or mappings that hold one. C is 1 or 3. Equal squares of 32 to 256 pixels
+            keep their size; others are cut to a square and resized to `image_size` (64).
         preset_or_config: a preset's name, a YAML file or a `Config`. None: the preset `small` on a CPU, the
             defaults of `python -m bvae.train` on a GPU.
-        valid: images to validate on, as `images`. None: every tenth of `images`, which is then not trained on.
+        valid: images to validate on, as `images`. None: every tenth of `images`, which then does not train.
         model: trains this model in place, instead of a new one.
-        loss: a module called as `loss(raw, target, kl)` that returns `LossTerms`, instead of the configuration's:
-            raw is the decoder's output before the activation `[B, C, H, W]`, target uint8 of that shape, and kl
-            `[B]` in nats.
+        loss: a module called as `loss(raw, target, kl)` that returns `LossTerms`, in place of the
+            configuration's: raw is the decoder's output before the activation `[B, C, H, W]`, target uint8 of
+            that shape, and kl `[B]` in nats.
         out: the run folder to make. None: nothing is written to disk.
         callbacks: objects with some of the methods of `bvae.training.monitor.Callback`.
         overrides: options of `python -m bvae.train`, with underscores: `lr=1e-3, max_steps=2000, amp=True`.
@@ -77,14 +77,15 @@ def fit(
         UsageError: images, options or a folder that cannot be used, or a `fit` inside a running `fit`.
         NotFinite: the loss is NaN or infinite; the message names the step.
 
-    Ctrl-C stops the run after the step, and `fit` returns what it has. An exception of a callback passes through;
-    the steps before it are in a checkpoint, if there is a run folder.
+    Ctrl-C stops the run after the step, and `fit` returns what it has. An exception of a callback passes
+    through; the steps before it are in a checkpoint, if there is a run folder.
 
     Example:
         >>> import torch
         >>> from bvae import fit
         >>> images = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8)
-        >>> fitted = fit(images, hidden_dims=(4, 8), latent_dim=2, batch_size=8, max_steps=3)  # doctest: +ELLIPSIS
+        >>> tiny = {"hidden_dims": (4, 8), "latent_dim": 2, "batch_size": 8, "max_steps": 3}
+        >>> fitted = fit(images, **tiny)  # doctest: +ELLIPSIS
         36 training and 4 validation images; ...
         >>> fitted.model.sample(5).shape
         torch.Size([5, 3, 32, 32])
@@ -164,15 +165,13 @@ def _architecture(model: BetaVAE) -> dict[str, Any]:
 
 
 def _collect(images: Any, valid: Any, config: Config, keep_size: bool) -> tuple[Tensor, Tensor]:
-    """Images to train and to validate on, uint8 [N, S, S, C]; their own size and channels, or the configuration's."""
+    """Images to train and to validate on, uint8 [N, S, S, C], of the configuration's size or their own."""
     data = config.data
     channels = None if keep_size else data.channels
     whole = collect(images, None if keep_size else data.image_size, channels, data.crop)
     height, width, channels = whole.shape[1:]
     if height != width or not SIZES[0] <= height <= SIZES[1]:
-        print(
-            f"images of {height} x {width} pixels are cut and resized to {data.image_size} x {data.image_size}"
-        )
+        print(f"images of {height} x {width} pixels: cut to squares, resized to {data.image_size} pixels")
         whole = collect(whole, data.image_size, channels, data.crop)
     if valid is not None:
         return whole, collect(valid, whole.shape[1], channels, data.crop, "valid")
@@ -203,5 +202,6 @@ def _open(
     distributed: Distributed,
 ) -> Data:
     """The images as `prepare` wants them."""
-    seed, rank, world_size = config.training.seed, distributed.rank, distributed.world_size
-    return open_images(train_on, held_out, config.data, batch_size, seed, device, rank, world_size)
+    training, ranks = config.training, (distributed.rank, distributed.world_size)
+    images = train_on, held_out, config.data
+    return open_images(*images, batch_size, training.seed, device, *ranks, training.accumulate)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from bvae.errors import UsageError
 from bvae.reference import scale_pixels
 
 
@@ -22,7 +23,7 @@ def read_image(path: Path, crop: int | None, shape: tuple[int, int, int], activa
     side = crop or min(upright.size)
     if side > min(upright.size):
         width, height = upright.size
-        raise ValueError(f"{path}: {width} x {height} pixels are smaller than the crop of {side}")
+        raise UsageError(f"{path}: {width} x {height} pixels are smaller than the crop of {side}")
     left, top = (round((length - side) / 2) for length in upright.size)
     square = upright.crop((left, top, left + side, top + side))
     pixels = np.array(square.resize(shape[1:], Image.Resampling.BILINEAR)).reshape(1, *shape[1:], shape[0])

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from bvae.device import choose_device
-from bvae.errors import exit_status
+from bvae.errors import UsageError, exit_status
 from bvae.images import read_image
 from bvae.model import BetaVAE
 from bvae.plots import most_visible, save_traversal, traverse
@@ -48,15 +48,15 @@ class Arguments:
         """Raise ValueError for the first value out of its range."""
         for latent in self.latents:
             if not 0 <= latent < latent_dim:
-                raise ValueError(f"--latents must be 0 to {latent_dim - 1} for this model, got {latent}")
+                raise UsageError(f"--latents must be 0 to {latent_dim - 1} for this model, got {latent}")
         if not all(np.isfinite(self.range)) or self.range[0] == self.range[1]:
-            raise ValueError(f"--range must be two different numbers, got {self.range[0]} {self.range[1]}")
+            raise UsageError(f"--range must be two different numbers, got {self.range[0]} {self.range[1]}")
         if self.steps < 2:
-            raise ValueError(f"--steps must be at least 2, got {self.steps}")
+            raise UsageError(f"--steps must be at least 2, got {self.steps}")
         if self.crop is not None and self.crop < 1:
-            raise ValueError(f"--crop must be positive, got {self.crop}")
+            raise UsageError(f"--crop must be positive, got {self.crop}")
         if self.out and self.out.suffix.lower() not in (".png", ".gif"):
-            raise ValueError(f"--out must end in .png or .gif, got {self.out}")
+            raise UsageError(f"--out must end in .png or .gif, got {self.out}")
 
 
 def draw(arguments: Arguments) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
+from bvae.errors import UsageError
 from bvae.pipelines.picture import Header, Picture, inspect
 from bvae.pipelines.pillow import pixels
 from bvae.pipelines.webdataset import ImageFile, read
@@ -63,10 +64,10 @@ def _decode_png(data: bytes, header: Header, channels: int) -> Tensor:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as file:
             if file.size != (header.width, header.height):
-                raise ValueError("it has two headers")
+                raise UsageError("it has two headers")
             image = pixels(file, channels)
     except Exception as error:  # of a kind for each way of being damaged
-        raise ValueError(f"broken PNG: {error}") from None
+        raise UsageError(f"broken PNG: {error}") from None
     return torch.from_numpy(image).permute(2, 0, 1)
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from bvae import config, ground_truth, metrics
 from bvae.config import Config, DataConfig
 from bvae.datasets import CELEBA_CROP, DRAWN_ROOT
+from bvae.errors import UsageError
 from bvae.ground_truth import Truth
 from bvae.metrics import inputs, posterior
 from bvae.metrics.dci import Boosting, dci
@@ -83,9 +84,9 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
     name = protocol.data
     if name == "auto":
         if trained is None:
-            raise ValueError(f"{run} does not say what it was trained on: name it with --data")
+            raise UsageError(f"{run} does not say what it was trained on: name it with --data")
         if data.name == "folder":
-            raise ValueError(f"{run} was trained on a folder of images without known factors")
+            raise UsageError(f"{run} was trained on a folder of images without known factors")
         name = data.name
     root, crop = protocol.data_root or data.root, data.crop or CELEBA_CROP
     if name == "faces":
@@ -95,7 +96,7 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
         packed = sprites.whole(data.cache_dir or default_folder(), device)
         return ground_truth.shapes(model, packed, sprites.unravel(torch.arange(len(packed))))
     if root is None:
-        raise ValueError(f"--data {name} needs --data-root")
+        raise UsageError(f"--data {name} needs --data-root")
     if name == "dsprites":
         packed, indices = dsprites.read(root)
         return ground_truth.shapes(model, packed.to(device), indices)

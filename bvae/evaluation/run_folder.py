@@ -11,6 +11,7 @@ import torch
 
 from bvae.config import Config
 from bvae.device import choose_device
+from bvae.errors import UsageError
 from bvae.evaluation.measure import (
     Protocol,
     best_latents,
@@ -60,7 +61,7 @@ def evaluate(run: Path, protocol: Protocol) -> str:
     """
     for name in ("seeds", "points"):
         if getattr(protocol, name) < 1:
-            raise ValueError(f"--{name} must be positive, got {getattr(protocol, name)}")
+            raise UsageError(f"--{name} must be positive, got {getattr(protocol, name)}")
     device = choose_device(protocol.device)
     model = BetaVAE.from_pretrained(run).to(device)
     known = open_truth(run, protocol, model, device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bvae.config import Config
+from bvae.errors import UsageError
 from bvae.model import BetaVAE
 from bvae.pipelines.loader import Loader
 from bvae.pipelines.memory_loaders import DeviceLoader
@@ -174,23 +175,23 @@ class Run:
         except torch.OutOfMemoryError:
             raise
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # another version's, or made up
-            raise ValueError(f"{self.out}: its newest checkpoint is not of such a run: {error}") from None
+            raise UsageError(f"{self.out}: its newest checkpoint is not of such a run: {error}") from None
         if (then := state.get("versions")) not in (None, now := checkpoint.versions()):
             print(f"trained so far with {then}, now {now}: not the same bits as in one go", flush=True)
         if self.done > self.steps:
-            raise ValueError(
+            raise UsageError(
                 f"{self.out} is at step {self.done} already, beyond the {self.steps} asked for: "
                 "raise --epochs or --max-steps"
             )
 
     def _check_data(self, state: dict[str, Any]) -> None:
         if state["images"] != self.train.count:
-            raise ValueError(
+            raise UsageError(
                 f"{self.out}: the dataset now has {self.train.count} images ({state['images']} at the "
                 "checkpoint): cannot resume deterministically"
             )
         if state.get("files", self._listing) != self._listing:
-            raise ValueError(
+            raise UsageError(
                 f"{self.out}: the dataset's files now have other names or another order: cannot resume "
                 "deterministically"
             )

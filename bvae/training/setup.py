@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bvae.kernels import launch
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE, build
 from bvae.pipelines.memory_loaders import DeviceLoader
-from bvae.training import checkpoint
+from bvae.training import checkpoint, compiler
 from bvae.training.cli import Arguments
 from bvae.training.distributed import Distributed, init_distributed
 from bvae.training.optimizer import build_optimizer
@@ -106,6 +107,7 @@ def prepare(
 
     Raises:
         UsageError, OSError: the run cannot be what was asked for.
+        CompileFailed, CaptureFailed: this machine cannot compile or capture the step.
     """
     if out:
         _check_run_folder(out, resume)
@@ -113,7 +115,7 @@ def prepare(
     run = _build(config, out, device, distributed, opened, model, loss)
     if resume:
         run.restore()
-    capture = _capture(run)
+    execution = _compile_and_capture(run)
     distributed.barrier()  # nobody writes before all are ready
     if out and write and distributed.is_main:
         out.mkdir(parents=True, exist_ok=True)
@@ -122,7 +124,7 @@ def prepare(
         if opened.bad:
             lines = "".join(f"{file}\t{text}\n" for file, text in opened.bad)
             checkpoint.write_text(out / "bad_files.txt", lines)
-    _announce(run, capture)
+    _announce(run, execution)
     return run
 
 
@@ -168,7 +170,8 @@ def _configured(config: Config, batch_size: int, device: torch.device, distribut
             find(config.data)  # draws the faces if need be
         distributed.barrier()
     seed, rank, world_size = config.training.seed, distributed.rank, distributed.world_size
-    return open_data(config.data, batch_size, seed, device, rank, world_size)
+    accumulate = config.training.accumulate
+    return open_data(config.data, batch_size, seed, device, rank, world_size, accumulate)
 
 
 def _build(
@@ -224,19 +227,30 @@ def build_loss(objective: ObjectiveConfig) -> BetaLoss | CapacityLoss:
     return BetaLoss(1.0 if objective.loss_type == "VAE" else objective.beta, **options)
 
 
-def _capture(run: Run) -> str:
-    """Capture the step if that is possible; a line that says whether it is. Empty on a CPU."""
-    captured, how = captures(run.step.device, run.config.training)
-    if captured and run.done < run.steps:
-        train = run.train
-        captured = run.step.capture(
-            train if isinstance(train, DeviceLoader) else train.head(train.batch_size)
-        )
-        how = "captured" if captured else "not captured: the graph does not fit the GPU's memory"
-    return how
+def _compile_and_capture(run: Run) -> str:
+    """Compile the step and capture it where that is possible; the line that says how it is executed.
+
+    Raises:
+        CompileFailed, CaptureFailed: this machine cannot; the message names the option to use.
+    """
+    step, training = run.step, run.config.training
+    execution = compiles(step.device, training.compile)[1]
+    captured, how = captures(step.device, training)
+    if run.done < run.steps and (step.compile or step.device.type == "cuda"):
+        compiler.remove_truncated()
+        gathers = captured and isinstance(run.train, DeviceLoader)
+        images = run.train if gathers else run.train.head(run.train.batch_size)
+        begin = partial(step.capture if captured else step.rehearse, images)
+        compiled = step.compile
+        fits = compiler.first_step(begin, step.recompile, compile=compiled)
+        if captured:
+            how = "captured" if fits else "not captured: the graph does not fit the GPU's memory"
+        if compiled and not step.compile:
+            execution = "eager (torch.compile failed)"
+    return ", ".join(filter(None, (execution, how)))
 
 
-def _announce(run: Run, capture: str) -> None:
+def _announce(run: Run, execution: str) -> None:
     """Say what is about to be trained, and how."""
     training, device, world_size = run.config.training, run.step.device, run.distributed.world_size
     where = (
@@ -244,10 +258,9 @@ def _announce(run: Run, capture: str) -> None:
     )
     if world_size > 1:
         where = f"{world_size} processes, {run.train.batch_size} images each per step; {where}"
-    how = ", ".join(filter(None, (compiles(device, training.compile)[1], capture)))
     print(
         f"{run.train.count} training and {run.valid.count} validation images; {where}; "
-        f"{autocast_dtype(device, training.amp)[1]}; {how}; steps {run.done} to {run.steps}"
+        f"{autocast_dtype(device, training.amp)[1]}; {execution}; steps {run.done} to {run.steps}"
         + (f"; run folder {run.out}" if run.out else ""),
         flush=True,
     )
