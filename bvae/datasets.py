@@ -77,22 +77,26 @@ def open_data(
         raise UsageError(complaint(bad, total))
     if bad:
         print(f"{len(bad)} of {total} images cannot be used: training without them")
-    counts = [
-        len(split.images if isinstance(split, cache.Cached) else split.files) for split in (train, valid)
-    ]
-    batch_size = fitting_batch(source.root, *counts, *parts)
-    loaders: list[Loader] = []
-    for label, split, training in zip(LABELS, (train, valid), (True, False), strict=True):
-        use = {"train": training, "flip": training and config.flip, **ranks}
+    batch_size = fitting_batch(source.root, _count(train), _count(valid), *parts)
+
+    def loader(label: str, split: cache.Cached | _Streamed, train: bool) -> Loader:
+        use = {"train": train, "flip": train and config.flip, **ranks}
+        made: Loader
         if isinstance(split, cache.Cached):
-            loader, line = place(split.images, batch_size, seed, device, **use)
+            made, line = place(split.images, batch_size, seed, device, **use)
         else:
-            loader = StreamingLoader(split.files, split.reader, batch_size, seed, device, **use)
+            made = StreamingLoader(split.files, split.reader, batch_size, seed, device, **use)
             line = f"{len(split.files)}, decoded with {split.reader.version} whenever they are used"
-        loaders.append(loader)
         print(f"{label}: {line}", flush=True)
+        return made
+
+    loaders = loader(LABELS[0], train, True), loader(LABELS[1], valid, False)
     without = {file for file, _ in bad}
     return Data(*loaders, bad, [name for name in map(str, source.train) if name not in without])
+
+
+def _count(split: "cache.Cached | _Streamed") -> int:
+    return len(split.images) if isinstance(split, cache.Cached) else len(split.files)
 
 
 def open_images(
@@ -108,11 +112,10 @@ def open_images(
 ) -> Data:
     """As `open_data`, for images in memory: uint8 [N, H, W, C]."""
     batch_size = fitting_batch("images", len(train), len(valid), batch_size, world_size, accumulate)
-    loaders = []
-    for images, training in ((train, True), (valid, False)):
-        use = {"train": training, "flip": training and config.flip, "rank": rank, "world_size": world_size}
-        loaders.append(place(images, batch_size, seed, device, **use)[0])
-    return Data(*loaders, [], [])
+    ranks = {"rank": rank, "world_size": world_size}
+    train_loader, _ = place(train, batch_size, seed, device, train=True, flip=config.flip, **ranks)
+    valid_loader, _ = place(valid, batch_size, seed, device, train=False, flip=False, **ranks)
+    return Data(train_loader, valid_loader, [], [])
 
 
 def fitting_batch(

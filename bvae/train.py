@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(nan_debug.find(run) or f"every number up to step {run.done} is finite")
                     return 0
                 profiled = arguments.profile and run.distributed.is_main
-                profile = Profile(run.out, run.step.device) if profiled else None
+                profile = Profile(run.out, run.step.device) if profiled and run.out else None
                 with Monitor(run, profile=profile) as monitor:
                     result = train(run, monitor, stop)
                 if not result:

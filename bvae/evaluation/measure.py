@@ -85,8 +85,8 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
     if name == "auto":
         if trained is None:
             raise UsageError(f"{run} does not say what it was trained on: name it with --data")
-        if data.name == "folder":
-            raise UsageError(f"{run} was trained on a folder of images without known factors")
+        if data.name in ("folder", "memory"):
+            raise UsageError(f"{run} was trained on images without known factors: name others with --data")
         name = data.name
     root, crop = protocol.data_root or data.root, data.crop or CELEBA_CROP
     if name == "faces":

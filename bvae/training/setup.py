@@ -45,7 +45,7 @@ def connect(name: str) -> tuple[torch.device, Distributed]:
 @contextmanager
 def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
     """Set the process's switches and generators as a run needs them; put all of them back afterwards."""
-    deterministic = torch.utils.deterministic  # type: ignore[attr-defined]
+    deterministic: Any = torch.utils.deterministic  # type: ignore[attr-defined]
     before = (
         launch.ENABLED,
         torch.backends.cudnn.benchmark,
@@ -194,7 +194,7 @@ def _build(
     training = config.training
 
     # channels_last is what tensor cores want, and faster on a CPU too.
-    model = (model or build(config)).to(device, memory_format=torch.channels_last).train()
+    model = (model or build(config)).to(device).to(memory_format=torch.channels_last).train()
     built = (loss or build_loss(config.objective)).to(device)
     step = TrainingStep(
         model,
