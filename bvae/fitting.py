@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -185,9 +185,8 @@ def _collect(images: Any, valid: Any, config: Config, keep_size: bool) -> tuple[
 
 def _describe(config: Config, images: Tensor) -> Config:
     """The configuration with the data as they are."""
-    data = dataclasses.replace(
-        config.data, name="memory", image_size=images.shape[1], channels=images.shape[3]
-    )
+    channels: Literal[1, 3] = 1 if images.shape[3] == 1 else 3
+    data = dataclasses.replace(config.data, name="memory", image_size=images.shape[1], channels=channels)
     config = dataclasses.replace(config, data=data)
     config.check()
     return config

@@ -85,7 +85,7 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
     if name == "auto":
         if trained is None:
             raise UsageError(f"{run} does not say what it was trained on: name it with --data")
-        if data.name in ("folder", "memory"):
+        if data.name == "folder" or data.name == "memory":
             raise UsageError(f"{run} was trained on images without known factors: name others with --data")
         name = data.name
     root, crop = protocol.data_root or data.root, data.crop or CELEBA_CROP
@@ -140,14 +140,15 @@ def describe(
     mus: list[Tensor] = []
     log_vars: list[Tensor] = []
     closeness: list[tuple[float, ...]] = []
-    peak, spread = (2, variance) if model.activation == "tanh" else (1, None)
+    low, high = model.pixel_range
+    spread = None if model.activation == "sigmoid" else variance
     batch = BATCH[device.type]
     for start in tqdm(range(0, len(drawn), batch), desc="decoding", disable=None):
         x = known.images(drawn[start : start + batch]).to(device)
         mu, log_var = model.encode(x)
         # float64: in float32 the sigmoid of 17 is 1, and a wrong pixel as sure as that would cost 100 nats.
         mean = ACTIVATIONS[model.activation](model.decode_raw(mu).double())
-        found = reconstruction(mean, x, peak=peak, variance=spread)
+        found = reconstruction(mean, x, peak=high - low, variance=spread)
         mus.append(mu.cpu())
         log_vars.append(log_var.cpu())
         closeness.append(tuple(len(x) * value for value in found))
