@@ -36,7 +36,7 @@ def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
         ValueError: a model of other images than grey ones of 64 x 64.
     """
     check_shapes(model)
-    low = -1.0 if model.activation == "tanh" else 0.0
+    low, _ = model.pixel_range
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
         chosen = packed[torch.from_numpy(numbers).to(packed.device)]
@@ -110,7 +110,7 @@ def _files(paths: Sequence[Path], model: BetaVAE, crop: int) -> Callable[[NDArra
     """Images from their files."""
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
-        return torch.cat([read_image(paths[i], crop, model.input_shape, model.activation) for i in numbers])
+        return torch.cat([read_image(paths[i], crop, model.input_shape, model.pixel_range) for i in numbers])
 
     return images
 

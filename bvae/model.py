@@ -80,6 +80,11 @@ class BetaVAE(nn.Module):
         network = ARCHITECTURES[arch](in_channels, image_size, latent_dim, widths)
         self.encoder, self.head, self.decoder_input, self.code_shape, self.decoder = network
 
+    @property
+    def pixel_range(self) -> tuple[float, float]:
+        """The range of the images that go in and come out, to which uint8 pixels are scaled."""
+        return (-1.0 if self.activation == "tanh" else 0.0), 1.0
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images [N, C, H, W] in the activation's range to mu and log_var, each [N, latent_dim]."""
         if x.dim() != 4 or x.shape[1:] != self.input_shape:

@@ -66,7 +66,7 @@ def draw(arguments: Arguments) -> Path:
     device = model.head.weight.device
     z = torch.zeros(1, model.latent_dim, device=device)
     if arguments.image:
-        x = read_image(arguments.image, arguments.crop, model.input_shape, model.activation)
+        x = read_image(arguments.image, arguments.crop, model.input_shape, model.pixel_range)
         with torch.no_grad():
             z = model.encode(x.to(device))[0]
     values = torch.linspace(*arguments.range, arguments.steps)

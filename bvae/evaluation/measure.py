@@ -139,14 +139,15 @@ def describe(
     mus: list[Tensor] = []
     log_vars: list[Tensor] = []
     closeness: list[tuple[float, ...]] = []
-    peak, spread = (2, variance) if model.activation == "tanh" else (1, None)
+    low, high = model.pixel_range
+    spread = None if model.activation == "sigmoid" else variance
     batch = BATCH[device.type]
     for start in tqdm(range(0, len(drawn), batch), desc="decoding", disable=None):
         x = known.images(drawn[start : start + batch]).to(device)
         mu, log_var = model.encode(x)
         # float64: in float32 the sigmoid of 17 is 1, and a wrong pixel as sure as that would cost 100 nats.
         mean = ACTIVATIONS[model.activation](model.decode_raw(mu).double())
-        found = reconstruction(mean, x, peak=peak, variance=spread)
+        found = reconstruction(mean, x, peak=high - low, variance=spread)
         mus.append(mu.cpu())
         log_vars.append(log_var.cpu())
         closeness.append(tuple(len(x) * value for value in found))
