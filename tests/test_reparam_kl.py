@@ -291,11 +291,11 @@ def test_opcheck(kernels, shape, dtype):
     mu, log_var = heads(shape, dtype, kernels).chunk(2, 1)
     mu, log_var = mu.detach().requires_grad_(), log_var.detach().requires_grad_()
     seed, step = torch.tensor(SEED, device=kernels), torch.tensor(STEP, device=kernels)
-    opcheck(reparam_kl.forward, (mu, log_var, seed, step, [-1.0, 1.0], True))
-    opcheck(reparam_kl.forward, (mu, log_var, None, None, None, False))
+    opcheck(reparam_kl.reparam_kl, (mu, log_var, seed, step, [-1.0, 1.0], True))
+    opcheck(reparam_kl.reparam_kl, (mu, log_var, None, None, None, False))
     key = torch.stack((seed, step))
     grads = torch.ones_like(mu), torch.ones(shape[0], device=kernels), torch.ones(shape[1:], device=kernels)
-    opcheck(reparam_kl.backward, (mu.detach(), log_var.detach(), key, *grads, None))
+    opcheck(reparam_kl.reparam_kl_backward, (mu.detach(), log_var.detach(), key, *grads, None))
 
 
 @pytest.mark.parametrize("clamp", [None, (-1.0, 1.0)], ids=["unclamped", "clamped"])
