@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench lint clean
+.PHONY: help train test bench gpu lint clean
 
 help:             ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -22,6 +22,9 @@ test: .venv/installed   ## the fast tests; the slow ones too, as CI: make test A
 bench: .venv/installed  ## measure everything on this machine, keep the record, rewrite the README's table
 	$(BIN)/python -m pytest bench -v --record bench/results $(ARGS)
 	$(BIN)/python -m bench.report
+
+gpu: .venv/installed    ## everything that only a GPU can tell, stage by stage; some: make gpu ARGS="step-144 loader"
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 lint: .venv/installed   ## ruff and mypy
 	$(BIN)/ruff check .
