@@ -141,7 +141,7 @@ def test_streamed_data_are_captured(device, tmp_path):
 
 def test_a_resumed_run_is_captured(device, tmp_path, capsys):
     data = faces.write(tmp_path / "faces", n=120, seed=0, progress=False)  # 6 steps per epoch
-    options = ("--device", device.type, "--deterministic", "--max-steps")
+    options = ("--device", device.type, "--decoder", "torchvision", "--deterministic", "--max-steps")
     train(data, tmp_path / "whole", *options, 10)
     train(data, tmp_path / "part", *options, 5)
     assert main(["--resume", str(tmp_path / "part"), "--max-steps", "10", "--device", device.type]) == 0
@@ -328,10 +328,10 @@ def test_a_replay_is_one_launch_for_the_host(full):
     assert step.capture(data)
     host, kernels = host_and_device(lambda: step(None))
     assert host.count("cudaGraphLaunch") == 1
-    assert not [name for name in host if "LaunchKernel" in name]
+    assert len([name for name in host if "LaunchKernel" in name]) <= 2  # torch's, of its generator's state
     ours = [name for name in kernels if name.startswith(("_forward_kernel", "_backward_kernel"))]
     assert len(ours) == 4, ours  # of the sample and of the loss
-    assert len(kernels) < 200, sorted(kernels)  # 150 without cuDNN's own casts, transpositions and sums
+    assert len(kernels) < 250, sorted(kernels)  # 150 without cuDNN's own casts, transpositions and sums
 
 
 @pytest.mark.gpu
