@@ -77,7 +77,7 @@ def test_terms_and_gradients_are_as_good_as_torchs(backend, objective, dtype):
     exact = run(plain, *exact_inputs, pixels(cpu))
     assert [x.dtype for x in ours] == [torch.float32] * 4 + [dtype, torch.float32]
     for name, *triple in zip((*LossTerms._fields, "d recon", "d kl"), ours, torchs, exact, strict=True):
-        assert_as_good_as_torch(*triple, what=name)
+        assert_as_good_as_torch(*triple, backend, what=name)
 
 
 LAYOUTS = {

@@ -233,9 +233,10 @@ def test_other_images_than_the_captured_are_named(images, text):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    ("source", "compile"), [("resident", True), ("resident", False), ("given", False)], ids=str
+)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("source", ["resident", "given"])
 def test_a_captured_run_is_the_uncaptured_run(source, dtype, compile):
     device = torch.device("cuda")
     data = DeviceLoader(batch(80, device=device), 8, 1, train=True, flip=True)
