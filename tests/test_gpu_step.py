@@ -17,20 +17,20 @@ from test_train import metrics, weights
 from test_train import run as train
 from torch import Tensor
 
-from bvae import capture
 from bvae.config import TrainingConfig
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
-from bvae.optimizer import build_optimizer
 from bvae.pipelines import faces
 from bvae.pipelines.decoder import build as build_decoder
-from bvae.pipelines.epochs import Epochs
+from bvae.pipelines.loader import Loader
+from bvae.pipelines.memory_loaders import DeviceLoader, HostLoader
 from bvae.pipelines.picture import Picture
-from bvae.pipelines.resident import Hosted, Resident
-from bvae.pipelines.stream import Stream
-from bvae.step import TrainingStep
+from bvae.pipelines.streaming_loader import StreamingLoader
 from bvae.train import main
-from bvae.validation import validate
+from bvae.training import cuda_graph
+from bvae.training.optimizer import build_optimizer
+from bvae.training.step import TrainingStep
+from bvae.training.validation import validate
 
 CPU = torch.device("cpu")
 EPOCHS = 2
@@ -55,20 +55,20 @@ def replay_on_a_cpu(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(torch.cuda, name, Stub)
     patch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     patch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
-    real = capture.capture
-    patch.setattr("bvae.step.capture", lambda step, state: real(step, state) and step)
-    patch.setattr("bvae.run.captures", lambda *_: (True, ""))
+    real = cuda_graph.capture
+    patch.setattr("bvae.training.step.capture", lambda step, state: real(step, state) and step)
+    patch.setattr("bvae.training.setup.captures", lambda *_: (True, ""))
 
 
-def resident(device: torch.device) -> Resident:
-    return Resident(batch(80, device=device), 8, 1, **SHUFFLED)
+def resident(device: torch.device) -> DeviceLoader:
+    return DeviceLoader(batch(80, device=device), 8, 1, **SHUFFLED)
 
 
-def capture_with(step: TrainingStep, data: Epochs) -> bool:
-    return step.capture(data if isinstance(data, Resident) else data.head(data.batch_size))
+def capture_with(step: TrainingStep, data: Loader) -> bool:
+    return step.capture(data if isinstance(data, DeviceLoader) else data.head(data.batch_size))
 
 
-def epoch(step: TrainingStep, data: Epochs, number: int) -> None:
+def epoch(step: TrainingStep, data: Loader, number: int) -> None:
     """One epoch of training, as a run does it."""
     step.set_lr(1e-3 / (number + 1))
     if step.gathers:
@@ -81,7 +81,7 @@ def state(step: TrainingStep) -> list[Tensor]:
     return [tensor.clone() for tensor in step._state()]
 
 
-def results(step: TrainingStep, data: Epochs) -> tuple[list[float], list[Tensor]]:
+def results(step: TrainingStep, data: Loader) -> tuple[list[float], list[Tensor]]:
     """The losses of a training, and all that it has changed."""
     for number in range(EPOCHS):
         epoch(step, data, number)
@@ -95,10 +95,11 @@ def assert_equal(found: tuple[list[float], list[Tensor]], expected: tuple[list[f
         assert torch.equal(a, b)
 
 
-def assert_capture_changes_nothing(device: torch.device, data: Epochs, make_loss=None, **options) -> None:
+def assert_capture_changes_nothing(device: torch.device, data: Loader, make_loss=None, **options) -> None:
     """Train with and without a capture, and compare all bits."""
     plain, captured = (
-        build_step(device, make_loss and make_loss(), history=EPOCHS * len(data), **options) for _ in range(2)
+        build_step(device, make_loss and make_loss(), buffer_steps=EPOCHS * len(data), **options)
+        for _ in range(2)
     )
     assert capture_with(captured, data)
     expected = results(plain, data)
@@ -130,13 +131,13 @@ def test_every_switch_is_captured(device, options):
 
 
 def test_data_on_the_host_are_captured(device):
-    assert_capture_changes_nothing(device, Hosted(batch(80), 8, 1, device, **SHUFFLED))
+    assert_capture_changes_nothing(device, HostLoader(batch(80), 8, 1, device, **SHUFFLED))
 
 
 def test_streamed_data_are_captured(device, tmp_path):
     files = sorted(str(path) for path in write_folder(tmp_path, 40).iterdir())
     decoder = build_decoder("torchvision", Picture(None, 32, 3), CPU)
-    assert_capture_changes_nothing(device, Stream(files, decoder, 8, 1, device, **SHUFFLED))
+    assert_capture_changes_nothing(device, StreamingLoader(files, decoder, 8, 1, device, **SHUFFLED))
 
 
 def test_a_resumed_run_is_captured(device, tmp_path, capsys):
@@ -178,10 +179,10 @@ def test_warming_up_leaves_no_trace(device, dtype):
 
 def test_a_validation_between_replays_changes_nothing(device):
     data = resident(device)
-    unseen = Resident(batch(20, seed=9, device=device), 8, 1, train=False, flip=False)
+    unseen = DeviceLoader(batch(20, seed=9, device=device), 8, 1, train=False, flip=False)
     validations, ends = [], []
     for captured, validated in ((False, True), (True, True), (True, False)):
-        step = build_step(device, history=EPOCHS * len(data))
+        step = build_step(device, buffer_steps=EPOCHS * len(data))
         if captured:
             assert step.capture(data)
         for number in range(EPOCHS):
@@ -221,8 +222,8 @@ def _too_large(device: torch.device, patch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def test_no_memory_for_the_graph_leaves_a_step_that_does_not_grow(device, monkeypatch):
-    data = Hosted(batch(640), 64, 1, device, **SHUFFLED)
-    plain, step = build_step(device, history=20), build_step(device, history=20)
+    data = HostLoader(batch(640), 64, 1, device, **SHUFFLED)
+    plain, step = build_step(device, buffer_steps=20), build_step(device, buffer_steps=20)
     with _too_large(device, monkeypatch):
         assert not capture_with(step, data)
     assert_equal(results(step, data), results(plain, data))
@@ -238,10 +239,10 @@ def test_no_memory_for_the_graph_leaves_a_step_that_does_not_grow(device, monkey
 
 
 @functools.cache  # compiled once per session
-def full_size(kind: str) -> tuple[TrainingStep, Resident]:
+def full_size(kind: str) -> tuple[TrainingStep, DeviceLoader]:
     """A step that is compiled, but not captured; and its data. On a CPU a tiny network, not compiled."""
     if kind == "cpu":
-        return build_step(history=8), resident(CPU)
+        return build_step(buffer_steps=8), resident(CPU)
     torch.manual_seed(0)
     device = torch.device(kind)
     model = BetaVAE().to(device, memory_format=torch.channels_last)
@@ -253,23 +254,23 @@ def full_size(kind: str) -> tuple[TrainingStep, Resident]:
         seed=3,
         dtype=torch.bfloat16,
         compile=True,
-        history=8,
+        buffer_steps=8,
     )
-    return step, Resident(images, 144, 1, **SHUFFLED)
+    return step, DeviceLoader(images, 144, 1, **SHUFFLED)
 
 
 @pytest.fixture
-def full(device) -> Iterator[tuple[TrainingStep, Resident]]:
+def full(device) -> Iterator[tuple[TrainingStep, DeviceLoader]]:
     """`full_size`, at its first step; with the algorithms that training uses."""
     torch.use_deterministic_algorithms(False)
     step, data = full_size(device.type)
-    with capture.preserved(step._state):
+    with cuda_graph.preserved(step._state):
         yield step, data
         step.release()
     step.restore(0)
 
 
-def few_steps(step: TrainingStep, data: Resident, count: int = 8) -> list[float]:
+def few_steps(step: TrainingStep, data: DeviceLoader, count: int = 8) -> list[float]:
     step.restore(0)
     for number in range(count):
         position = number % len(data)
@@ -294,7 +295,7 @@ def _no_synchronisation(device: torch.device) -> Iterator[None]:
 
 def test_the_full_network_is_captured(full):
     step, data = full
-    with capture.preserved(step._state):
+    with cuda_graph.preserved(step._state):
         expected = few_steps(step, data)
     assert step.capture(data)
     assert step.gathers
@@ -315,8 +316,8 @@ def test_the_compiled_step_never_synchronises(full, device):
             for number in range(3):
                 step.set_lr(1e-3 / (number + 1))
                 step(None if step.gathers else images)
-                step.history.send(number + 1)
-                while not step.history.receive(wait=False):
+                step.metrics_buffer.send(number + 1)
+                while not step.metrics_buffer.receive(wait=False):
                     pass
             data.begin(1)
 
