@@ -60,11 +60,12 @@ def open_data(
         {"train": True, "flip": config.flip, **sharding},
         {"train": False, "flip": False, **sharding},
     )
-    opened = (
+    opened: Iterator[_Streamed | cache.Cached] = (
         _stream(config, source, device) if config.stream else ingest(config, source, device, rank, world_size)
     )
     bad: list[cache.Bad] = []
     sets: list[Loader] = []
+    data: Loader
     for label, use, found in zip(LABELS, uses, opened, strict=True):
         bad += found.bad
         if isinstance(found, cache.Cached):

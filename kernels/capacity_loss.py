@@ -228,7 +228,7 @@ def _layout(*tensors: Tensor) -> tuple[dict[str, Any], list[tuple[int, tuple[int
     Elements are visited in the first tensor's order in memory: the sum does not mind. Tensors that share it
     are one row; others have a row per image.
     """
-    order = sorted(range(tensors[0].dim()), key=lambda d: -tensors[0].stride(d))
+    order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
     in_memory_order = [t.permute(order) for t in tensors]
     sizes, strides = collapse(tuple(in_memory_order[0].shape), *(t.stride() for t in in_memory_order))
     rows, row_strides = 1, [0] * len(tensors)
@@ -376,7 +376,7 @@ def forward(
         as_gradient,
     )
     launch.run(recon.device)
-    return tuple(outputs)
+    return tuple(outputs)  # type: ignore[return-value]  # six
 
 
 @forward.register_fake
@@ -416,7 +416,7 @@ def backward(
         slope, kl_slope, grad_loss, grad_recon_term, grad_kld, gain, batch, kl_dtype
     )
     launch.run(slope.device)
-    return tuple(outputs)
+    return tuple(outputs)  # type: ignore[return-value]  # two
 
 
 @backward.register_fake
@@ -424,7 +424,7 @@ def _(slope, kl_slope, grad_loss, grad_recon_term, grad_kld, gain, batch, kl_dty
     return torch.empty_like(slope), slope.new_empty(batch, dtype=kl_dtype)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
         recon,
         _target,
@@ -450,7 +450,9 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # a term that nobody used costs no zeros
 
 
-def _differentiate(ctx, grad_loss, grad_recon_term, grad_kld, *_):
+def _differentiate(
+    ctx: Any, grad_loss: Tensor | None, grad_recon_term: Tensor | None, grad_kld: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     slope, kl_slope = ctx.saved_tensors
     reaches_recon = ctx.with_slope and not (grad_loss is None and grad_recon_term is None)
     if not reaches_recon:  # the KL alone: no pass over recon
