@@ -21,7 +21,17 @@ class Sampler(Protocol):
 
 
 class Grid:
-    """Independent, uniform factors of given sizes; an observation is its row of indices [K]."""
+    """Independent, uniform factors of given sizes; an observation is its row of indices [K].
+
+    Raises:
+        ValueError: fewer than 2 factors, or a factor of fewer than 2 values.
+
+    >>> import numpy as np
+    >>> from bvae.metrics import Grid
+    >>> drawn = Grid([3, 4])(np.array([0, 0, 1]), 5, np.random.default_rng(0))  # three groups of five
+    >>> drawn.shape, len(set(drawn[10:, 1].tolist()))  # the last group agrees in factor 1
+    ((15, 2), 1)
+    """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         if len(sizes) < 2 or min(sizes) < 2:
@@ -41,6 +51,13 @@ class Table:
 
     Raises:
         ValueError: another shape or type, or a factor that does not vary: all groups agree in it.
+
+    >>> import numpy as np
+    >>> from bvae.metrics import Table
+    >>> factors = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    >>> rows = Table(factors)(np.array([1]), 5, np.random.default_rng(0))  # five that agree in factor 1
+    >>> len(set(factors[rows, 1].tolist()))
+    1
     """
 
     def __init__(self, factors: ArrayLike) -> None:
