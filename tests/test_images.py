@@ -32,9 +32,7 @@ def test_uint8_is_scaled(model):
 def test_pixels_out_of_range_are_refused(model):
     low, high = model.pixel_range
     x = torch.rand(2, 3, SIDE, SIDE)
-    with pytest.raises(
-        UsageError, match=rf"x must lie in \[{low:g}, {high:g}\].*give uint8 pixels, or model.pre"
-    ):
+    with pytest.raises(UsageError, match=rf"x must lie in \[{low:g}, {high:g}\].*give uint8 pixels"):
         model.encode(255 * x)
     with pytest.raises(UsageError, match="model.preprocess"):
         model.encode(x - 3)
@@ -43,9 +41,7 @@ def test_pixels_out_of_range_are_refused(model):
 
 
 def test_another_shape_is_refused(model):
-    with pytest.raises(
-        UsageError, match=r"x must be \[N, 3, 32, 32\], got \[1, 3, 64, 64\]: see model.preprocess"
-    ):
+    with pytest.raises(UsageError, match=r"x must be \[N, 3, 32, 32\], got \[1, 3, 64, 64\]"):
         model.encode(torch.zeros(1, 3, 64, 64))
 
 
