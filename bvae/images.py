@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from bvae.errors import UsageError
+from bvae.pipelines.arrays import collect
 from bvae.reference import scale_pixels
 
 
@@ -18,18 +18,15 @@ def read_image(
 
     Raises:
         OSError: the file is missing or no image.
-        ValueError: the image is smaller than the crop.
+        UsageError: the image is smaller than the crop.
     """
-    with Image.open(path) as opened:
-        upright = ImageOps.exif_transpose(opened).convert("L" if shape[0] == 1 else "RGB")
-    side = crop or min(upright.size)
-    if side > min(upright.size):
-        width, height = upright.size
-        raise UsageError(f"{path}: {width} x {height} pixels are smaller than the crop of {side}")
-    left, top = (round((length - side) / 2) for length in upright.size)
-    square = upright.crop((left, top, left + side, top + side))
-    pixels = np.array(square.resize(shape[1:], Image.Resampling.BILINEAR)).reshape(1, *shape[1:], shape[0])
-    return scale_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2), pixel_range[0])
+    channels, _, side = shape
+    with Image.open(path) as image:
+        try:
+            pixels = collect([image], side, channels, crop)
+        except ValueError as error:
+            raise UsageError(f"{path}: {error}") from None
+    return scale_pixels(pixels.permute(0, 3, 1, 2), pixel_range[0])
 
 
 def to_uint8(images: Tensor, pixel_range: tuple[float, float]) -> Tensor:

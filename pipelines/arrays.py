@@ -126,7 +126,7 @@ def _of_items(images: Any, name: str) -> Iterator[Tensor]:
     count = len(images) if isinstance(images, Sized) else None
     # By index where that is possible: iterating a Dataset ends only if it raises IndexError.
     items = map(images.__getitem__, range(count)) if count is not None else iter(images)
-    bar = tqdm(items, total=count, desc="reading images", unit=" images", disable=None)
+    bar = tqdm(items, total=count, desc="reading images", unit=" images", disable=None, delay=1)
     waiting: list[Tensor] = []
     for number, item in enumerate(bar):
         image = _image(item, f"{name}[{number}]")

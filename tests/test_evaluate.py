@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import math
 import shutil
@@ -112,7 +113,7 @@ def test_runs_whose_factors_are_not_known(tmp_path, capsys):
     assert "does not say what it was trained on: name it with --data" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text(Config(data=DataConfig(name="folder", root=tmp_path)).to_yaml())
     assert main([str(tmp_path)]) == 2
-    assert "a folder of images without known factors" in capsys.readouterr().err
+    assert "images without known factors" in capsys.readouterr().err
 
 
 def test_what_is_infinite_is_said_so(tmp_path, monkeypatch):
@@ -135,7 +136,7 @@ def test_results_are_there_when_all_is(tmp_path, data, monkeypatch, capsys):
     small_model().save_pretrained(tmp_path)
 
     def fail(*arguments):
-        raise OSError("no room")
+        raise OSError(errno.EIO, "no room", "a.png")
 
     monkeypatch.setattr(run_folder, "save_traversal", fail)
     assert main([str(tmp_path), *FEW, "--data", "faces", "--data-root", str(data)]) == 2

@@ -493,7 +493,7 @@ def test_request_to_stop_is_heard_at_once_where_nothing_is_lost(data, tmp_path, 
     if during == "first step":
         monkeypatch.setattr(step.TrainingStep, "__call__", interrupted)
     else:
-        monkeypatch.setattr(f"bvae.training.{names[during]}", interrupted)
+        monkeypatch.setattr(f"bvae.{names[during]}", interrupted)
     kept = during in ("validation", "pictures")
     assert run(data, tmp_path / "run", "--epochs", 1) == (0 if kept else 130)
     assert ("--resume" if kept else "No checkpoint was written") in capsys.readouterr().out
@@ -685,7 +685,7 @@ def test_help_shows_the_defaults_that_apply(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             main([*options, "--help"])
         shown.append(capsys.readouterr().out)
-    assert [re.search(r"--batch-size.*?default: (\d+)", text, re.DOTALL)[1] for text in shown] == [
+    assert [re.search(r"--batch-size INT.*?default: (\d+)", text, re.DOTALL)[1] for text in shown] == [
         "64",
         "32",
         "144",

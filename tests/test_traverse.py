@@ -142,7 +142,11 @@ def test_folders_of_no_model_of_another_one_and_of_a_damaged_one(run, tmp_path, 
     config = json.loads((run / "config.json").read_text())
     weights = (run / "model.safetensors").read_bytes()
     for other, held, message in [
-        ({**config, "hidden_dims": [4, 8, 8]}, weights, "holds another model than the pytorch-vae"),
+        (
+            {**config, "hidden_dims": [4, 8, 8]},
+            weights,
+            "holds the weights of another model than the pytorch-vae",
+        ),
         ({**config, "image_size": 64}, weights, r"head.weight is \[\d+, \d+\] instead of"),
         ({**config, "arch": "burgess"}, weights, r"than the burgess .* encoder.0.0.weight is \[4, 3, 3, 3\]"),
         ({**config, "arch": "resnet"}, weights, "does not describe a BetaVAE: arch must be one of"),
