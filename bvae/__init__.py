@@ -1,11 +1,57 @@
-"""A fast beta-VAE trainer, and its fused losses as a part that other VAE code can take."""
+"""A fast beta-VAE trainer, and its fused losses as a part that other VAE code can take.
 
+The names below come from their modules when they are first used, so that `import bvae` loads no torch.
+"""
+
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+__all__ = [
+    "BetaLoss",
+    "BetaVAE",
+    "CapacityLoss",
+    "LossTerms",
+    "fit",
+    "gaussian_kl",
+    "register_architecture",
+    "reparam_kl",
+    "vae_loss",
+]
 
 # In a source tree `kernels/` and `pipelines/` stand beside this package, not inside it. Installed, they are
 # `bvae.kernels` and `bvae.pipelines`; searching the parent folder too gives them the same names here.
 _root = Path(__file__).resolve().parent.parent
 if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
+
+if TYPE_CHECKING:
+    from bvae.architectures import register_architecture  # type: ignore[attr-defined]
+    from bvae.fitting import fit
+    from bvae.losses import BetaLoss, CapacityLoss
+    from bvae.model import BetaVAE
+    from bvae.ops import gaussian_kl, reparam_kl, vae_loss
+    from bvae.reference import LossTerms
+else:  # hidden from type checkers, which would accept any name
+    _MODULES = {
+        "BetaLoss": "losses",
+        "BetaVAE": "model",
+        "CapacityLoss": "losses",
+        "LossTerms": "reference",
+        "fit": "fitting",  # not fit.py: importing a module of this name would hide the function
+        "gaussian_kl": "ops",
+        "register_architecture": "architectures",
+        "reparam_kl": "ops",
+        "vae_loss": "ops",
+    }
+
+    def __getattr__(name):
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *_MODULES})

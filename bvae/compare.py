@@ -10,20 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
-import torch
-import tyro
-from numpy.typing import NDArray
-from torch import Tensor
+from bvae.errors import exit_status, needs_train_extra
 
-from bvae.config import Config, ObjectiveConfig
-from bvae.errors import exit_status
-from bvae.evaluation import measure
-from bvae.metrics import inputs
-from bvae.metrics.information import discretise, entropy, mutual_information
-from bvae.model import BetaVAE
-from bvae.plots import save_traversal, traverse
-from bvae.training.cli import choose_device
+with needs_train_extra(__name__):
+    import numpy as np
+    import torch
+    import tyro
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from bvae.config import Config, ObjectiveConfig
+    from bvae.evaluation import measure
+    from bvae.metrics import inputs
+    from bvae.metrics.information import discretise, entropy, mutual_information
+    from bvae.model import BetaVAE
+    from bvae.plots import save_traversal, traverse
+    from bvae.training.cli import choose_device
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,60 @@
 """How a command ends: what is wrong with its input is one line on stderr, not a traceback."""
 
+import contextlib
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+# The modules of the packages of the extra `train` in setup.py.
+EXTRA = {
+    *("PIL", "matplotlib", "scipy", "sklearn", "tensorboard"),
+    *("threadpoolctl", "torchvision", "tqdm", "tyro", "yaml"),
+}
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
     """Do the work, and give its own exit status (None: 0), or that of what stopped it.
 
-    2: not as asked for (ValueError, OSError). 1: the disk is full. 130: Ctrl-C.
+    2: not as asked for (ValueError, OSError), or a package is missing. 1: the disk is full. 130: Ctrl-C.
     """
     try:
         return work() or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        print(f"error: {missing(error)}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, OSError) and error.errno == errno.ENOSPC else 2
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """What to install. An error about a package that is not in the extra `train` is raised again."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRA:
+        raise error
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    command = spec.name if spec and spec.name.startswith("bvae.") else "bvae"
+    return f"{command} needs {package}: pip install 'bvae[train]'"
+
+
+@contextlib.contextmanager
+def needs_train_extra(module: str) -> Iterator[None]:
+    """Around a command's imports, some of which come with the extra `train`.
+
+    If one is missing, the command that is run ends with one line and status 2. A command that is imported
+    raises ModuleNotFoundError with that line.
+
+    Args:
+        module: the command's `__name__`.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        text = missing(error)
+        if module != "__main__":
+            raise ModuleNotFoundError(text, name=error.name) from None
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)

@@ -20,15 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import tyro
+from bvae.errors import exit_status, needs_train_extra
 
-from bvae import config, train
-from bvae.config import SHAPES, Config
-from bvae.errors import exit_status
-from bvae.evaluation import baselines, run_folder, sweep_report
-from bvae.evaluation.measure import Protocol
-from bvae.training import checkpoint
-from bvae.training.cli import choose_device, parse
+with needs_train_extra(__name__):
+    import tyro
+
+    from bvae import config, train
+    from bvae.config import SHAPES, Config
+    from bvae.evaluation import baselines, run_folder, sweep_report
+    from bvae.evaluation.measure import Protocol
+    from bvae.training import checkpoint
+    from bvae.training.cli import choose_device, parse
 
 BASELINES = "baselines.json"
 BINS = 20  # of the metrics: fewer points than that cannot be measured

@@ -17,17 +17,20 @@ import sys
 import time
 from pathlib import Path
 
-from bvae.plots import save_pictures
-from bvae.reference import scale_pixels
-from bvae.training import checkpoint, nan_debug
-from bvae.training.cli import parse
-from bvae.training.distributed import exit_process, lost_connection, rank_suffix, silence_other_ranks
-from bvae.training.log import NullLog, RunLog, Throughput
-from bvae.training.profiler import Profile, name_kernels
-from bvae.training.run import Run, prepare
-from bvae.training.signals import StopRequest
-from bvae.training.step import NotFinite, Scalars
-from bvae.training.validation import Validation, validate
+from bvae.errors import missing, needs_train_extra
+
+with needs_train_extra(__name__):
+    from bvae.plots import save_pictures
+    from bvae.reference import scale_pixels
+    from bvae.training import checkpoint, nan_debug
+    from bvae.training.cli import parse
+    from bvae.training.distributed import exit_process, lost_connection, rank_suffix, silence_other_ranks
+    from bvae.training.log import NullLog, RunLog, Throughput
+    from bvae.training.profiler import Profile, name_kernels
+    from bvae.training.run import Run, prepare
+    from bvae.training.signals import StopRequest
+    from bvae.training.step import NotFinite, Scalars
+    from bvae.training.validation import Validation, validate
 
 SHOWN = 3  # images of a batch that are named on the screen
 PAUSE = 10  # seconds: what a checkpoint and a validation take must stay a small part of the time
@@ -185,6 +188,9 @@ def _main(argv: list[str], stop: StopRequest) -> int:
             _complain(f"another process has ended: its message says why. {_go_on(out)}")
         else:
             raise
+    except ModuleNotFoundError as error:
+        _complain(missing(error))
+        return 2
     except ValueError as error:
         if out:
             raise  # not the user's input: a bug, to be seen whole
