@@ -20,7 +20,7 @@ test: .venv/installed   ## the fast tests; the slow ones too, as CI: make test A
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: .venv/installed  ## measure everything on this machine, keep the record, rewrite the README's table
-	$(BIN)/python -m pytest bench -v --record bench/results --benchmark-columns=median,iqr,rounds $(ARGS)
+	$(BIN)/python -m pytest bench -v --record bench/results $(ARGS)
 	$(BIN)/python -m bench.report
 
 lint: .venv/installed   ## ruff and mypy

@@ -89,7 +89,6 @@ setup(
         "dev": [
             "pytest>=8",  # the tests
             "pytest-xdist>=3.5",  # CI runs the tests on both of its cores
-            "pytest-benchmark>=5",  # `pytest bench`: its fixture, table and options
             "hypothesis>=6.100",  # hostile files and options for them, by the thousand
             "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",  # as above
             "diffusers>=0.35",  # the drop-in's test compares with its posterior

@@ -1,30 +1,41 @@
-"""`pytest bench`: the machine, its record, and the race that every benchmark runs."""
+"""`pytest bench`: the machine, its record, and the race that every benchmark runs.
+
+    python -m pytest bench --record bench/results           every benchmark; the record grows with each
+    python -m pytest bench/test_step.py -k 144 --record bench/results      and these rows of it again
+
+Where there is no .git, BVAE_COMMIT in the environment gives the record its commit: 1a2b3c4, or 1a2b3c4-dirty
+with changes, as `git describe --always --abbrev=7 --dirty --exclude '*'` prints it.
+"""
 
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import bvae
-from bench.race import Race, Result, stopwatch
-from bench.record import ROOT, Record, save
+from bench.race import Race, Result
+from bench.record import ROOT, Record, source
 from bench.report import markdown
 from bvae.kernels import launch
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 COLD, RECORD = pytest.StashKey[bool](), pytest.StashKey[Record]()
-LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
+    group = parser.getgroup("bench")
+    group.addoption(
         "--record",
         type=Path,
-        help="write a record if all passes: a .json file, or a folder such as bench/results",
+        help="keep what is measured, after each benchmark: in a .json file, or under a folder such as "
+        "bench/results in <device>/<day>-<commit>.json. Rows that are there stay, those measured again are "
+        "replaced. BVAE_COMMIT in the environment gives the commit where there is no .git",
+    )
+    group.addoption(
+        "--quick", action="store_true", help="one short round of each, to see that it runs; keeps no record"
     )
 
 
@@ -35,24 +46,18 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit(
             f"bvae is that of {bvae.__file__}, not of {ROOT}: run python -m pytest there", returncode=4
         )
+    if config.getoption("--quick") and config.getoption("--record"):
+        pytest.exit("--quick measures nothing: leave --record out", returncode=4)
+    try:
+        source()
+    except ValueError as error:
+        pytest.exit(str(error), returncode=4)
     # Nothing is compiled yet: a first call's time is that of a new machine, unless a cache is asked for.
     if CACHE not in os.environ:
         scratch = tempfile.TemporaryDirectory(prefix="bvae-bench-")
         os.environ[CACHE] = scratch.name
         config.stash[COLD] = True
         config.add_cleanup(scratch.cleanup)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "race" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.benchmark(timer=stopwatch, group=Path(item.path).stem))
-
-
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    if items:
-        stash = items[0].config.stash
-        stash[LEFT_OUT] = stash.get(LEFT_OUT, 0) + len(items)
 
 
 @pytest.fixture(scope="session")
@@ -62,17 +67,24 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def record(device: torch.device, request: pytest.FixtureRequest) -> Record:
-    request.config.stash[RECORD] = made = Record(device, cold=COLD in request.config.stash)
+    config = request.config
+    made = Record(device, cold=COLD in config.stash, path=config.getoption("--record"))
+    config.stash[RECORD] = made
     return made
 
 
 @pytest.fixture
-def race(device: torch.device, record: Record, benchmark) -> Iterator[Callable[..., Result]]:
-    """`Race.run` for this test."""
+def race(
+    device: torch.device, record: Record, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., Result]]:
+    """`Race.run` for this test, after which the record is written."""
     samples, calls = (0.02, 20) if device.type == "cuda" else (0.04, 2)
+    usual = Race(device, record.results, samples, calls)
+    quick = Race(device, record.results, 0.0, 1, max_rounds=1)
     torch.manual_seed(0)
-    yield partial(Race(device, record.results, samples, calls).run, benchmark)
+    yield (quick if request.config.getoption("--quick") else usual).run
     launch.ENABLED = True
+    record.save()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -81,14 +93,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     made = config.stash.get(RECORD, None)
     if made is None or not made.results:
         return
-    finished = {**made.finish(), "left_out": config.stash.get(LEFT_OUT, 0)}
-    terminalreporter.write_line("\n" + markdown(finished))
-    path = config.getoption("--record")
-    if path is None:
-        return
-    if config.getoption("benchmark_disable"):
-        terminalreporter.write_line("no record is written: one round is no measurement")
-    elif terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
-        terminalreporter.write_line("no record is written: a benchmark failed")
-    else:
-        terminalreporter.write_line(f"record: {save(finished, path)}")
+    try:
+        made.finish()
+    except RuntimeError as error:  # a GPU on which a kernel failed gives nothing more, not even its rates
+        terminalreporter.write_line(f"the rates are those of the start, for the device failed: {error}")
+    terminalreporter.write_line("\n" + markdown(made.measured()))
+    if made.path:
+        terminalreporter.write_line(f"record: {made.path}")

@@ -7,20 +7,13 @@ comes before the clock starts (the gate, compiling, warming up, counting launche
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from datetime import datetime, timezone
+from typing import Any
 
 import numpy as np
 import torch
 
 Spread = tuple[float, float, float]  # median, lower and upper quartile
-
-
-class Benchmark(Protocol):
-    """What is used of pytest-benchmark's fixture."""
-
-    extra_info: dict[str, Any]
-
-    def pedantic(self, target: Callable[[], Any], **options: Any) -> Any: ...
 
 
 @dataclass
@@ -45,6 +38,11 @@ class Bar:
     at_least: float
 
 
+def now() -> str:
+    """The date, as records have it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 @dataclass
 class Result:
     """One benchmark: its contenders in order, the first of which is what people have today."""
@@ -57,6 +55,7 @@ class Result:
     rounds: int
     facts: dict[str, Any] = field(default_factory=dict)  # images, bytes, the model: whatever the report needs
     bars: list[tuple[Bar, Spread]] = field(default_factory=list)  # and what was measured; none fails a run
+    date: str = field(default_factory=now)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,18 +75,6 @@ def paired(slow: Sequence[float], fast: Sequence[float]) -> Spread:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class Stopwatch:
-    """pytest-benchmark's timer: runs by the seconds of one call, where a sample is many."""
-
-    seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
-stopwatch = Stopwatch()
 
 
 def clock(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
@@ -133,17 +120,17 @@ class Race:
     """Times contenders on a device and keeps the results.
 
     A round's sample of a contender is as many calls as fill `sample_seconds`; the warm-up lasts as long, and
-    at least `warm_calls`: a captured step is captured within them.
+    at least `warm_calls`: a captured step is captured within them. `max_rounds` cuts every benchmark short.
     """
 
     device: torch.device
     results: list[Result]
     sample_seconds: float
     warm_calls: int
+    max_rounds: int | None = None
 
     def run(
         self,
-        benchmark: Benchmark,
         group: str,
         name: str,
         *,
@@ -158,7 +145,6 @@ class Race:
         """Time what `prepare` gives, once `gate` has passed.
 
         Args:
-            benchmark: pytest-benchmark's fixture, which shows the hero's time.
             gate: compares what the contenders compute, and raises if they differ: then nothing is timed.
                 Returns how many seconds each one's first call took.
             prepare: the contenders' calls, in order: what people have today, its better settings, "ours", and
@@ -171,28 +157,12 @@ class Race:
         contenders = prepare()
         calls = {key: 1 if single else self._warm_up(call) for key, call in contenders.items()}
         times: dict[str, list[float]] = {key: [] for key in contenders}
-
-        def time_one(key: str) -> None:
-            times[key].append(clock(contenders[key], self.device, calls[key]))
-
         hero = "ours" if "ours" in contenders else list(contenders)[-1]
-        others = [key for key in contenders if key != hero]
-
-        def before() -> None:  # a, b, hero; hero, b, a; a, b, hero: a steady drift leaves the ratios alone
-            if len(times[hero]) % 2 == 0:
-                for key in others:
-                    time_one(key)
-
-        def after() -> None:
-            if len(times[others[0]]) < len(times[hero]):
-                for key in reversed(others):
-                    time_one(key)
-
-        def shown() -> None:
-            time_one(hero)
-            stopwatch.seconds += times[hero][-1]
-
-        benchmark.pedantic(shown, setup=before, teardown=after, rounds=rounds)
+        turns = [*(key for key in contenders if key != hero), hero]
+        for _ in range(min(rounds, self.max_rounds or rounds)):
+            for key in turns:
+                times[key].append(clock(contenders[key], self.device, calls[key]))
+            turns.reverse()  # a, b, hero; hero, b, a; a, b, hero: a steady drift leaves the ratios alone
         timings = {}
         for key, measured in times.items():
             ratio = paired(measured, times[hero])
@@ -206,7 +176,6 @@ class Race:
         reached = [(bar, paired(times[bar.slow], times[bar.fast])) for bar in bars]
         result = Result(group, name, timings, hero, missing, len(times[hero]), known, reached)
         self.results.append(result)
-        benchmark.extra_info.update(result.as_json())
         return result
 
     def _warm_up(self, call: Callable[[], object]) -> int:

@@ -6,28 +6,47 @@ import platform
 import re
 import statistics
 import subprocess
-from datetime import datetime, timezone
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.race import Result, clock
+from bench.race import Result, clock, now
+from bvae.training import checkpoint
 from bvae.training.step import autocast_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+CODE = (".", ":!bench/results", ":!*.md")  # what can change a figure
+# What a run has, and in a file of several runs a row of another run than the head's.
+RUN = ("date", "commit", "uncommitted", "cold", "machine", "rates", "load_before")
 PACKAGES = ("triton", "torchvision", "numpy", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
 def _git(*arguments: str) -> str:
-    """What git says about this source tree; empty where it is none."""
     command = ["git", "-C", str(ROOT), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def source() -> tuple[str, bool]:
+    """The source tree's commit, and whether its code has changes beyond it.
+
+    Where there is no .git, of BVAE_COMMIT: 1a2b3c4, or 1a2b3c4-dirty with changes. Empty if that is not set.
+
+    Raises:
+        ValueError: BVAE_COMMIT is no commit.
+    """
+    with suppress(OSError, subprocess.CalledProcessError):
+        if (ROOT / ".git").exists():  # else git would speak of a repository around this folder
+            # A record and its report are no changes: else a second run would be one of changed code.
+            changes = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+            return _git("rev-parse", "--short=7", "HEAD"), bool(changes)
+    given = os.environ.get("BVAE_COMMIT", "")
+    if given and not re.fullmatch("[0-9a-f]{7,40}(-dirty)?", given):
+        raise ValueError(f"BVAE_COMMIT must be a commit such as 1a2b3c4 or 1a2b3c4-dirty, got {given!r}")
+    return given[:7], given.endswith("-dirty")
 
 
 def _cpu_model() -> str:
@@ -94,36 +113,82 @@ def rates(device: torch.device) -> dict[str, float]:
 
 
 class Record:
-    """A run's results, and what was true while it ran; cold: nothing had been compiled before."""
+    """What a run measured, and what was true while it ran.
 
-    def __init__(self, device: torch.device, *, cold: bool) -> None:
-        self.device = device
+    Args:
+        cold: nothing had been compiled before.
+        path: a .json file, or a folder for <device>/<day>-<commit>.json. What it holds stays, but for the
+            benchmarks that are measured again. None: nothing is written.
+
+    Raises:
+        ValueError: BVAE_COMMIT is no commit, or the file is no record.
+    """
+
+    def __init__(self, device: torch.device, *, cold: bool, path: Path | None = None) -> None:
+        commit, uncommitted = source()
+        self.device, self.path = device, path
         self.results: list[Result] = []
-        self.head = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": _git("rev-parse", "--short=7", "HEAD"),
-            "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        self.run: dict[str, Any] = {
+            "date": now(),
+            "commit": commit,
+            "uncommitted": uncommitted,
             "cold": cold,
             "machine": machine(device),
             "rates": rates(device),
             "load_before": os.getloadavg()[0],
         }
+        if path and path.suffix != ".json":
+            self.path = path / slug(self.run) / f"{self.run['date'][:10]}-{commit or 'no-commit'}.json"
+        self._before = rows(load(self.path)) if self.path and self.path.exists() else []
 
-    def finish(self) -> dict[str, Any]:
-        """The whole record. The rates are the better of before and after; load is a minute's average."""
-        self.head["load_after"] = os.getloadavg()[0]
+    def measured(self) -> dict[str, Any]:
+        """This run's results as a record."""
+        return assemble([{**self.run, **result.as_json()} for result in self.results])
+
+    def save(self) -> None:
+        """Write what is measured so far, atomically. Raises OSError."""
+        if self.path and self.results:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(self.path, dumps(assemble([*self._before, *rows(self.measured())])))
+
+    def finish(self) -> None:
+        """Let the rates be the better of before and after, and write."""
         after = rates(self.device)
-        self.head["rates"] = {name: max(rate, after[name]) for name, rate in self.head["rates"].items()}
-        return {**self.head, "results": [result.as_json() for result in self.results]}
+        self.run["rates"] = {name: max(rate, after[name]) for name, rate in self.run["rates"].items()}
+        self.save()
 
 
-def save(record: dict[str, Any], path: Path) -> Path:
-    """Write a record to a .json file, or under a folder as <device>/<date>-<commit>.json."""
-    if path.suffix != ".json":
-        path = path / slug(record) / f"{record['date'][:10]}-{record['commit'] or 'no-commit'}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps(record))
-    return path
+def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record's results, each with all that was true when it was measured (`RUN`)."""
+    run = {key: record[key] for key in RUN}
+    return [{**run, **result} for result in record["results"]]
+
+
+def assemble(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of `rows`: of each benchmark the newest.
+
+    Its head says what was true of the newest of all; a row has of its own only what differs.
+    """
+    measured = sorted(measured, key=lambda row: row["date"])  # of one second, in their order
+    head = {key: measured[-1][key] for key in RUN}
+    newest = {(row["group"], row["name"]): row for row in measured}
+    results = [
+        {key: value for key, value in row.items() if key not in RUN or value != head[key]}
+        for row in newest.values()
+    ]
+    return {**head, "results": results}
+
+
+def latest(results: Path = RESULTS) -> list[dict[str, Any]]:
+    """A record of each device, CPUs first: the newest measurement of each benchmark over all its records.
+
+    A benchmark that no longer exists stays in it until the record that holds it is deleted.
+    """
+    devices: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted(results.glob("*/*.json")):
+        for row in rows(load(path)):
+            devices.setdefault((row["machine"]["kind"], slug(row)), []).append(row)
+    return [assemble(devices[device]) for device in sorted(devices)]
 
 
 def slug(record: dict[str, Any]) -> str:
@@ -147,14 +212,10 @@ def dumps(record: dict[str, Any]) -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
-def newest(kind: str, results: Path = RESULTS) -> Path | None:
-    """The newest record of a kind of device ('cpu', 'cuda')."""
-    found = [
-        (load(path)["date"], path)
-        for path in results.glob("*/*.json")
-        if load(path)["machine"]["kind"] == kind
-    ]
-    return max(found)[1] if found else None
+    """Raises ValueError where the file is no record."""
+    try:
+        record = json.loads(path.read_text())
+        rows(record)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of bench/: move it away ({error!r})") from None
+    return record

@@ -1,7 +1,9 @@
 """Records to Markdown and plots: `python -m bench.report`.
 
-Takes the newest record of a CPU and of a GPU, writes each in full, with its plots, to a README.md beside it,
-and rewrites the table of the README between its two markers.
+Takes the newest measurement of each benchmark on each device, over all its records; writes them in full, with
+plots, to a README.md beside the records; and rewrites two tables between their markers, with a column per
+device: the README's has one benchmark of each group, that of docs/performance.md all that the records call a
+headline. What is older than a column's head says from where it is.
 """
 
 import re
@@ -10,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.record import RESULTS, ROOT, load, newest
+from bench.record import RESULTS, ROOT, latest, rows, slug
 from bench.roofline import busy_seconds, cost, share
 
-README = ROOT / "README.md"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NOT_MEASURED = "not measured yet"
 GROUPS = "step", "training", "kernels", "loader", "scaling"
@@ -43,22 +45,34 @@ def times(ratio: Sequence[float]) -> str:
     return f"{median} x ({low} to {high})"
 
 
+def _when(run: Record | Result) -> str:
+    uncommitted = " with changes" if run["uncommitted"] else ""
+    return f"{run['date'][:10]}, commit {run['commit'] or 'none'}{uncommitted}"
+
+
 def _conditions(record: Record) -> str:
-    machine, uncommitted = record["machine"], " with changes" if record["uncommitted"] else ""
-    return f"{machine['device']}, {record['date'][:10]}, commit {record['commit'] or 'none'}{uncommitted}"
+    return f"{record['machine']['device']}, {_when(record)}"
+
+
+def _origin(result: Result, record: Record) -> str:
+    """In brackets, when a result was measured and with which other versions; empty where its head says so."""
+    versions = record["machine"]["versions"]
+    others = [f"{k} {v}" for k, v in result["machine"]["versions"].items() if v != versions.get(k)]
+    if not others and _when(result) == _when(record):
+        return ""
+    return f" ({', '.join([_when(result), *others])})"
 
 
 def _remarks(record: Record) -> str:
-    """If the machine did other work before the benchmarks began; if not all benchmarks ran."""
-    load, left_out = record["load_before"], record["left_out"]
-    busy = f" The machine was shared: load {load:.1f} before the first benchmark." if load > BUSY else ""
-    return busy + (f" {left_out} benchmarks were left out." if left_out else "")
+    """If the machine did other work before the benchmarks began."""
+    load = max(result["load_before"] for result in rows(record))
+    return f" The machine was shared: load {load:.1f} before the first benchmark." if load > BUSY else ""
 
 
 def _results(record: Record) -> list[Result]:
     """What is told, what matters most first."""
     ranks = {group: rank for rank, group in enumerate(GROUPS)}
-    return sorted(record["results"], key=lambda result: ranks.get(result["group"], len(ranks)))
+    return sorted(rows(record), key=lambda result: ranks.get(result["group"], len(ranks)))
 
 
 def markdown(record: Record) -> str:
@@ -73,7 +87,8 @@ def markdown(record: Record) -> str:
         if name.endswith("_flop_per_s"):
             measured += f", {name.removesuffix('_flop_per_s')} {rate / 1e9:,.0f} GFLOP/s"
     driver = f"; driver {machine['driver']}, CUDA {machine['cuda']}" if machine["driver"] else ""
-    cached = "" if record["cold"] else ", as far as a cache had not the code"
+    results = _results(record)
+    cached = "" if all(result["cold"] for result in results) else ", as far as a cache had not the code"
     lines = [
         f"# {_conditions(record)}",
         "",
@@ -85,9 +100,8 @@ def markdown(record: Record) -> str:
         "that of `bench/roofline.py`, on a GPU without the gaps between kernels, and above 100% where a "
         "cache served, or others kept the machine from the rates above when these were measured.",
     ]
-    results = _results(record)
     for group in dict.fromkeys(result["group"] for result in results):
-        lines += ["", *_group([r for r in results if r["group"] == group], rates)]
+        lines += ["", *_group([r for r in results if r["group"] == group], record)]
     bars = [bar for result in results for bar in result["bars"]]
     if bars:
         lines += ["", "| asked for | at least | measured | |", "|---|---|---|---|"]
@@ -97,7 +111,7 @@ def markdown(record: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _group(results: list[Result], rates: dict[str, float]) -> list[str]:
+def _group(results: list[Result], record: Record) -> list[str]:
     names = list(dict.fromkeys(name for result in results for name in result["timings"]))
     names += list(dict.fromkeys(r["missing"] for r in results if r["missing"]))
     header = [results[0]["group"], *names, "first call", "of the floor"]
@@ -105,8 +119,8 @@ def _group(results: list[Result], rates: dict[str, float]) -> list[str]:
         header += ["launches", "extra MB"]
     lines = [_row(header), "|---" * len(header) + "|"]
     for result in results:
-        cells = [result["name"]]
-        timings, floor = result["timings"], share(result, rates)
+        cells = [result["name"] + _origin(result, record)]
+        timings, floor = result["timings"], share(result)
         for name in names:
             if name == result["missing"]:
                 cells.append(NOT_MEASURED)
@@ -139,54 +153,50 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _headline(result: Result) -> str:
+def _headline(result: Result, brief: bool) -> str:
     """The hero's rate, and how many times as fast it is as others.
 
-    These are all for a step, ours without its layers among them; else the first contender and the fastest.
+    Brief: the first contender alone. Else all of a step, among them ours without its layers; of other groups
+    the first contender and the fastest.
     """
     timings, hero = result["timings"], result["hero"]
     cell = quantity(timings[hero]["seconds"][0], result["facts"].get("images"))
     if result["missing"]:
         cell = f"{result['missing']}: {NOT_MEASURED}; {hero}: {cell}"
     others = [name for name in timings if name != hero]
-    if result["group"] != "step":
+    if brief:
+        others = others[:1]
+    elif result["group"] != "step":
         first, *peers = [name for name in others if not name.startswith("ours")]
         others = [first, *sorted(peers, key=lambda name: timings[name]["seconds"][0])[:1]]
     return "<br>".join([cell, *(f"{times(timings[name]['ratio'])} as fast as {name}" for name in others)])
 
 
-def readme_table(cpu: Record | None, gpu: Record | None) -> str:
-    """The README's table: what the records call a headline, each in its own column.
+def headline_table(records: Sequence[Record], *, brief: bool) -> str:
+    """What the records call a headline; a column for each device, CPUs first.
 
-    Raises:
-        ValueError: a record is in the other's place; no CPU's figure ever stands in the GPU's column.
+    Args:
+        brief: of each group the first benchmark that was measured, beside what people have today.
     """
-    records = {"CPU": cpu, "GPU": gpu}
-    for name, record in records.items():
-        if record and record["machine"]["kind"] != {"CPU": "cpu", "GPU": "cuda"}[name]:
-            raise ValueError(f"a record of {record['machine']['device']} is not one of a {name}")
-    labels: list[str] = []
-    cells: dict[str, dict[str, str]] = {"CPU": {}, "GPU": {}}
-    for name, record in records.items():
-        for result in _results(record) if record else []:
-            label = result["facts"].get("headline")
-            if label:
-                cells[name][label] = _headline(result)
-                labels += [] if label in labels else [label]
-    header = ["", *(_conditions(record) if record else name for name, record in records.items())]
-    lines = [_row(header), "|---|---|---|"]
-    for label in labels:
-        lines.append(
-            _row([label, *(cells[n].get(label, "" if records[n] else NOT_MEASURED) for n in records)])
-        )
-    remark = "".join(_remarks(record) for record in records.values() if record)
+    columns: list[tuple[str, dict[str, str]]] = []  # a head, and the cells by their label
+    for record in sorted(records, key=lambda record: record["machine"]["kind"] != "cpu"):
+        shown = [result for result in _results(record) if result["facts"].get("headline")]
+        if brief:
+            measured = [result for result in shown if not result["missing"]]
+            shown = list({result["group"]: result for result in reversed(measured)}.values())[::-1]
+        cells = {r["facts"]["headline"]: _headline(r, brief) + _origin(r, record) for r in shown}
+        columns.append((_conditions(record), cells))
+    lines = [_row(["", *(head for head, _ in columns)]), "|---" * (len(columns) + 1) + "|"]
+    for label in dict.fromkeys(label for _, cells in columns for label in cells):
+        lines.append(_row([label, *(cells.get(label, "") for _, cells in columns)]))
+    remark = "".join(_remarks(record) for record in records)
     return "\n".join(lines) + (f"\n\n{remark.strip()}" if remark else "")
 
 
 def rewrite(text: str, table: str) -> str:
-    """A README with `table` between its markers."""
+    """A page with `table` between its markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the README needs each of the lines {BEGIN} and {END} once")
+        raise ValueError(f"a page with a table needs each of the lines {BEGIN} and {END} once")
     return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL)
 
 
@@ -213,7 +223,7 @@ def _ratios(record: Record, plt: Any) -> Any:
 
 def _roofline(record: Record, plt: Any) -> Any:
     """Steps between the copy's and the arithmetic's roof."""
-    rates, results = record["rates"], [r for r in record["results"] if "model" in r["facts"]]
+    rates, results = record["rates"], [r for r in rows(record) if "model" in r["facts"]]
     if not results:
         return None
     figure, axes = plt.subplots(figsize=(9, 5))
@@ -237,16 +247,19 @@ def _roofline(record: Record, plt: Any) -> Any:
 
 def _scaling(record: Record, plt: Any) -> Any:
     """Images a second over each of the axes."""
-    results = [r for r in record["results"] if r["group"] == "scaling"]
+    results = [r for r in rows(record) if r["group"] == "scaling"]
     if not results:
         return None
     names = list(dict.fromkeys(r["facts"]["axis"] for r in results))
     figure, panels = plt.subplots(1, len(names), figsize=(4 * len(names), 4), sharey=True, squeeze=False)
     for axes, name in zip(panels[0], names, strict=True):
-        line = [r for r in results if r["facts"]["axis"] == name]
-        for contender in line[0]["timings"]:
-            y = [r["facts"]["images"] / r["timings"][contender]["seconds"][0] for r in line]
-            axes.loglog([r["facts"]["value"] for r in line], y, "o-", label=contender)
+        line = sorted(
+            (r for r in results if r["facts"]["axis"] == name), key=lambda result: result["facts"]["value"]
+        )
+        for contender in dict.fromkeys(contender for r in line for contender in r["timings"]):
+            timed = [(r["facts"], r["timings"][contender]) for r in line if contender in r["timings"]]
+            y = [facts["images"] / timing["seconds"][0] for facts, timing in timed]
+            axes.loglog([facts["value"] for facts, _ in timed], y, "o-", label=contender)
         axes.set_xlabel(name)
         axes.set_xticks([r["facts"]["value"] for r in line], [str(r["facts"]["value"]) for r in line])
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
@@ -278,26 +291,30 @@ def draw(record: Record, folder: Path) -> list[Path]:
     return written
 
 
-def main(readme: Path = README, results: Path = RESULTS) -> int:
-    """Exit status: 0 done, 1 there is no record or the README has no markers."""
-    paths = {kind: newest(kind, results) for kind in ("cpu", "cuda")}
-    records = {kind: load(path) if path else None for kind, path in paths.items()}
-    if not any(paths.values()):
+def main(readme: Path = README, performance: Path = PERFORMANCE, results: Path = RESULTS) -> int:
+    """Exit status: 0 done, 1 there is no record, a file is none, or a page has no markers."""
+    try:
+        records = latest(results)
+        pages = {
+            path: rewrite(path.read_text(), headline_table(records, brief=path is readme))
+            for path in (readme, performance)
+        }
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if not records:
         print(f"error: no record under {results}: make one with `make bench`", file=sys.stderr)
         return 1
-    for kind, path in paths.items():
-        if path and (record := records[kind]):
-            pictures = draw(record, path.parent)
-            page = path.parent / "README.md"
-            page.write_text(markdown(record) + "".join(f"\n![{p.stem}]({p.name})\n" for p in pictures))
-            print(markdown(record), *(f"wrote {written}" for written in (page, *pictures)), sep="\n")
-    try:
-        text = rewrite(readme.read_text(), readme_table(records["cpu"], records["cuda"]))
-    except ValueError as error:
-        print(f"error: {readme}: {error}", file=sys.stderr)
-        return 1
-    readme.write_text(text)
-    print(f"wrote {readme}")
+    for record in records:
+        folder = results / slug(record)
+        folder.mkdir(exist_ok=True)  # a record may lie in a folder of another name
+        pictures = draw(record, folder)
+        page = folder / "README.md"
+        page.write_text(markdown(record) + "".join(f"\n![{p.stem}]({p.name})\n" for p in pictures))
+        print(markdown(record), *(f"wrote {written}" for written in (page, *pictures)), sep="\n")
+    for path, text in pages.items():
+        path.write_text(text)
+        print(f"wrote {path}")
     return 0
 
 

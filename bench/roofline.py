@@ -1,6 +1,6 @@
 """The least that a training step costs, from the model's own modules, and how near a record comes to it.
 
-    python -m bench.roofline                                    the seed's network, and the newest records
+    python -m bench.roofline                                    the seed's network, and the records
     python -m bench.roofline --latent-dim 10 --hidden-dims 32 64 --image-size 128 --batch 64 --itemsize 4
 
 Arithmetic is counted by running the model on meta tensors. Memory traffic is counted in passes over each
@@ -13,15 +13,13 @@ tensor; weights and Adam come once a step. Two floors:
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.record import load, newest
+from bench.record import latest, rows
 from bvae.model import BetaVAE
 
 WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -132,10 +130,10 @@ def floor_seconds(result: dict[str, Any], rates: dict[str, float]) -> float | No
     return None
 
 
-def share(result: dict[str, Any], rates: dict[str, float]) -> float | None:
+def share(row: dict[str, Any]) -> float | None:
     """The floor over the time taken; above 1 where a cache serves what the floor reads from memory."""
-    floor = floor_seconds(result, rates)
-    return floor and floor / busy_seconds(result["timings"][result["hero"]])
+    floor = floor_seconds(row, row["rates"])
+    return floor and floor / busy_seconds(row["timings"][row["hero"]])
 
 
 def busy_seconds(timing: dict[str, Any]) -> float:
@@ -143,15 +141,13 @@ def busy_seconds(timing: dict[str, Any]) -> float:
     return timing["device_seconds"] or timing["seconds"][0]
 
 
-def _print_record(path: Path) -> None:
-    record = load(path)
-    rates = record["rates"]
+def _print_record(record: dict[str, Any]) -> None:
     print(f"\n{record['machine']['device']}, {record['date'][:10]}, commit {record['commit']}")
-    for result in record["results"]:
-        found = share(result, rates)
+    for row in rows(record):
+        found = share(row)
         if found is not None:
-            name = f"{result['group']}: {result['name']}"
-            print(f"  {name:66}{result['hero']:>10}{found:8.0%} of the floor's rate")
+            name = f"{row['group']}: {row['name']}"
+            print(f"  {name:66}{row['hero']:>10}{found:8.0%} of the floor's rate")
 
 
 def main(
@@ -185,11 +181,11 @@ def main(
         )
     print(f"MB a step, weights  {found.weight_bytes / 1e6:12.1f}")
     print(f"launches a step     {found.launches:>12} = {found.launches / batch:.2f} an image")
-    for kind in ("cpu", "cuda"):
-        path = newest(kind)
-        if path:
-            _print_record(path)
+    for record in latest():
+        _print_record(record)
 
 
 if __name__ == "__main__":
+    import tyro
+
     tyro.cli(main)

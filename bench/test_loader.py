@@ -25,7 +25,7 @@ from bench.contenders import Network, ours
 from bench.race import Bar, clock
 from bench.reference_loop import Files
 from bvae.config import TrainingConfig
-from bvae.pipelines import faces
+from bvae.pipelines import decoder, faces
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.torch_decode import TorchDecoder
@@ -35,6 +35,7 @@ PICTURE = Picture(148, 64, 3)
 CPU = torch.device("cpu")
 GPU = torch.cuda.is_available()
 ROUNDS = 5
+needs_dali = pytest.mark.skipif(decoder.choose("auto") != "dali", reason="DALI is not installed")
 
 Epoch = Callable[[], Iterator[Tensor]]  # the batches of all files, in their order, uint8
 
@@ -57,8 +58,8 @@ def _data_loader(files: Sequence[str]) -> Epoch:
     return lambda: (images.permute(0, 2, 3, 1) for images in loader)
 
 
-def _decoder(decoder: Any, files: Sequence[str]) -> Epoch:
-    return lambda: (images for images, _ in decoder.decode(_batches(files)))
+def _decoded(by: decoder.Decoder, files: Sequence[str]) -> Epoch:
+    return lambda: (images for images, _ in by.decode(_batches(files)))
 
 
 def _cache(images: Tensor) -> Epoch:
@@ -119,13 +120,13 @@ def _race_with_cpu_time(race: Callable[..., Any], epochs: dict[str, Epoch], **op
         result.facts["cpu_us_per_image"] = {name: call.us_per_image for name, call in calls.items()}
 
 
+@needs_dali
 @pytest.mark.skipif(GPU, reason="a CPU's figure has no place in a GPU's record")
 def test_decoding_on_a_cpu(files: list[str], race: Callable[..., Any]) -> None:
-    dali = pytest.importorskip("bvae.pipelines.dali")
     epochs = {
         "DataLoader": _data_loader(files),
-        "torchvision, threads": _decoder(TorchDecoder(PICTURE), files),
-        "ours": _decoder(dali.DaliDecoder(PICTURE, CPU), files),
+        "torchvision, threads": _decoded(TorchDecoder(PICTURE), files),
+        "ours": _decoded(decoder.build("dali", PICTURE, CPU), files),
     }
     _race_with_cpu_time(
         race,
@@ -159,15 +160,17 @@ def test_cache(files: list[str], device: torch.device, race: Callable[..., Any])
     )
 
 
+@needs_dali
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_decoding_on_a_gpu(files: list[str], device: torch.device, race: Callable[..., Any]) -> None:
     """Which share the fixed-function decoder should have, and whether to decode whole images."""
-    dali = pytest.importorskip("bvae.pipelines.dali")
+    from bvae.pipelines.dali import DaliDecoder
+
     epochs = {"DataLoader": _data_loader(files)}
     for roi, share in itertools.product((True, False), (0.0, 0.5, 0.8, 1.0)):
-        decoder = dali.DaliDecoder(PICTURE, device, roi=roi, hw_load=share)
-        epochs[f"ours, {'ROI' if roi else 'whole'}, {share}"] = _decoder(decoder, files)
-    epochs["ours"] = _decoder(dali.DaliDecoder(PICTURE, device), files)
+        decodes = DaliDecoder(PICTURE, device, roi=roi, hw_load=share)
+        epochs[f"ours, {'ROI' if roi else 'whole'}, {share}"] = _decoded(decodes, files)
+    epochs["ours"] = _decoded(DaliDecoder(PICTURE, device), files)
     race(
         "loader",
         "JPEGs on a GPU",

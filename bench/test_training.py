@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch._dynamo
 
+pytest.importorskip("tyro", reason="bvae.train, whose command line this runs, needs tyro")
+
 from bench import reference_loop
 from bench.race import clock
 from bvae.pipelines import faces

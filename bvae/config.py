@@ -13,10 +13,14 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from tyro.conf import arg
 
 from bvae.architectures import check_size
 from bvae.compat.pytorch_vae_config import brief, is_dialect, translate, unknown_key
+
+try:
+    from tyro.conf import arg
+except ModuleNotFoundError:  # only the command line needs the options' names
+    arg = dict
 
 LossType = Literal["VAE", "H", "B"]
 PRESETS = Path(__file__).parent / "presets"

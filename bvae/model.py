@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from bvae.architectures import ARCHITECTURES, check_size
 from bvae.compat import pytorch_vae_weights
-from bvae.config import Config
 from bvae.ops import reparam_kl
+
+if TYPE_CHECKING:
+    from bvae.config import Config  # needs PyYAML; a model does not
 
 ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
 
@@ -170,7 +172,7 @@ class BetaVAE(nn.Module):
         return model.eval()
 
 
-def build(config: Config) -> BetaVAE:
+def build(config: "Config") -> BetaVAE:
     """The untrained model of a configuration; its weights come from torch's generator."""
     return BetaVAE(
         config.data.channels,

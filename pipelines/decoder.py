@@ -32,6 +32,7 @@ def choose(name: str) -> str:
     Raises:
         ValueError: DALI is asked for and not installed.
     """
+    # Other wheels make the namespace `nvidia` too; without it, a look inside would raise.
     installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     if name == "dali" and not installed:
         raise ValueError("--decoder dali: DALI is not installed (pip install nvidia-dali-cuda130)")

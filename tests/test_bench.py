@@ -1,8 +1,12 @@
 """The benchmarks' own code: the race, the records, the floors and the report."""
 
 import copy
+import itertools
 import json
+import os
+import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -24,23 +28,10 @@ def seeded():
     torch.manual_seed(0)
 
 
-class Benchmark:
-    """As much of pytest-benchmark's fixture as a race uses."""
-
-    def __init__(self):
-        self.extra_info = {}
-
-    def pedantic(self, target, setup, teardown, rounds):
-        for _ in range(rounds):
-            setup()
-            target()
-            teardown()
-
-
 def run(calls, gate=dict, rounds=4, **facts):
     results = []
     race = racing.Race(CPU, results, sample_seconds=0.0, warm_calls=1)
-    race.run(Benchmark(), "group", "name", gate=gate, prepare=lambda: calls, rounds=rounds, **facts)
+    race.run("group", "name", gate=gate, prepare=lambda: calls, rounds=rounds, **facts)
     return results[0]
 
 
@@ -195,7 +186,7 @@ def timing(seconds, ratio, **more):
     return racing.Timing((seconds, 0.9 * seconds, 1.1 * seconds), 12.0, ratio, **more)
 
 
-def made(kind="cpu", date="2026-01-02T03:04:05+00:00", device="Some CPU, 2 CPU threads"):
+def made(kind="cpu", date="2026-01-02T03:04:05+00:00", device="Some CPU, 2 CPU threads", commit="abc1234"):
     """A record of a step and of a kernel that a GPU would be needed for."""
     even = (1.0, 1.0, 1.0)
     step = racing.Result(
@@ -238,82 +229,253 @@ def made(kind="cpu", date="2026-01-02T03:04:05+00:00", device="Some CPU, 2 CPU t
     }
     return {
         "date": date,
-        "commit": "abc1234",
+        "commit": commit,
         "uncommitted": False,
         "cold": True,
         "machine": machine,
         "rates": {"copy_bytes_per_s": 2e10, "float32_flop_per_s": 1e11, "bfloat16_flop_per_s": 2e11},
         "load_before": 0.0,
-        "left_out": 0,
-        "results": [result.as_json() for result in (step, kernel, scaling)],
+        "results": [{**result.as_json(), "date": date} for result in (step, kernel, scaling)],
     }
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Rates, and dates a second apart."""
+    rates, seconds = itertools.count(1), itertools.count(10)
+    monkeypatch.setattr(records, "rates", lambda device: {"copy_bytes_per_s": 1e9 * next(rates)})
+    monkeypatch.setattr(records, "now", lambda: f"2026-05-06T07:08:{next(seconds)}+00:00")
+    monkeypatch.setattr(records, "source", lambda: ("abc1234", False))
+
+
+def race_one(record, name, seconds=1.0):
+    """As a benchmark of bench/ does."""
+    times = {"eager": timing(2 * seconds, (2.0, 2.0, 2.0)), "ours": timing(seconds, (1.0, 1.0, 1.0))}
+    record.results.append(racing.Result("group", name, times, "ours", None, 3, {}, [], records.now()))
+    record.save()
+
+
+def contents(record):
+    """Each benchmark's time of ours, in order."""
+    return {row["name"]: row["timings"]["ours"]["seconds"][0] for row in record["results"]}
 
 
 def test_a_record_names_its_machine_and_its_commit(tmp_path, monkeypatch):
     measured = iter((12345678.9, 11111111.1))  # before and after: what was slower was disturbed
     monkeypatch.setattr(records, "rates", lambda device: {"copy_bytes_per_s": next(measured)})
-    record = records.Record(CPU, cold=True)
+    record = records.Record(CPU, cold=True, path=tmp_path)
     record.results.append(run({"eager": lambda: None, "ours": lambda: None}, bytes=8, nothing=None))
-    finished = record.finish()
-    path = records.save(finished, tmp_path)
-    saved = records.load(path)
-    assert path.parent.name == records.slug(saved)
-    assert path.name == f"{saved['date'][:10]}-{saved['commit']}.json"
+    record.finish()
+    saved = records.load(record.path)
+    assert record.path.parent == tmp_path / records.slug(saved)
+    assert record.path.name == f"{saved['date'][:10]}-{saved['commit']}.json"
     assert saved["machine"]["versions"]["torch"] == torch.__version__
     assert saved["machine"]["threads"] == torch.get_num_threads()
     assert saved["rates"] == {"copy_bytes_per_s": 12350000.0}  # four digits
     assert saved["results"][0]["facts"] == {"bytes": 8}
     assert list(saved["results"][0]["timings"]) == ["eager", "ours"]
-    assert records.save(finished, tmp_path / "mine.json") == tmp_path / "mine.json"
 
 
-def test_the_newest_record_of_a_kind(tmp_path):
-    for name, kind, date in (
-        ("a", "cpu", "2026-03-01"),
-        ("b", "cpu", "2026-02-01"),
-        ("c", "cuda", "2026-04-01"),
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "r.json").write_text(json.dumps(made(kind, date)))
-    assert records.newest("cpu", tmp_path) == tmp_path / "a" / "r.json"
-    assert records.newest("cuda", tmp_path) == tmp_path / "c" / "r.json"
-    assert records.newest("cuda", tmp_path / "a") is None
+def test_a_file_that_is_no_record_is_refused_at_once(tmp_path, measured):
+    assert records.Record(CPU, cold=True).path is None
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(ValueError, match="mine.json is no record of bench/: move it away"):
+        records.Record(CPU, cold=True, path=tmp_path / "mine.json")
 
 
-def test_the_readmes_table():
-    table = report.readme_table(made(), None)
-    header, _, step, kernel = table.splitlines()
-    assert header == "|  | Some CPU, 2 CPU threads, 2026-01-02, commit abc1234 | GPU |"
+def test_a_record_is_on_disk_after_every_benchmark(tmp_path, measured):
+    record = records.Record(CPU, cold=True, path=tmp_path / "r.json")
+    for names in (["a"], ["a", "b"]):
+        race_one(record, names[-1])
+        assert list(contents(records.load(record.path))) == names
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_second_run_adds_its_rows_and_replaces_its_own(tmp_path, measured):
+    first = records.Record(CPU, cold=True, path=tmp_path)
+    for name in "ab":
+        race_one(first, name)
+    first.finish()
+    second = records.Record(CPU, cold=False, path=tmp_path)
+    assert second.path == first.path
+    for name in "bc":
+        race_one(second, name, seconds=3.0)
+    merged = records.load(second.path)
+    assert contents(merged) == {"a": 1.0, "b": 3.0, "c": 3.0}
+    assert (merged["cold"], merged["rates"]) == (False, {"copy_bytes_per_s": 3e9})
+    a, b, c = merged["results"]
+    assert (a["cold"], a["rates"]) == (True, {"copy_bytes_per_s": 2e9})
+    assert (a["date"], b["date"]) == ("2026-05-06T07:08:11+00:00", "2026-05-06T07:08:14+00:00")
+    for row in (b, c):
+        assert not {"cold", "rates", "machine", "commit"} & row.keys()  # as the head has them
+    assert merged["date"] == "2026-05-06T07:08:15+00:00"
+    assert "date" not in c
+
+
+def test_the_commit_of_a_tree_without_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    assert records.source() == ("", False)
+    for given, found in (("1a2b3c4", False), ("1a2b3c4d5e6f-dirty", True)):
+        monkeypatch.setenv("BVAE_COMMIT", given)
+        assert records.source() == ("1a2b3c4", found)
+    for wrong in ("main", "../1a2b3c4"):
+        monkeypatch.setenv("BVAE_COMMIT", wrong)
+        with pytest.raises(ValueError, match="BVAE_COMMIT must be a commit such as 1a2b3c4"):
+            records.source()
+
+
+def test_changes_are_those_of_the_code(tmp_path, monkeypatch):
+    """What a run and its report write is none, or the day's second run would be one of changed code."""
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setenv("BVAE_COMMIT", "1a2b3c4")  # of no use where git knows
+    kept = [tmp_path / name for name in ("bench/results/some/r.json", "README.md", "code.py")]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    who = ["-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "Begin"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    for path, uncommitted in zip(kept, (False, False, True), strict=True):
+        path.write_text("after")
+        commit, changed = records.source()
+        assert len(commit) == 7
+        assert (commit != "1a2b3c4", changed) == (True, uncommitted)
+
+
+BENCHMARKS = """
+import os, pytest, signal
+
+@pytest.mark.parametrize("name", ["first", "fails", "killed", "last"])
+def test_one(race, name):
+    def gate():
+        assert name != "fails", "ours is off"
+        if name == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+    race("group", name, gate=gate, prepare=lambda: {"eager": lambda: None, "ours": lambda: None})
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_keeps_what_it_measured(tmp_path):
+    """Also one of which a benchmark fails; and the next run adds to it."""
+    (tmp_path / "test_killed.py").write_text(BENCHMARKS)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def bench(*options):
+        command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", str(tmp_path), *options]
+        done = subprocess.run(command, cwd=records.ROOT, env=environment, capture_output=True, text=True)
+        found = list(tmp_path.glob("results/*/*.json"))
+        return done, set(contents(records.load(*found))) if found else None
+
+    keep = ["--record", str(tmp_path / "results")]
+    done, names = bench("--quick")
+    assert (done.returncode, names) == (-signal.SIGKILL, None)
+    done, names = bench(*keep)
+    assert (done.returncode, names) == (-signal.SIGKILL, {"first"})
+    done, names = bench(*keep, "-k", "fails or last")
+    assert (done.returncode, names) == (1, {"first", "last"})
+    assert "1 failed, 1 passed" in done.stdout
+    assert "| last |" in done.stdout
+    done, _ = bench("--quick", *keep)
+    assert "--quick measures nothing: leave --record out" in done.stderr
+
+
+def write(folder, **more):
+    record = made(**more)
+    path = folder / records.slug(record) / f"{record['date'][:10]}-{record['commit']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(records.dumps(record))
+    return path
+
+
+def test_the_newest_of_each_benchmark_of_each_device(tmp_path):
+    """A newer record of one benchmark hides none of the others, and nothing of another device."""
+    write(tmp_path, commit="aaaaaaa", date="2026-03-01T00:00:00+00:00")
+    write(tmp_path, kind="cuda", device="Some GPU", date="2026-04-01T00:00:00+00:00")
+    write(tmp_path, kind="cuda", device="Other GPU", date="2026-02-01T00:00:00+00:00")
+    path = write(tmp_path, commit="bbbbbbb", date="2026-03-02T00:00:00+00:00")
+    newer = records.load(path)
+    newer["results"] = newer["results"][1:2]
+    newer["results"][0]["timings"]["compiled"]["seconds"][0] = 0.5
+    path.write_text(records.dumps(newer))
+    cpu, *gpus = records.latest(tmp_path)
+    assert [record["machine"]["device"] for record in gpus] == ["Other GPU", "Some GPU"]
+    assert cpu["commit"] == "bbbbbbb"
+    assert [row["name"] for row in cpu["results"]] == ["seed's network, batch 64", "loss", "batch 16"]
+    assert [row.get("commit") for row in cpu["results"]] == ["aaaaaaa", None, "aaaaaaa"]
+    assert cpu["results"][1]["timings"]["compiled"]["seconds"][0] == 0.5
+    header, _, step, loss = report.headline_table([cpu], brief=False).splitlines()
+    assert "2026-03-02, commit bbbbbbb |" in header
+    assert "as fast as ours, no amp (2026-03-01, commit aaaaaaa) |" in step
+    assert "aaaaaaa" not in loss
+    text = report.markdown(cpu)
+    assert "| seed's network, batch 64 (2026-03-01, commit aaaaaaa) |" in text
+    assert "| loss |" in text
+
+
+def test_other_versions_are_named():
+    old, new = made(commit="aaaaaaa"), made(date="2026-02-01T00:00:00+00:00")
+    old["machine"] = {**old["machine"], "versions": {"torch": "2.11"}}
+    new["results"] = new["results"][:1]
+    both = records.assemble([*records.rows(old), *records.rows(new)])
+    assert "| loss (2026-01-02, commit aaaaaaa, torch 2.11) |" in report.markdown(both)
+
+
+def test_records_of_before_still_load(tmp_path):
+    """When a record was of one run, and its rows had no dates."""
+    old = {**made(), "left_out": 3, "load_after": 1.0}
+    for row in old["results"]:
+        del row["date"]
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "r.json").write_text(json.dumps(old))
+    (record,) = records.latest(tmp_path)
+    assert report.markdown(record) == report.markdown(made())
+
+
+def test_the_table_of_headlines():
+    header, _, step, kernel = report.headline_table([made()], brief=False).splitlines()
+    assert header == "|  | Some CPU, 2 CPU threads, 2026-01-02, commit abc1234 |"
     assert (
         step == "| Training step | 400 images/s<br>4.00 x (3.90 to 4.20) as fast as the seed's code<br>"
-        "1.25 x (1.20 to 1.30) as fast as ours, no amp | not measured yet |"
+        "1.25 x (1.20 to 1.30) as fast as ours, no amp |"
     )
     assert kernel == (
-        "| Loss | ours: not measured yet; compiled: 1 ms<br>2.00 x (1.90 to 2.10) as fast as eager "
-        "| not measured yet |"
+        "| Loss | ours: not measured yet; compiled: 1 ms<br>2.00 x (1.90 to 2.10) as fast as eager |"
     )
+
+
+def test_the_brief_table():
+    """One measured benchmark of each group, beside what people have."""
+    record = made()
+    kernel = {**record["results"][1], "missing": None, "facts": {"headline": "Another loss"}}
+    record["results"] += [kernel, {**kernel, "facts": {"headline": "A third"}}]
+    _, _, step, loss = report.headline_table([record], brief=True).splitlines()
+    assert step == "| Training step | 400 images/s<br>4.00 x (3.90 to 4.20) as fast as the seed's code |"
+    assert loss.startswith("| Another loss | 1 ms<br>2.00 x")
+    assert len(report.headline_table([made()], brief=True).splitlines()) == 3
 
 
 def test_steps_come_first():
     record = made()
     record["results"].reverse()
-    assert report.readme_table(record, None) == report.readme_table(made(), None)
+    for brief in (False, True):
+        table = report.headline_table([record], brief=brief)
+        assert table == report.headline_table([made()], brief=brief)
     assert report.markdown(record) == report.markdown(made())
 
 
-def test_a_cpus_figures_never_stand_in_the_gpus_column():
-    with pytest.raises(ValueError, match="Some CPU.* is not one of a GPU"):
-        report.readme_table(None, made("cpu"))
-    assert "400 images/s" in report.readme_table(None, made("cuda")).splitlines()[2].split("|")[3]
+def test_each_device_has_its_own_column():
+    devices = [made("cuda", device="A"), made(), made("cuda", device="B")]
+    header, _, step, _ = report.headline_table(devices, brief=False).splitlines()
+    assert [cell.split(",")[0].strip() for cell in header.split("|")[2:-1]] == ["Some CPU", "A", "B"]
+    assert step.count("400 images/s") == 3
+    header, *_ = report.headline_table(devices[:1], brief=False).splitlines()
+    assert [cell.split(",")[0].strip() for cell in header.split("|")[1:-1]] == ["", "A"]
 
 
 def test_a_busy_machine_is_said_to_be_one():
-    assert "shared: load 1.7" in report.readme_table({**made(), "load_before": 1.71}, None)
-
-
-def test_a_record_of_some_benchmarks_says_so():
-    assert report.readme_table({**made(), "left_out": 3}, None).endswith("\n\n3 benchmarks were left out.")
-    assert "3 benchmarks were left out." in report.markdown({**made(), "left_out": 3})
+    assert "shared: load 1.7" in report.headline_table([{**made(), "load_before": 1.71}], brief=True)
 
 
 def test_the_whole_record_as_markdown():
@@ -344,19 +506,26 @@ def test_only_the_table_between_the_markers_is_rewritten():
         report.rewrite("no markers", "")
 
 
-def test_the_report_rewrites_the_readme_and_draws(tmp_path, capsys):
-    readme, folder = tmp_path / "README.md", tmp_path / "results" / "some-cpu"
+def test_the_report_rewrites_both_tables_and_draws(tmp_path, capsys):
+    pages, folder = (
+        [tmp_path / "README.md", tmp_path / "full.md"],
+        tmp_path / "results" / "some-cpu-2-cpu-threads",
+    )
     folder.mkdir(parents=True)
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    assert report.main(readme, tmp_path / "results") == 1
+    for page in pages:
+        page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main(*pages, tmp_path / "results") == 1
     assert "make one with `make bench`" in capsys.readouterr().err
     (folder / "r.json").write_text(json.dumps(made()))
-    assert report.main(readme, tmp_path / "results") == 0
-    assert report.readme_table(made(), None) in readme.read_text()
+    assert report.main(*pages, tmp_path / "results") == 0
+    for page, brief in zip(pages, (True, False), strict=True):
+        assert report.headline_table([made()], brief=brief) in page.read_text()
     for name in ("ratios", "roofline", "scaling"):
         assert (folder / f"{name}.png").stat().st_size > 1000
-    readme.write_text("no markers")
-    assert report.main(readme, tmp_path / "results") == 1
+    before = pages[0].read_text()
+    pages[1].write_text("no markers")
+    assert report.main(*pages, tmp_path / "results") == 1
+    assert pages[0].read_text() == before
 
 
 def slower(factor):
@@ -400,14 +569,13 @@ def test_a_commit_is_compared_with_the_tree(capfd):
     assert after.stdout == trees.stdout
 
 
-def test_the_readme_tells_the_newest_records():
+def test_the_pages_show_the_newest_records():
     """`python -m bench.report` was run after the last record was made."""
-    newest = {kind: records.newest(kind) for kind in ("cpu", "cuda")}
-    assert newest["cpu"]
-    loaded = {kind: path and records.load(path) for kind, path in newest.items()}
-    text = report.README.read_text()
-    assert report.rewrite(text, report.readme_table(loaded["cpu"], loaded["cuda"])) == text
-    for kind, path in newest.items():
-        assert path is None or (path.parent / "README.md").read_text().startswith(
-            report.markdown(loaded[kind])
-        )
+    latest = records.latest()
+    assert latest
+    for page, brief in ((report.README, True), (report.PERFORMANCE, False)):
+        text = page.read_text()
+        assert report.rewrite(text, report.headline_table(latest, brief=brief)) == text
+    for record in latest:
+        page = records.RESULTS / records.slug(record) / "README.md"
+        assert page.read_text().startswith(report.markdown(record))
