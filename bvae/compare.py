@@ -16,13 +16,11 @@ with needs_train_extra(__name__):
     import numpy as np
     import torch
     import tyro
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from bvae.config import Config, ObjectiveConfig
     from bvae.evaluation import measure
-    from bvae.metrics import inputs
-    from bvae.metrics.information import discretise, entropy, mutual_information
+    from bvae.metrics.inputs import Factors
     from bvae.model import BetaVAE
     from bvae.plots import save_traversal, traverse
     from bvae.training.cli import choose_device
@@ -79,7 +77,7 @@ class Row(NamedTuple):
 class Answer(NamedTuple):
     """What one model gives."""
 
-    factors: inputs.Factors  # [N, K] of all images
+    factors: Factors  # [N, K] of all images
     start: int  # the place, among the points, of the image that the walk starts from
     row: Row
     images: Tensor  # uint8 [steps, 1, H, W, 3]
@@ -97,12 +95,6 @@ def loss_name(objective: ObjectiveConfig | None) -> str:
     return objective.loss_type + weights[objective.loss_type]
 
 
-def shares(codes: NDArray[np.float32], factors: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How much of each factor's entropy each latent tells, 0 to 1: [D, K]."""
-    checked, factors = inputs.check(codes, factors)
-    return mutual_information(discretise(checked), factors) / entropy(factors)
-
-
 def ask(run: Path, arguments: Arguments, start: int | None) -> Answer:
     """One model's latent for the factor, walked along from the image at `start`, or from its most typical."""
     device = choose_device(arguments.device)
@@ -114,7 +106,7 @@ def ask(run: Path, arguments: Arguments, start: int | None) -> Answer:
     wanted = known.names.index(arguments.factor)
     numbers = measure.some(known, arguments.points)
     codes = measure.encode(model, known, numbers, device)
-    told = shares(codes, known.factors[numbers])
+    told = measure.shares(codes, known.factors[numbers])
     latent = int(told[:, wanted].argmax())
     other = int(np.where(np.arange(len(known.names)) == wanted, -1, told[latent]).argmax())
 

@@ -249,7 +249,7 @@ def preset_or_path(name: str | Path) -> Path:
 
 
 def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
-    """A YAML configuration, ours or PyTorch-VAE's.
+    """A YAML configuration, ours or PyTorch-VAE's. Ours may name a preset as its `base`.
 
     Returns:
         the configuration; keys of the file that have no counterpart here; the run folder it names, if any.
@@ -266,29 +266,35 @@ def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(loaded, dict):
             raise ValueError("not a YAML mapping of sections")
+        base = None
+        if "base" in loaded:
+            base = read(PRESETS / f"{loaded.pop('base')}.yaml")[0]
         unused: list[str] = []
         out = None
         if is_dialect(loaded):
             loaded, unused, out = translate(loaded)
-        return from_mapping(Config, loaded), unused, out
+        return from_mapping(Config, loaded, base=base), unused, out
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from None
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply for a configuration") from None
 
 
-def from_mapping(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
-    """A dataclass from a mapping, nested dataclasses from nested mappings; ValueError names the key."""
+def from_mapping(cls: type, values: Mapping[str, Any], where: str = "", base: Any = None) -> Any:
+    """A dataclass from a mapping, nested dataclasses from nested mappings; ValueError names the key.
+
+    `base` gives what the mapping leaves open; None: the defaults.
+    """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where.rstrip('.')} must be a section of keys, got {brief(values)}")
     types = get_type_hints(cls)
-    arguments = {}
+    arguments = dict(vars(base)) if base else {}
     for key, value in values.items():
         name = f"{where}{key}"
         if key not in types:
             raise unknown_key(name, [f"{where}{known}" for known in types])
         if dataclasses.is_dataclass(types[key]):
-            arguments[key] = from_mapping(types[key], value or {}, f"{name}.")
+            arguments[key] = from_mapping(types[key], value or {}, f"{name}.", arguments.get(key))
             continue
         try:
             arguments[key] = _convert(types[key], value)

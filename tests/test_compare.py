@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from bvae import compare
-from bvae.compare import Arguments, loss_name, main, shares
+from bvae.compare import Arguments, loss_name, main
 from bvae.config import Config, DataConfig, ObjectiveConfig
 from bvae.evaluation import measure
-from bvae.evaluation.measure import Protocol
+from bvae.evaluation.measure import Protocol, shares
 from bvae.model import BetaVAE
 from bvae.pipelines import faces
 from bvae.plots import LABEL, MARGIN

@@ -1,5 +1,6 @@
 """Configurations: ours, PyTorch-VAE's two dialects, and what is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ def test_presets_can_be_read():
     assert "faces_cpu" in presets
     for name in presets:
         config.read(name)[0].check()
+
+
+def test_a_base_gives_what_the_file_leaves_open(tmp_path):
+    base = config.read("locatello_sprites")[0]
+    for beta in (1, 2, 4, 6, 8, 16):
+        objective = dataclasses.replace(base.objective, beta=float(beta))
+        expected = dataclasses.replace(base, objective=objective)
+        assert config.read(f"locatello_sprites_beta{beta}")[0] == expected
+    with pytest.raises(FileNotFoundError, match="no configuration at .*nothing.yaml; presets: .*faces_cpu"):
+        read(tmp_path, "base: nothing")
 
 
 def test_text_that_is_a_number(tmp_path):

@@ -7,21 +7,27 @@ import pytest
 import torch
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
-from bvae.metrics import beta_vae, factor_vae, inputs, score
-from bvae.metrics.auroc import auroc
-from bvae.metrics.dci import _concentration, dci
-from bvae.metrics.information import discretise, entropy, mutual_information
-from bvae.metrics.mig import mig
-from bvae.metrics.modularity import modularity
-from bvae.metrics.posterior import (
+from bvae.metrics import (
+    Grid,
+    Table,
     active_units,
+    auroc,
+    beta_vae,
+    dci,
     entropy_per_latent,
+    factor_vae,
     gaussian_total_correlation,
+    inputs,
     kl_per_latent,
+    mig,
+    modularity,
+    reconstruction,
+    sap,
+    score,
 )
-from bvae.metrics.reconstruction import reconstruction
-from bvae.metrics.sampling import Grid, Table
-from bvae.metrics.sap import sap
+from bvae.metrics._dci import _concentration
+from bvae.metrics._sap import sap_of
+from bvae.metrics.information import discretise, entropy, mutual_information
 
 SIZES = (2, 3, 4)
 N = 1500
@@ -110,6 +116,18 @@ def test_the_seed_draws_the_points(codes, factors):
     assert short(1)["sap"] != short(2)["sap"]
 
 
+def test_each_metric_alone_gives_its_score(codes, factors):
+    few = {"seed": 3, "train": 200, "test": 100}
+    together = score(codes["rotated"], factors, **few)
+    trees = dci(codes["rotated"], factors, **few)
+    assert sap(codes["rotated"], factors, **few) == together["sap"]
+    assert trees.disentanglement == together["dci_disentanglement"]
+    assert trees.informativeness == together["dci_informativeness"]
+    everything = np.random.default_rng(3).permutation(N)  # `score` takes all points here, in another order
+    for metric in (mig, modularity):
+        assert metric(codes["rotated"][everything], factors[everything]) == together[metric.__name__]
+
+
 def nan(codes: np.ndarray) -> np.ndarray:
     codes = codes.copy()
     codes[5, 1] = np.nan
@@ -171,7 +189,7 @@ def test_separated_attributes_of_two_bits():
     """A bit's own latent is always right, the other one half the time."""
     factors = every_combination((2, 2), times=50)
     data = inputs.Split(factors.astype(float), factors, factors.astype(float), factors)
-    assert sap(data) == pytest.approx(0.5)
+    assert sap_of(data) == pytest.approx(0.5)
 
 
 def test_mutual_information_is_scikit_learns(codes, factors):
@@ -197,8 +215,9 @@ def test_concentration_of_importance(importance, expected):
 
 
 def test_histogram_boosting_says_what_exact_boosting_says(codes, factors):
-    data = inputs.split(codes["rotated"], factors, 600, 300, np.random.default_rng(0))
-    fast, exact = dci(data, "histogram"), dci(data, "exact")
+    fast, exact = (
+        dci(codes["rotated"], factors, train=600, test=300, boosting=kind) for kind in ("histogram", "exact")
+    )
     for name in ("disentanglement", "completeness", "informativeness"):
         assert getattr(fast, name) == pytest.approx(getattr(exact, name), abs=0.05), name
     assert np.abs(fast.importance - exact.importance).max() < 0.1

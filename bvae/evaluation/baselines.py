@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bvae import metrics
-from bvae.metrics.sampling import Table
 from bvae.model import BetaVAE
 from bvae.pipelines import sprites
 
@@ -66,7 +65,7 @@ class Sharing:
     """Pairs of images that agree in one of some columns of the factors [N, K]; all others vary."""
 
     def __init__(self, factors: NDArray[np.int64], columns: tuple[int, ...]) -> None:
-        self._table = Table(factors)
+        self._table = metrics.Table(factors)
         self._columns = np.array(columns)
         self.n_factors = len(columns)
 

@@ -17,11 +17,8 @@ from bvae import config, ground_truth, metrics
 from bvae.config import Config, DataConfig
 from bvae.datasets import CELEBA_CROP, DRAWN_ROOT
 from bvae.ground_truth import Truth
-from bvae.metrics import inputs, posterior
-from bvae.metrics.dci import Boosting, dci
+from bvae.metrics import inputs
 from bvae.metrics.information import discretise, entropy, mutual_information
-from bvae.metrics.reconstruction import reconstruction
-from bvae.metrics.sampling import Table
 from bvae.model import ACTIVATIONS, BetaVAE
 from bvae.pipelines import dsprites, sprites
 from bvae.pipelines.cache import default_folder
@@ -45,7 +42,7 @@ class Protocol:
     points: int = 10_000
     """Points for MIG, modularity, posteriors and reconstructions; those to train DCI, SAP, BetaVAE and
     FactorVAE on, which are tested on half as many."""
-    boosting: Boosting = "histogram"
+    boosting: metrics.Boosting = "histogram"
     """DCI's trees. exact: disentanglement_lib's, twenty times slower."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
@@ -146,22 +143,22 @@ def describe(
         mu, log_var = model.encode(x)
         # float64: in float32 the sigmoid of 17 is 1, and a wrong pixel as sure as that would cost 100 nats.
         mean = ACTIVATIONS[model.activation](model.decode_raw(mu).double())
-        found = reconstruction(mean, x, peak=peak, variance=spread)
+        found = metrics.reconstruction(mean, x, peak=peak, variance=spread)
         mus.append(mu.cpu())
         log_vars.append(log_var.cpu())
         closeness.append(tuple(len(x) * value for value in found))
     mu, log_var = torch.cat(mus), torch.cat(log_vars)
     nats, mse, psnr = np.sum(closeness, 0) / len(drawn)
-    kl = posterior.kl_per_latent(mu, log_var)
+    kl = metrics.kl_per_latent(mu, log_var)
     return {
         "kl": kl.sum().item(),
-        "active_units": posterior.active_units(mu),
-        "total_correlation": posterior.gaussian_total_correlation(mu),
+        "active_units": metrics.active_units(mu),
+        "total_correlation": metrics.gaussian_total_correlation(mu),
         "reconstruction_nats": float(nats),
         "mse": float(mse),
         "psnr": float(psnr),
         "kl_per_latent": kl.tolist(),
-        "entropy_per_latent": posterior.entropy_per_latent(log_var).tolist(),
+        "entropy_per_latent": metrics.entropy_per_latent(log_var).tolist(),
     }
 
 
@@ -170,7 +167,7 @@ def rate(
 ) -> dict[str, Interval]:
     """All metrics over the seeds; adds what each group of them took."""
     test = max(1, protocol.points // 2)
-    sample = Table(known.factors)
+    sample = metrics.Table(known.factors)
     sizes = {"train": protocol.points, "test": test}
     groups: dict[str, Callable[[int], Mapping[str, float]]] = {
         "score": lambda seed: metrics.score(
@@ -197,16 +194,20 @@ def rate(
     return {name: interval(each) for name, each in values.items()}
 
 
+def shares(codes: NDArray[np.float32], factors: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How much of each factor's entropy each latent tells, 0 to 1: [D, K]."""
+    checked, factors = inputs.check(codes, factors)
+    return mutual_information(discretise(checked), factors) / entropy(factors)
+
+
 def matrices(codes: NDArray[np.float32], known: Truth, protocol: Protocol) -> dict[str, NDArray[np.float64]]:
     """What each latent knows of each factor [D, K]: the share of its entropy, and DCI's importance."""
-    checked, factors = inputs.check(codes, known.factors)
-    rng = np.random.default_rng(0)
-    drawn = rng.permutation(len(checked))[: protocol.points]
-    shared = mutual_information(discretise(checked[drawn]), factors[drawn]) / entropy(factors[drawn])
-    data = inputs.split(checked, factors, protocol.points, max(1, protocol.points // 2), rng)
+    drawn = some(known, protocol.points)
+    sizes = {"train": protocol.points, "test": max(1, protocol.points // 2)}
+    trees = metrics.dci(codes, known.factors, boosting=protocol.boosting, **sizes)
     return {
-        "mutual information / entropy of the factor": shared,
-        "importance (DCI)": dci(data, protocol.boosting).importance,
+        "mutual information / entropy of the factor": shares(codes[drawn], known.factors[drawn]),
+        "importance (DCI)": trees.importance,
     }
 
 

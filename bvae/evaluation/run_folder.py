@@ -21,7 +21,7 @@ from bvae.evaluation.measure import (
     settings,
     some,
 )
-from bvae.metrics.auroc import auroc
+from bvae.metrics import auroc
 from bvae.model import BetaVAE
 from bvae.plots import heat_map, save_traversal, traverse
 from bvae.training.cli import choose_device

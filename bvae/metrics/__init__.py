@@ -1,12 +1,46 @@
-"""How far a code takes known factors of variation apart, and what its posterior holds.
+"""How well a code separates known factors of variation, and what its posterior holds: arrays in, numbers out.
 
-`score` rates arrays of codes and factors; `beta_vae` and `factor_vae` draw their own observations, from any
-encoder and any `sampling.Sampler`. Protocols and default sizes are those of disentanglement_lib (Locatello et
+`score` rates arrays of codes and factors by `mig`, `dci`, `sap` and `modularity`, which can be called alone;
+`auroc` is for attributes that are not independent. `beta_vae` and `factor_vae` draw their own observations,
+from any encoder and any `Sampler`. Protocols and default sizes are those of disentanglement_lib (Locatello et
 al. 2019), so that scores can be held against published ones. All randomness is a function of `seed`.
 """
 
-from bvae.metrics.beta_vae_score import beta_vae
-from bvae.metrics.factor_vae_score import factor_vae
-from bvae.metrics.score import score
+from bvae.metrics._auroc import auroc
+from bvae.metrics._beta_vae import beta_vae
+from bvae.metrics._dci import DCI, Boosting, dci
+from bvae.metrics._factor_vae import factor_vae
+from bvae.metrics._mig import mig
+from bvae.metrics._modularity import modularity
+from bvae.metrics._reconstruction import Reconstruction, reconstruction
+from bvae.metrics._sap import sap
+from bvae.metrics._score import score
+from bvae.metrics.posterior import (
+    active_units,
+    entropy_per_latent,
+    gaussian_total_correlation,
+    kl_per_latent,
+)
+from bvae.metrics.sampling import Grid, Sampler, Table
 
-__all__ = ["beta_vae", "factor_vae", "score"]
+__all__ = [
+    "DCI",
+    "Boosting",
+    "Grid",
+    "Reconstruction",
+    "Sampler",
+    "Table",
+    "active_units",
+    "auroc",
+    "beta_vae",
+    "dci",
+    "entropy_per_latent",
+    "factor_vae",
+    "gaussian_total_correlation",
+    "kl_per_latent",
+    "mig",
+    "modularity",
+    "reconstruction",
+    "sap",
+    "score",
+]

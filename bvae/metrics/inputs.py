@@ -72,8 +72,12 @@ def check_variation(factors: NDArray[np.integer]) -> None:
             )
 
 
-def split(codes: Codes, factors: Factors, train: int, test: int, rng: np.random.Generator) -> Split:
+def split(codes: Codes, factors: Factors, train: int, test: int, seed: int) -> Split:
     """`train` and `test` points at random; of fewer points than both, two thirds and one third.
+
+    Args:
+        codes, factors: as `check` returns them.
+        seed: of the draw: the same points for every metric.
 
     Raises:
         ValueError: a size that is not positive, or too few points for a factor to vary.
@@ -81,6 +85,8 @@ def split(codes: Codes, factors: Factors, train: int, test: int, rng: np.random.
     if train < 1 or test < 1:
         raise ValueError(f"train and test must be positive numbers of points, got {train} and {test}")
     n = len(codes)
+    rng = np.random.default_rng(seed)
+    rng.permutation(n)  # the order in which `score` draws the points of the other metrics
     if n < train + test:
         train = n * 2 // 3
         test = n - train

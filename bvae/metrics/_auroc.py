@@ -8,15 +8,25 @@ from bvae.metrics.inputs import check_codes
 
 
 def auroc(codes: ArrayLike, attributes: ArrayLike) -> np.ndarray:
-    """Area under the ROC curve of latent i for attribute j: [D, K]; 0.5 is chance, 0 and 1 are perfect.
+    """Area under the ROC curve of each latent for each attribute.
 
-    That is the chance that an image with the attribute has the higher code; ties count half.
+    That is the chance that an image with the attribute has the higher code than one without; ties count half
+    (Hanley & McNeil 1982, "The meaning and use of the area under a receiver operating characteristic curve").
 
     Args:
-        codes: [N, D] floats. attributes: [N, K] of two values; the higher one is the attribute's presence.
+        codes: [N, D >= 2] floats.
+        attributes: [N, K] of two values; the higher one is the attribute's presence.
+
+    Returns:
+        float64 [D, K], latent by attribute: 0.5 is chance; 1 (rises with the attribute) and 0 are perfect.
 
     Raises:
         ValueError: other shapes, codes that are not finite, or attributes without exactly two values.
+
+    >>> from bvae.metrics import auroc
+    >>> auroc([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]], [[-1], [1], [1]])
+    array([[1. ],
+           [0.5]])
     """
     codes, attributes = check_codes(codes), np.asarray(attributes)
     if attributes.ndim != 2 or len(attributes) != len(codes):

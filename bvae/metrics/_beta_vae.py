@@ -19,18 +19,27 @@ def beta_vae(
     """Accuracy with which a linear classifier tells the factor that pairs of observations share.
 
     One point is the mean over `pairs` pairs of |z1 - z2|; all its pairs agree in the same factor, each in a
-    value of its own. Chance is 1 / number of factors.
+    value of its own. From Higgins et al. 2017, "beta-VAE: learning basic visual concepts with a constrained
+    variational framework".
 
     Args:
         encode: observations to posterior means [n, D].
-        sample: draws the observations; see `sampling`.
+        sample: draws the observations: a `Grid`, a `Table` or any other `Sampler`.
         seed: of the draws.
+        pairs: per point.
         train, test: points. A point takes 2 `pairs` observations.
         batch: about how many observations `encode` gets at a time.
+
+    Returns:
+        Test accuracy, 0 to 1; chance is 1 / number of factors.
 
     Raises:
         ValueError: sizes that are not positive, so few points that they share one factor, or codes that are
             not finite [n, D].
+
+    >>> from bvae.metrics import Grid, beta_vae
+    >>> beta_vae(lambda indices: indices.astype(float), Grid([3, 4]), train=200, test=100)
+    1.0
     """
     if min(pairs, train, test, batch) < 1:
         raise ValueError(f"pairs, train, test and batch must be positive: {pairs}, {train}, {test}, {batch}")

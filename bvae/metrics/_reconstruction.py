@@ -18,15 +18,29 @@ class Reconstruction(NamedTuple):
 def reconstruction(
     mean: Tensor, target: Tensor, peak: float, variance: float | None = None
 ) -> Reconstruction:
-    """Compare images [N, ...] with the decoder's means [N, ...].
+    """Compare images with the decoder's means; all is computed in float64.
+
+    The Bernoulli's and the Gaussian's likelihoods are those of Kingma & Welling 2014, "Auto-encoding
+    variational Bayes", appendix C.
 
     Args:
+        mean: [N, ...], what the decoder gives after its activation.
+        target: the images, of the same shape.
         peak: the range of the pixels, 1 for [0, 1] and 2 for [-1, 1].
         variance: of the Gaussian likelihood. None: a Bernoulli's, for pixels in [0, 1].
+
+    Returns:
+        nats, mse and psnr, means over images; nats and mse from 0, psnr infinite where an image is exact.
 
     Raises:
         ValueError: different shapes, no images, means that are not finite, or values outside [0, 1] with a
             Bernoulli.
+
+    >>> import torch
+    >>> from bvae.metrics import reconstruction
+    >>> target = torch.tensor([[0.0, 1.0]])
+    >>> [round(value, 2) for value in reconstruction(target * 0.8 + 0.1, target, peak=1)]
+    [0.21, 0.01, 20.0]
     """
     if mean.shape != target.shape or not len(mean):
         raise ValueError(f"means {list(mean.shape)} and images {list(target.shape)} must be equally many")
