@@ -21,7 +21,14 @@ class Sampler(Protocol):
 
 
 class Grid:
-    """Independent, uniform factors of given sizes; an observation is its row of indices [K]."""
+    """Independent, uniform factors of given sizes; an observation is its row of indices [K].
+
+    >>> import numpy as np
+    >>> from bvae.metrics import Grid
+    >>> first, second = Grid((3, 40))(np.array([1]), 2, np.random.default_rng(0))  # a pair that shares factor 1
+    >>> bool(first[1] == second[1])
+    True
+    """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         if len(sizes) < 2 or min(sizes) < 2:
@@ -41,6 +48,13 @@ class Table:
 
     Raises:
         ValueError: another shape or type, or a factor that does not vary: all groups agree in it.
+
+    >>> import numpy as np
+    >>> from bvae.metrics import Table
+    >>> table = Table([[0, 0], [0, 1], [1, 0], [1, 1]])
+    >>> rows = table(np.array([0]), 8, np.random.default_rng(0))  # eight rows that share factor 0
+    >>> set(rows.tolist()) in ({0, 1}, {2, 3})
+    True
     """
 
     def __init__(self, factors: ArrayLike) -> None:
