@@ -42,6 +42,8 @@ def test_the_wheel_holds_nothing_but_bvae(tmp_path):
     (about,) = (name for name in names if name.endswith("/METADATA"))
     metadata = email.message_from_bytes(wheel.read(about))
     assert metadata["Version"] == bvae.__version__
+    assert f"\nversion: {bvae.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {bvae.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
     assert metadata.get_payload().strip().startswith("# bvae")
     base = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert [re.match(r"\w+", line)[0] for line in base] == ["torch", "triton", "numpy", "safetensors"]

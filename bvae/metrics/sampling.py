@@ -25,7 +25,7 @@ class Grid:
 
     >>> import numpy as np
     >>> from bvae.metrics import Grid
-    >>> first, second = Grid((3, 40))(np.array([1]), 2, np.random.default_rng(0))  # a pair that shares factor 1
+    >>> first, second = Grid((3, 40))(np.array([1]), 2, np.random.default_rng(0))  # they share factor 1
     >>> bool(first[1] == second[1])
     True
     """
