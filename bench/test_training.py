@@ -21,9 +21,10 @@ pytest.importorskip("tyro", reason="bvae.train, whose command line this runs, ne
 from bench import reference_loop
 from bench.race import clock
 from bvae.pipelines import faces
-from bvae.train import train
 from bvae.training.cli import parse
-from bvae.training.run import prepare
+from bvae.training.loop import train
+from bvae.training.monitor import Monitor
+from bvae.training.setup import open_run
 from bvae.training.signals import StopRequest
 
 GPU = torch.cuda.is_available()
@@ -51,10 +52,10 @@ def test_training(root: Path, device: torch.device, race: Callable[..., Any], tm
     def ours(cache: Path) -> None:
         torch._dynamo.reset()  # a run compiles its own
         out = tmp_path / f"run-{next(numbers)}"
-        run = prepare(parse([*argv, "--cache-dir", str(cache), "--out", str(out)], ""))
-        assert run.config.objective == config.objective
-        with StopRequest() as stop:
-            assert train(run, stop)
+        arguments = parse([*argv, "--cache-dir", str(cache), "--out", str(out)], "")
+        with open_run(arguments) as run, Monitor(run) as monitor, StopRequest() as stop:
+            assert run.config.objective == config.objective
+            assert train(run, monitor, stop)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         errors["ours"] = [line["mse"] for line in lines if "mse" in line][-1]
 

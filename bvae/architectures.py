@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from bvae.errors import UsageError
 from bvae.layers import BatchNorm2d
 
 
@@ -142,7 +143,9 @@ def _dense(activation: Callable[[], nn.Module], *widths: int) -> nn.Sequential:
 
 
 # --- By name ----------------------------------------------------------------------------------------------
-ARCHITECTURES: dict[str, Callable[[int, int, int, Sequence[int]], Network]] = {
+Builder = Callable[[int, int, int, Sequence[int]], Network]
+
+ARCHITECTURES: dict[str, Builder] = {
     "pytorch-vae": pytorch_vae,
     "burgess": burgess,
     "higgins-fc": higgins_fc,
@@ -151,8 +154,41 @@ ARCHITECTURES: dict[str, Callable[[int, int, int, Sequence[int]], Network]] = {
 HALVINGS = {"burgess": 4, "locatello": 4}  # of sizes that must be even
 
 
+def register(name: str, builder: Builder) -> None:
+    """Make a network of your own known by name: to `BetaVAE(arch=name)`, `--arch` and `from_pretrained`.
+
+    Args:
+        builder: called as `builder(channels, size, latent_dim, widths)`, size in pixels; returns a `Network`.
+
+    Raises:
+        UsageError: the name belongs to another network already.
+
+    Example:
+        >>> from torch import nn
+        >>> from bvae import BetaVAE, register_architecture
+        >>> from bvae.architectures import Network
+        >>> def linear(channels, size, latent_dim, widths):
+        ...     pixels = channels * size * size
+        ...     decoder = nn.Unflatten(1, (channels, size, size))
+        ...     head, back = nn.Linear(pixels, 2 * latent_dim), nn.Linear(latent_dim, pixels)
+        ...     return Network(nn.Flatten(), head, back, (pixels,), decoder)
+        >>> register_architecture("linear", linear)
+        >>> BetaVAE(1, latent_dim=3, image_size=32, arch="linear").sample(2).shape
+        torch.Size([2, 1, 32, 32])
+    """
+    known = ARCHITECTURES.get(name)
+    if known and (known.__module__, known.__qualname__) != (builder.__module__, builder.__qualname__):
+        raise UsageError(f"arch {name} is registered already, by {known.__module__}: choose another name")
+    ARCHITECTURES[name] = builder  # again, if its module was imported again
+
+
 def check_size(arch: str, size: int) -> None:
-    """Raise ValueError for images whose side an architecture cannot take."""
+    """Raise UsageError for an unknown architecture, or for images whose side it cannot take."""
+    if arch not in ARCHITECTURES:
+        raise UsageError(
+            f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}: a network of your own is known "
+            "once the module that registers it is imported (--import MODULE)"
+        )
     side = 2 ** HALVINGS.get(arch, 0)
     if size % side:
-        raise ValueError(f"arch {arch} takes images whose side is a multiple of {side} pixels, got {size}")
+        raise UsageError(f"arch {arch} takes images whose side is a multiple of {side} pixels, got {size}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from bvae.errors import exit_status, needs_train_extra
+from bvae.errors import UsageError, exit_status, needs_train_extra
 
 with needs_train_extra(__name__):
     import numpy as np
@@ -19,11 +19,11 @@ with needs_train_extra(__name__):
     from torch import Tensor
 
     from bvae.config import Config, ObjectiveConfig
+    from bvae.device import choose_device
     from bvae.evaluation import measure
     from bvae.metrics.inputs import Factors
     from bvae.model import BetaVAE
     from bvae.plots import save_traversal, traverse
-    from bvae.training.cli import choose_device
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Arguments:
     def check(self) -> None:
         """Raise ValueError for the first value out of its range."""
         if not self.runs:
-            raise ValueError("name the run folders to compare")
+            raise UsageError("name the run folders to compare")
         if self.points < 1:
-            raise ValueError(f"--points must be positive, got {self.points}")
+            raise UsageError(f"--points must be positive, got {self.points}")
         if self.steps < 2:
-            raise ValueError(f"--steps must be at least 2, got {self.steps}")
+            raise UsageError(f"--steps must be at least 2, got {self.steps}")
 
 
 class Row(NamedTuple):
@@ -102,7 +102,7 @@ def ask(run: Path, arguments: Arguments, start: int | None) -> Answer:
     protocol = measure.Protocol(arguments.data, arguments.data_root, arguments.factor_bins)
     known = measure.open_truth(run, protocol, model, device)
     if arguments.factor not in known.names:
-        raise ValueError(f"--factor must be one of {', '.join(known.names)}, got {arguments.factor!r}")
+        raise UsageError(f"--factor must be one of {', '.join(known.names)}, got {arguments.factor!r}")
     wanted = known.names.index(arguments.factor)
     numbers = measure.some(known, arguments.points)
     codes = measure.encode(model, known, numbers, device)
@@ -155,13 +155,13 @@ def compare(arguments: Arguments) -> str:
     for run in others:
         answers.append(ask(run, arguments, answers[0].start))
         if not np.array_equal(answers[-1].factors, answers[0].factors):
-            raise ValueError(
+            raise UsageError(
                 f"{run} was trained on other images than {first}: name those to compare them on with --data "
                 "and --data-root"
             )
         side, wanted = (answer.images.shape[-2] for answer in (answers[-1], answers[0]))
         if side != wanted:
-            raise ValueError(
+            raise UsageError(
                 f"{run} gives images of {side} pixels and {first} of {wanted}: they do not fit side by side"
             )
     rows = [answer.row for answer in answers]

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
-from bvae.architectures import check_size
 from bvae.compat.pytorch_vae_config import brief, is_dialect, translate, unknown_key
+from bvae.device import has_gpu
+from bvae.errors import MissingError, UsageError
 
 try:
     from tyro.conf import arg
@@ -30,10 +31,12 @@ PRESETS = Path(__file__).parent / "presets"
 class DataConfig:
     """Which images, and how they become pixels."""
 
-    name: Annotated[Literal["faces", "celeba", "folder", "sprites", "dsprites"], arg(name="data")] = "faces"
+    name: Annotated[
+        Literal["faces", "celeba", "folder", "sprites", "dsprites", "memory"], arg(name="data")
+    ] = "faces"
     """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
     folder: any tree of JPEG and PNG files, or of tar shards that hold them. sprites: the images of dSprites,
-    drawn here. dsprites: your own dsprites_*.npz."""
+    drawn here. dsprites: your own dsprites_*.npz. memory: what was given to bvae.fit in Python."""
     root: Annotated[Path | None, arg(name="data-root")] = None
     """Folder of the images; of dsprites the npz file. None: data/faces, for faces alone."""
     crop: int | None = None
@@ -57,15 +60,16 @@ class DataConfig:
 
 
 SHAPES = ("sprites", "dsprites")  # data sets of 2D shapes
+SIZES = (32, 256)  # smallest and largest side of the images, in pixels
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The network."""
 
-    arch: Literal["pytorch-vae", "burgess", "higgins-fc", "locatello"] = "pytorch-vae"
+    arch: str = "pytorch-vae"
     """pytorch-vae: BatchNorm and convolutions of hidden_dims. burgess, higgins-fc, locatello: those of the
-    papers on 2D shapes."""
+    papers on 2D shapes. Or the name of a network that --import registers."""
     latent_dim: int = 128
     """Dimensions of z."""
     hidden_dims: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -122,7 +126,7 @@ class TrainingConfig:
     epochs: int = 50
     """Passes over the training images."""
     max_steps: int | None = None
-    """End after this many steps, if the epochs have not ended before."""
+    """Train for this many steps, over as many epochs as that takes. None: for the epochs above."""
     seed: int = 1265
     """Everything random is a function of it: weights, order, flips, noise."""
     amp: bool = False
@@ -149,8 +153,7 @@ class TrainingConfig:
 
     def steps(self, steps_per_epoch: int) -> int:
         """Steps in the whole run."""
-        steps = self.epochs * steps_per_epoch
-        return min(steps, self.max_steps or steps)
+        return self.max_steps or self.epochs * steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -168,18 +171,20 @@ class Config:
             _require(self, name, lambda value: value > 0, "positive")
         for name in _NOT_NEGATIVE:
             _require(self, name, lambda value: value >= 0, "0 or more")
-        _require(self, "data.image_size", lambda size: 32 <= size <= 256, "32 to 256 pixels")
+        _require(self, "data.image_size", lambda size: SIZES[0] <= size <= SIZES[1], "32 to 256 pixels")
         _require(self, "training.batch_size", lambda size: size >= 2, "2 or more, for BatchNorm's sake")
         _require(self, "training.seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1")
         data = self.data
+        from bvae.architectures import check_size  # imports torch
+
         check_size(self.model.arch, data.image_size)
         if data.name in SHAPES and (data.image_size, data.channels, data.flip) != (64, 1, False):
-            raise ValueError(
+            raise UsageError(
                 f"{data.name} are grey, of 64 x 64 pixels, and must not be mirrored: data.image_size 64, "
                 "data.channels 1, data.flip false (--image-size 64 --channels 1 --no-flip)"
             )
         if not self.model.hidden_dims or min(self.model.hidden_dims) < 1:
-            raise ValueError(f"model.hidden_dims must be positive widths, got {list(self.model.hidden_dims)}")
+            raise UsageError(f"model.hidden_dims must be positive widths, got {list(self.model.hidden_dims)}")
 
     def resolve(self, steps_per_epoch: int) -> "Config":
         """The same run with its objective in numbers: no 'auto', no 'm_over_n', no None."""
@@ -229,7 +234,7 @@ def _require(config: Config, name: str, in_range: Callable[[Any], bool], expecte
     section, key = name.split(".")
     value = getattr(getattr(config, section), key)
     if isinstance(value, int | float) and not (abs(value) <= LARGEST and in_range(value)):
-        raise ValueError(f"{name} must be {expected}, got {value}")
+        raise UsageError(f"{name} must be {expected}, got {value}")
 
 
 def _plain(value: Any) -> Any:
@@ -238,6 +243,48 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def default_preset(data: str, device: str) -> str | None:
+    """The preset that gives what is left open; None where the defaults of `Config` do.
+
+    Args:
+        data: a name of `DataConfig`. device: auto, cpu or cuda.
+    """
+    if data in SHAPES:
+        return "burgess_sprites"
+    if device == "cuda" or (device == "auto" and has_gpu()):
+        return None
+    return "faces_cpu" if data == "faces" else "small"
+
+
+def override(config: Config, options: Mapping[str, Any]) -> Config:
+    """A configuration with options of the command line, named with underscores, in place of its own values.
+
+    Raises:
+        UsageError: an unknown name (with the nearest one), or a value of the wrong type.
+    """
+    places = {
+        {"data.name": "data", "data.root": "data_root"}.get(f"{section.name}.{option.name}", option.name): (
+            section.name,
+            option.name,
+        )
+        for section in dataclasses.fields(Config)
+        for option in dataclasses.fields(getattr(config, section.name))
+    }
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        if name not in places:
+            raise unknown_key(name, places)
+        section, key = places[name]
+        sections.setdefault(section, {})[key] = value
+    for section, values in sections.items():
+        given = from_mapping(type(getattr(config, section)), _plain(values), f"{section}.")
+        changes = {key: getattr(given, key) for key in values}
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **changes)}
+        )
+    return config
 
 
 def preset_or_path(name: str | Path) -> Path:
@@ -261,11 +308,11 @@ def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
     path = preset_or_path(path)
     if not path.is_file():
         presets = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
-        raise FileNotFoundError(f"no configuration at {path}; presets: {presets}")
+        raise MissingError(f"no configuration at {path}; presets: {presets}")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(loaded, dict):
-            raise ValueError("not a YAML mapping of sections")
+            raise UsageError("not a YAML mapping of sections")
         base = None
         if "base" in loaded:
             base = read(PRESETS / f"{loaded.pop('base')}.yaml")[0]
@@ -275,9 +322,9 @@ def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
             loaded, unused, out = translate(loaded)
         return from_mapping(Config, loaded, base=base), unused, out
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UsageError(f"{path}: {error}") from None
     except RecursionError:
-        raise ValueError(f"{path}: nested too deeply for a configuration") from None
+        raise UsageError(f"{path}: nested too deeply for a configuration") from None
 
 
 def from_mapping(cls: type, values: Mapping[str, Any], where: str = "", base: Any = None) -> Any:
@@ -286,7 +333,7 @@ def from_mapping(cls: type, values: Mapping[str, Any], where: str = "", base: An
     `base` gives what the mapping leaves open; None: the defaults.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where.rstrip('.')} must be a section of keys, got {brief(values)}")
+        raise UsageError(f"{where.rstrip('.')} must be a section of keys, got {brief(values)}")
     types = get_type_hints(cls)
     arguments = dict(vars(base)) if base else {}
     for key, value in values.items():
@@ -301,7 +348,7 @@ def from_mapping(cls: type, values: Mapping[str, Any], where: str = "", base: An
         except TypeError:
             kind = types[key].__name__ if isinstance(types[key], type) else str(types[key])
             undefined = "Undefined loss type. " if key == "loss_type" else ""
-            raise ValueError(f"{undefined}{name} must be {kind}, got {brief(value)}") from None
+            raise UsageError(f"{undefined}{name} must be {kind}, got {brief(value)}") from None
     return cls(**arguments)
 
 

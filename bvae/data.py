@@ -15,17 +15,17 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from bvae.errors import exit_status, needs_train_extra
+from bvae.errors import UsageError, exit_status, needs_train_extra
 
 with needs_train_extra(__name__):
     import torch
 
     from bvae.config import Config, DataConfig
     from bvae.datasets import complaint, find, ingest
+    from bvae.device import choose_device
     from bvae.pipelines import cache, celeba, decoder, faces, folder
     from bvae.pipelines.picture import Picture
     from bvae.pipelines.webdataset import ImageFile
-    from bvae.training.cli import choose_device
 
 SURVEYED = Picture(crop=None, size=32, channels=3)  # small: a check decodes and looks at no pixel
 
@@ -86,11 +86,11 @@ def ls(options: argparse.Namespace) -> int:
 def rm(options: argparse.Namespace) -> int:
     """Remove caches by their keys, or all."""
     if bool(options.key) == options.all:
-        raise ValueError("name the caches to remove, as `ls` shows them, or give --all")
+        raise UsageError("name the caches to remove, as `ls` shows them, or give --all")
     entries = {entry.name: entry for entry in _entries(options.cache_dir)}
     for key in options.key:
         if key not in entries:
-            raise ValueError(f"no cache {key} in {options.cache_dir}; `python -m bvae.data ls` lists them")
+            raise UsageError(f"no cache {key} in {options.cache_dir}; `python -m bvae.data ls` lists them")
     for key in entries if options.all else options.key:
         cache.remove(entries[key])
         print(f"removed {entries[key]}")
@@ -100,7 +100,7 @@ def rm(options: argparse.Namespace) -> int:
 def draw_faces(options: argparse.Namespace) -> int:
     """Draw the data set that ships."""
     if options.n < 1:
-        raise ValueError(f"--n must be positive, got {options.n}")
+        raise UsageError(f"--n must be positive, got {options.n}")
     target = faces.write(options.out, n=options.n, seed=options.seed)
     print(f"{options.n} faces in {target}; train on them: python -m bvae.train --data-root {options.out}")
     return 0

@@ -1,6 +1,6 @@
 """From a configuration to the two data sets of a run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bvae.config import SHAPES, DataConfig
+from bvae.errors import UsageError
 from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, sprites
 from bvae.pipelines.loader import Loader
 from bvae.pipelines.memory_loaders import place
@@ -43,58 +44,113 @@ class Source(NamedTuple):
 
 
 def open_data(
-    config: DataConfig, batch_size: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulate: int = 1,
 ) -> Data:
-    """The training and the validation images, ready to be read in batches by one of `world_size` processes.
+    """The training and the validation images, ready to be read in batches by one of `world_size` ranks.
+
+    Args:
+        batch_size: images per rank and step; fewer where the data hold fewer, a multiple of `accumulate`.
 
     Raises:
-        FileNotFoundError, ValueError: no such data, damaged images, or fewer images than a batch.
+        UsageError: no such data, damaged images, or too few of them.
         OSError: the cache cannot be written.
     """
+    ranks = {"rank": rank, "world_size": world_size}
     if config.name in SHAPES:
-        return _open_shapes(config, batch_size, seed, device, rank, world_size)
+        return _open_shapes(config, batch_size, seed, device, accumulate, **ranks)
     source = find(config)
-    _check_enough(source.root, len(source.train), len(source.valid), batch_size, world_size)
-    sharding = {"rank": rank, "world_size": world_size}
-    uses = (
-        {"train": True, "flip": config.flip, **sharding},
-        {"train": False, "flip": False, **sharding},
+    parts = batch_size, world_size, accumulate
+    fitting_batch(source.root, len(source.train), len(source.valid), *parts)
+    opened: Iterable[cache.Cached | _Streamed] = (
+        _stream(config, source, device) if config.stream else ingest(config, source, device, **ranks)
     )
-    opened = (
-        _stream(config, source, device) if config.stream else ingest(config, source, device, rank, world_size)
-    )
-    bad: list[cache.Bad] = []
-    sets: list[Loader] = []
-    for label, use, found in zip(LABELS, uses, opened, strict=True):
-        bad += found.bad
-        if isinstance(found, cache.Cached):
-            data, line = place(found.images, batch_size, seed, device, **use)
-        else:
-            data = StreamingLoader(found.files, found.reader, batch_size, seed, device, **use)
-            line = f"{len(found.files)}, decoded with {found.reader.version} whenever they are used"
-        sets.append(data)
-        print(f"{label}: {line}", flush=True)
+    train, valid = opened
+    bad = [*train.bad, *valid.bad]
+    total = len(source.train) + len(source.valid)
+    if bad and (config.on_bad == "stop" or len(bad) == total):
+        raise UsageError(complaint(bad, total))
     if bad:
-        total = len(source.train) + len(source.valid)
-        if config.on_bad == "stop" or len(bad) == total:
-            raise ValueError(complaint(bad, total))
         print(f"{len(bad)} of {total} images cannot be used: training without them")
-        _check_enough(source.root, sets[0].count, sets[1].count, batch_size, world_size)
+    batch_size = fitting_batch(source.root, _count(train), _count(valid), *parts)
+
+    def loader(label: str, split: cache.Cached | _Streamed, train: bool) -> Loader:
+        use = {"train": train, "flip": train and config.flip, **ranks}
+        made: Loader
+        if isinstance(split, cache.Cached):
+            made, line = place(split.images, batch_size, seed, device, **use)
+        else:
+            made = StreamingLoader(split.files, split.reader, batch_size, seed, device, **use)
+            line = f"{len(split.files)}, decoded with {split.reader.version} whenever they are used"
+        print(f"{label}: {line}", flush=True)
+        return made
+
+    loaders = loader(LABELS[0], train, True), loader(LABELS[1], valid, False)
     without = {file for file, _ in bad}
-    return Data(sets[0], sets[1], bad, [name for name in map(str, source.train) if name not in without])
+    return Data(*loaders, bad, [name for name in map(str, source.train) if name not in without])
+
+
+def _count(split: "cache.Cached | _Streamed") -> int:
+    return len(split.images) if isinstance(split, cache.Cached) else len(split.files)
+
+
+def open_images(
+    train: Tensor,
+    valid: Tensor,
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulate: int = 1,
+) -> Data:
+    """As `open_data`, for images in memory: uint8 [N, H, W, C]."""
+    batch_size = fitting_batch("images", len(train), len(valid), batch_size, world_size, accumulate)
+    ranks = {"rank": rank, "world_size": world_size}
+    train_loader, _ = place(train, batch_size, seed, device, train=True, flip=config.flip, **ranks)
+    valid_loader, _ = place(valid, batch_size, seed, device, train=False, flip=False, **ranks)
+    return Data(train_loader, valid_loader, [], [])
+
+
+def fitting_batch(
+    source: Path | str, train: int, valid: int, batch_size: int, world_size: int, accumulate: int
+) -> int:
+    """The images per rank and step: `batch_size`, or fewer where there are fewer to train on.
+
+    Args:
+        train, valid: images in each split.
+        accumulate: equal parts of a rank's batch, of 2 images or more each.
+
+    Raises:
+        UsageError: too few images.
+    """
+    parts = world_size * accumulate
+    if train < 2 * parts:
+        each = f" for each of {parts} parts of a batch" if parts > 1 else ""
+        raise UsageError(f"{source} holds {train} training images: at least 2 are needed{each}")
+    if not valid:
+        raise UsageError(f"{source} holds no validation images that can be used")
+    return min(batch_size, train // parts * accumulate)
 
 
 def _open_shapes(
-    config: DataConfig, batch_size: int, seed: int, device: torch.device, rank: int, world_size: int
+    config: DataConfig, batch_size: int, seed: int, device: torch.device, accumulate: int, **ranks: int
 ) -> Data:
     """All shapes to train on, as disentanglement_lib does, and a fixed draw of them to look at."""
     packed = shapes(config, device)
     drawn = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))[:VALIDATED]
-    _check_enough(config.root or config.name, len(packed), len(drawn), batch_size, world_size)
-    sharding = {"rank": rank, "world_size": world_size}
-    train = PackedLoader(packed, sprites.SIDE, batch_size, seed, train=True, **sharding)
+    batch_size = fitting_batch(
+        config.root or config.name, len(packed), len(drawn), batch_size, ranks["world_size"], accumulate
+    )
+    train = PackedLoader(packed, sprites.SIDE, batch_size, seed, train=True, **ranks)
     held = packed[drawn.to(device)]
-    valid = PackedLoader(held, sprites.SIDE, batch_size, seed, train=False, **sharding)
+    valid = PackedLoader(held, sprites.SIDE, batch_size, seed, train=False, **ranks)
     print(
         f"{LABELS[0]}: {train.count}, {packed.nbytes / 1e6:.0f} MB of one bit a pixel; "
         f"{LABELS[1]}: {valid.count} of them",
@@ -113,16 +169,8 @@ def shapes(config: DataConfig, device: torch.device) -> Tensor:
     if config.name == "sprites":
         return sprites.whole(config.cache_dir or cache.default_folder(), device)
     if config.root is None:
-        raise ValueError("--data dsprites needs --data-root, the dsprites_*.npz file")
+        raise UsageError("--data dsprites needs --data-root, the dsprites_*.npz file")
     return dsprites.read(config.root).packed.to(device)
-
-
-def _check_enough(root: Path | str, train: int, valid: int, batch_size: int, world_size: int) -> None:
-    if train < batch_size * world_size:
-        each = f" for each of {world_size} processes" if world_size > 1 else ""
-        raise ValueError(f"{root} holds {train} training images, fewer than a batch of {batch_size}{each}")
-    if not valid:
-        raise ValueError(f"{root} holds no validation images that can be used")
 
 
 def find(config: DataConfig) -> Source:
@@ -134,9 +182,11 @@ def find(config: DataConfig) -> Source:
     Raises:
         FileNotFoundError, ValueError: no such data.
     """
+    if config.name == "memory":
+        raise UsageError("the images of this run were given to bvae.fit in Python: train it there")
     root = config.root
     if root is None and config.name != "faces":
-        raise ValueError(f"--data {config.name} needs --data-root, the folder that holds the images")
+        raise UsageError(f"--data {config.name} needs --data-root, the folder that holds the images")
     if root is None:
         root = DRAWN_ROOT
         if not (root / "celeba").exists():  # the last thing that drawing makes

@@ -14,10 +14,12 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,18 +76,23 @@ def trial(kind: str) -> str:
 
 def _train(options: list[str]) -> str:
     from bvae.training.cli import parse
-    from bvae.training.run import prepare
+    from bvae.training.setup import open_run
 
-    run = prepare(parse(options, ""))
-    seconds = []
-    for _ in range(6):
-        images = next(run.batches())
-        start = time.perf_counter()
-        run.advance(images)
-        run.step.metrics_buffer.send(run.done)
-        run.step.receive(wait=True)
-        seconds.append(time.perf_counter() - start)
-    return f"a tiny step takes {1000 * min(seconds[1:]):.1f} ms, the first one {seconds[0]:.1f} s"
+    seconds, errors = [], io.StringIO()
+    start = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        with contextlib.redirect_stderr(errors):
+            run = stack.enter_context(open_run(parse(options, "")))  # compiles
+        first = time.perf_counter() - start
+        if "--compile" in options and not run.step.compile:
+            raise RuntimeError(next(line for line in reversed(errors.getvalue().splitlines()) if line))
+        for images in islice(run.batches(), 6):
+            start = time.perf_counter()
+            run.advance(images)
+            run.step.metrics_buffer.send(run.done)
+            run.step.receive(wait=True)
+            seconds.append(time.perf_counter() - start)
+    return f"a tiny step takes {1000 * min(seconds[1:]):.1f} ms, getting ready {first:.1f} s"
 
 
 def _decode(data: Path) -> str:
@@ -183,7 +190,7 @@ def _driver() -> str:
 
 def precision() -> Iterator[Finding]:
     """What --amp does here."""
-    from bvae.training.cli import choose_device
+    from bvae.device import choose_device
     from bvae.training.step import autocast_dtype
 
     dtype, text = autocast_dtype(choose_device("auto"), True)
@@ -210,18 +217,46 @@ def triton() -> Iterator[Finding]:
         yield Finding("ok", "TRITON_INTERPRET", "not set")
 
 
-def compiler() -> Iterator[Finding]:
-    """What torch.compile needs on a CPU."""
+def compilers() -> Iterator[Finding]:
+    """What torch.compile needs on a CPU, and Triton on a GPU: it builds each kernel's launcher in C."""
+    import torch
+
     name = os.environ.get("CXX", "g++")
-    if not shutil.which(name):
+    if shutil.which(name):
+        yield _version("C++ compiler", name)
+    else:
         text = (
             f"no {name}: torch.compile needs one on a CPU; install g++ or set CXX. Training is eager without"
         )
         yield Finding("--", "C++ compiler", text)
-        return
+    if torch.cuda.is_available():
+        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+        found = next(filter(shutil.which, names), None)
+        if found:
+            yield _version("C compiler", found)
+        else:
+            text = f"no {' nor '.join(names)}: install gcc or set CC; until then --no-compile --no-fused"
+            yield Finding("NO", "C compiler", text)
+    elif not shutil.which(name):
+        return  # nothing is compiled here
+    scheme = sysconfig.get_default_scheme()
+    if scheme == "posix_local":  # Debian's, for what is installed by hand; the compilers look here:
+        scheme = "posix_prefix"
+    headers = Path(sysconfig.get_path("include", scheme))
+    if (headers / "Python.h").is_file():
+        yield Finding("ok", "Python's headers", str(headers))
+    else:
+        options = "--no-compile --no-fused" if torch.cuda.is_available() else "--no-compile"
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        text = f"no Python.h in {headers}: install them (python{version}-dev); until then {options}"
+        yield Finding("NO", "Python's headers", text)
+
+
+def _version(label: str, name: str) -> Finding:
+    """What a compiler says of its version."""
     done = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=30)
     shown = (done.stdout or done.stderr).strip().splitlines() or ["it says nothing"]
-    yield Finding("NO" if done.returncode else "ok", "C++ compiler", shown[0])
+    return Finding("NO" if done.returncode else "ok", label, shown[0])
 
 
 def dali() -> Iterator[Finding]:
@@ -303,7 +338,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Finding]]] = {
     "GPU": graphics,
     "bf16": precision,
     "triton": triton,
-    "C++ compiler": compiler,
+    "compilers": compilers,
     "DALI": dali,
     "memory and disk": room,
     "training": steps,

@@ -1,4 +1,4 @@
-"""How a command ends: what is wrong with its input is one line on stderr, not a traceback."""
+"""What is wrong with a user's input, and how a command then ends: one line on stderr, no traceback."""
 
 import contextlib
 import errno
@@ -12,6 +12,14 @@ EXTRA = {
 }
 
 
+class UsageError(ValueError):
+    """Input that cannot be used. The message says what was wrong, where, and what to do."""
+
+
+class MissingError(UsageError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
 def exit_status(work: Callable[[], int | None]) -> int:
     """Do the work, and give its own exit status (None: 0), or that of what stopped it.
 
@@ -23,18 +31,20 @@ def exit_status(work: Callable[[], int | None]) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        print(f"error: {missing(error)}", file=sys.stderr)
+        if not (text := missing(error)):
+            raise
+        print(f"error: {text}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, OSError) and error.errno == errno.ENOSPC else 2
 
 
-def missing(error: ModuleNotFoundError) -> str:
-    """What to install. An error about a package that is not in the extra `train` is raised again."""
+def missing(error: ModuleNotFoundError) -> str | None:
+    """What to install, if it is a package of the extra `train` that is missing."""
     package = (error.name or "").partition(".")[0]
     if package not in EXTRA:
-        raise error
+        return None
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     command = spec.name if spec and spec.name.startswith("bvae.") else "bvae"
     return f"{command} needs {package}: pip install 'bvae[train]'"
@@ -53,7 +63,8 @@ def needs_train_extra(module: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        text = missing(error)
+        if not (text := missing(error)):
+            raise
         if module != "__main__":
             raise ModuleNotFoundError(text, name=error.name) from None
         print(f"error: {text}", file=sys.stderr)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bvae.config import LARGEST
 from bvae.datasets import CELEBA_CROP
+from bvae.errors import MissingError, UsageError
 from bvae.images import read_image
 from bvae.metrics.inputs import Factors
 from bvae.model import BetaVAE
@@ -36,7 +37,7 @@ def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
         ValueError: a model of other images than grey ones of 64 x 64.
     """
     check_shapes(model)
-    low = -1.0 if model.activation == "tanh" else 0.0
+    low, _ = model.pixel_range
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
         chosen = packed[torch.from_numpy(numbers).to(packed.device)]
@@ -48,7 +49,7 @@ def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
 def check_shapes(model: BetaVAE) -> None:
     """Raise ValueError for a model of other images than grey ones of 64 x 64."""
     if model.input_shape != (1, sprites.SIDE, sprites.SIDE):
-        raise ValueError(f"sprites are [1, 64, 64], and this model takes {list(model.input_shape)}")
+        raise UsageError(f"sprites are [1, 64, 64], and this model takes {list(model.input_shape)}")
 
 
 def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
@@ -62,11 +63,11 @@ def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
     splits, (names, rows) = celeba.splits(root), celeba.attributes(root)
     paths = [Path(file) for file in splits["test"] or splits["valid"] or splits["train"]]
     if missing := [path.name for path in paths if path.name not in rows]:
-        raise ValueError(f"{root}: the list of attributes lacks {missing[0]} and {len(missing) - 1} more")
+        raise UsageError(f"{root}: the list of attributes lacks {missing[0]} and {len(missing) - 1} more")
     values = np.array([rows[path.name] for path in paths], np.int64).reshape(len(paths), len(names))
     differ = (values != values[:1]).any(0)
     if not differ.any():
-        raise ValueError(f"{root}: in no attribute do its {len(paths)} images differ")
+        raise UsageError(f"{root}: in no attribute do its {len(paths)} images differ")
     kept = tuple(name for name, varies in zip(names, differ, strict=True) if varies)
     return Truth(kept, values[:, differ], _files(paths, model, crop), independent=False)
 
@@ -83,24 +84,24 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Tr
         ValueError: it is not a table of numbers with a row for each image file.
     """
     if bins < 2:
-        raise ValueError(f"bins of the factors must be at least 2, got {bins}")
+        raise UsageError(f"bins of the factors must be at least 2, got {bins}")
     found = [base for base in (root, root / "celeba") if (base / "factors.csv").is_file()]
     if not found:
-        raise FileNotFoundError(f"{root} holds no factors.csv: the factors of its images are not known")
+        raise MissingError(f"{root} holds no factors.csv: the factors of its images are not known")
     table = found[0] / "factors.csv"
     try:
         with open(table, newline="") as file:
             (_, *names), *rows = filter(None, csv.reader(file))
         values = np.array([row[1:] for row in rows], float).reshape(len(rows), len(names))
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{table} is not a table of numbers: {error}") from None
+        raise UsageError(f"{table} is not a table of numbers: {error}") from None
     if not values.size:
-        raise ValueError(f"{table} holds no factors")
+        raise UsageError(f"{table} holds no factors")
     if not (np.abs(values) <= LARGEST).all():
-        raise ValueError(f"{table} holds values that are not finite")
+        raise UsageError(f"{table} holds values that are not finite")
     for name in (row[0] for row in rows):
         if Path(name).name != name or name == "..":
-            raise ValueError(f"{table}: {name!r} leads out of the folder of the images")
+            raise UsageError(f"{table}: {name!r} leads out of the folder of the images")
     paths = [found[0] / "img_align_celeba" / row[0] for row in rows]
     factors = np.stack([_levels(column, bins) for column in values.T], 1)
     return Truth(tuple(names), factors, _files(paths, model, crop))
@@ -110,7 +111,7 @@ def _files(paths: Sequence[Path], model: BetaVAE, crop: int) -> Callable[[NDArra
     """Images from their files."""
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
-        return torch.cat([read_image(paths[i], crop, model.input_shape, model.activation) for i in numbers])
+        return torch.cat([read_image(paths[i], crop, model.input_shape, model.pixel_range) for i in numbers])
 
     return images
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from bvae.architectures import ARCHITECTURES, check_size
 from bvae.compat import pytorch_vae_weights
+from bvae.errors import MissingError, UsageError
 from bvae.ops import reparam_kl
+from bvae.reference import scale_pixels
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from bvae.config import Config  # needs PyYAML; a model does not
 
 ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
@@ -71,17 +75,15 @@ class BetaVAE(nn.Module):
         super().__init__()
         widths = tuple(hidden_dims)
         if in_channels not in (1, 3):
-            raise ValueError(f"in_channels must be 1 (grey) or 3 (RGB), got {in_channels}")
+            raise UsageError(f"in_channels must be 1 (grey) or 3 (RGB), got {in_channels}")
         if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+            raise UsageError(f"latent_dim must be at least 1, got {latent_dim}")
         if not widths or min(widths) < 1:
-            raise ValueError(f"hidden_dims must be one or more positive widths, got {list(widths)}")
+            raise UsageError(f"hidden_dims must be one or more positive widths, got {list(widths)}")
         if not 32 <= image_size <= 256:
-            raise ValueError(f"image_size must be 32 to 256 pixels, got {image_size}")
+            raise UsageError(f"image_size must be 32 to 256 pixels, got {image_size}")
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if arch not in ARCHITECTURES:
-            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+            raise UsageError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         check_size(arch, image_size)
         self.config = {
             "arch": arch,
@@ -97,13 +99,73 @@ class BetaVAE(nn.Module):
         network = ARCHITECTURES[arch](in_channels, image_size, latent_dim, widths)
         self.encoder, self.head, self.decoder_input, self.code_shape, self.decoder = network
 
+    @property
+    def pixel_range(self) -> tuple[float, float]:
+        """The range of the images that go in and come out, to which uint8 pixels are scaled."""
+        return (-1.0 if self.activation == "tanh" else 0.0), 1.0
+
+    def scale(self, pixels: Tensor) -> Tensor:
+        """uint8 images of any shape to float32 in `pixel_range`."""
+        return scale_pixels(pixels, self.pixel_range[0])
+
+    def preprocess(self, images: Any) -> Tensor:
+        """Pictures as `encode` takes them: `[N, C, H, W]` in `pixel_range`, on the model's device.
+
+        The largest centred square is cut out and resized; grey and RGB become what the model sees.
+
+        Args:
+            images: one PIL image or a list of them; an array or tensor `[N, H, W, C]` or `[N, C, H, W]`, or
+                one image without N; uint8, or floating point in [0, 1].
+
+        Raises:
+            UsageError: another shape or dtype, or values outside [0, 1].
+        """
+        from bvae.pipelines.arrays import collect  # needs Pillow
+
+        one = not isinstance(images, list | tuple) and getattr(images, "ndim", 3) == 3
+        pixels = collect([images] if one else images, self.input_shape[1], self.input_shape[0])
+        return self.scale(pixels.permute(0, 3, 1, 2).to(self.head.weight.device))
+
+    def to_images(self, x: Tensor) -> "list[Image]":
+        """Images `[N, C, H, W]` in `pixel_range`, such as `decode` gives, as PIL images (RGB)."""
+        from PIL import Image
+
+        from bvae.images import to_uint8
+
+        return [Image.fromarray(image.numpy()) for image in to_uint8(x, self.pixel_range)]
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [N, C, H, W] in the activation's range to mu and log_var, each [N, latent_dim]."""
+        """Images to the posterior's mu and log_var, each `[N, latent_dim]`.
+
+        Args:
+            x: `[N, C, H, W]`, uint8, or floating point in `pixel_range`.
+
+        Raises:
+            UsageError: another shape, or pixels out of that range; they are looked at on a CPU alone, where
+                that stops no device.
+        """
         if x.dim() != 4 or x.shape[1:] != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
-            raise ValueError(f"x must be [N, {expected}], got {list(x.shape)}")
+            raise UsageError(f"x must be [N, {expected}], got {list(x.shape)}: see model.preprocess")
+        if x.dtype == torch.uint8:
+            x = self.scale(x)
+        elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_range(x)
+        return self.encode_scaled(x)
+
+    def encode_scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode` without its checks, for images that are known to be floating point in `pixel_range`."""
         mu, log_var = self.head(self.encoder(x).flatten(1)).chunk(2, dim=1)
         return mu, log_var
+
+    def _check_range(self, x: Tensor) -> None:
+        (low, high), (least, most) = self.pixel_range, (bound.item() for bound in torch.aminmax(x.detach()))
+        margin = 0.1 * (high - low)  # what resizing and noise may add
+        if least < low - margin or most > high + margin:
+            raise UsageError(
+                f"x must lie in [{low:g}, {high:g}], got {least:.4g} to {most:.4g}: give uint8 pixels, or "
+                "model.preprocess(x) of images in [0, 1]"
+            )
 
     def reparameterize(self, mu: Tensor, log_var: Tensor) -> Tensor:
         """z = mu + exp(log_var / 2) * eps, eps ~ N(0, I) (Kingma & Welling 2014); z like mu."""
@@ -115,7 +177,11 @@ class BetaVAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """z [N, latent_dim] to images [N, C, H, W] in the activation's range."""
-        return ACTIVATIONS[self.activation](self.decode_raw(z))
+        return self.activate(self.decode_raw(z))
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """What `decode_raw` gives to images in `pixel_range`."""
+        return ACTIVATIONS[self.activation](raw)
 
     def forward(self, x: Tensor) -> VAEOutput:
         """Encode, draw z, decode."""
@@ -146,18 +212,26 @@ class BetaVAE(nn.Module):
         True
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        self.save_config(folder)
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
         (folder / "model.safetensors").write_bytes(save(weights))
 
+    def save_config(self, folder: str | Path) -> None:
+        """Write `config.json`, from which `from_pretrained` builds the network."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "BetaVAE":
-        """The model that `save_pretrained` (or a training run) left in a folder, in evaluation mode.
+    def from_pretrained(cls, folder: str | Path, which: Literal["last", "best"] = "last") -> "BetaVAE":
+        """The model of a folder, in evaluation mode: what `save_pretrained` wrote, or a run at any time.
+
+        Args:
+            folder: of a saved model, or of a run that has ended, was stopped or is still training.
+            which: of a run, the newest state, or the checkpoint of the highest ELBO in validation.
 
         Raises:
-            FileNotFoundError: the folder lacks `config.json` or `model.safetensors`.
-            ValueError: one of them is damaged, or they are not of one model.
+            MissingError: the folder holds no model, or no best checkpoint.
+            UsageError: its files are damaged, or they are not of one model.
 
         >>> import tempfile
         >>> import torch
@@ -171,21 +245,17 @@ class BetaVAE(nn.Module):
         True
         """
         folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}: it is not a folder of a saved model")
+        if not (folder / "config.json").is_file():
+            raise MissingError(f"{folder} holds no config.json: it is not a folder of a saved model or a run")
+        weights = _read_weights(folder, which)
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             model = cls(**config)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{folder / 'config.json'} does not describe a BetaVAE: {error}") from None
-        try:
-            weights = load_file(folder / "model.safetensors")
-        except SafetensorError as error:
-            raise ValueError(f"{folder / 'model.safetensors'} is damaged: {error}") from None
+            raise UsageError(f"{folder / 'config.json'} does not describe a BetaVAE: {error}") from None
         if difference := _difference(weights, model.state_dict()):
-            raise ValueError(
-                f"{folder / 'model.safetensors'} holds another model than the {model.config['arch']} that "
+            raise UsageError(
+                f"{folder} holds the weights of another model than the {model.config['arch']} that its "
                 f"config.json describes: {difference}"
             )
         model.load_state_dict(weights)
@@ -218,6 +288,29 @@ def build(config: "Config") -> BetaVAE:
         "tanh" if config.objective.likelihood == "gaussian" else "sigmoid",
         config.model.arch,
     )
+
+
+def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
+    """The state dict of a model's folder."""
+    from bvae.training import checkpoint  # the trainer's, which a saved model does not need
+
+    if which not in ("last", "best"):
+        raise UsageError(f"which must be last or best, got {which!r}")
+    if which == "best":
+        best = checkpoint.best(folder / checkpoint.FOLDER)
+        if best is None:
+            raise MissingError(f"{folder} holds no checkpoint that a validation found best")
+        return checkpoint.weights(best)
+    path = folder / "model.safetensors"
+    newest = checkpoint.checkpoints(folder / checkpoint.FOLDER)[-1:]
+    if newest and not (path.is_file() and path.stat().st_mtime >= newest[0].stat().st_mtime):
+        return checkpoint.weights(newest[0])
+    if not path.is_file():
+        raise MissingError(f"{folder} holds no model.safetensors and no checkpoint: no model was saved yet")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
 
 
 def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:

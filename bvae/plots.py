@@ -56,7 +56,7 @@ def traverse(model: BetaVAE, z: Tensor, latents: Sequence[int], values: Tensor) 
     columns = torch.tensor(latents, device=z.device).repeat_interleave(len(values) * n)
     rows = torch.arange(len(walked), device=z.device)
     walked[rows, columns] = values.to(z).repeat_interleave(n).repeat(len(latents))
-    images = [to_uint8(model.decode(part), model.activation) for part in walked.split(BATCH)]
+    images = [to_uint8(model.decode(part), model.pixel_range) for part in walked.split(BATCH)]
     return torch.cat(images).unflatten(0, (len(latents), len(values), n))
 
 
@@ -93,11 +93,11 @@ def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: P
         kl_per_dim: nats per latent; the `rows` latents with the highest are traversed, highest first.
     """
     model.eval()
-    activation = model.activation
-    pairs = [to_uint8(part, activation) for x8 in x[:32].split(8) for part in (x8, model.reconstruct(x8))]
+    parts = [part for x8 in x[:32].split(8) for part in (x8, model.reconstruct(x8))]
+    pairs = [to_uint8(part, model.pixel_range) for part in parts]
     grid(pairs, ["input", "reconstruction"] * (len(pairs) // 2)).save(out / "reconstructions.png")
     generator = torch.Generator(x.device).manual_seed(0)
-    samples = to_uint8(model.sample(64, generator), activation)
+    samples = to_uint8(model.sample(64, generator), model.pixel_range)
     grid(samples.split(8)).save(out / "samples.png")
 
     latents = sorted(range(model.latent_dim), key=lambda i: -kl_per_dim[i])[:rows]

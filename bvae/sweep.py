@@ -20,17 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from bvae.errors import exit_status, needs_train_extra
+from bvae.errors import UsageError, exit_status, needs_train_extra
 
 with needs_train_extra(__name__):
     import tyro
 
     from bvae import config, train
     from bvae.config import SHAPES, Config
+    from bvae.device import choose_device
     from bvae.evaluation import baselines, run_folder, sweep_report
     from bvae.evaluation.measure import Protocol
     from bvae.training import checkpoint
-    from bvae.training.cli import choose_device, parse
+    from bvae.training.cli import parse
 
 BASELINES = "baselines.json"
 BINS = 20  # of the metrics: fewer points than that cannot be measured
@@ -61,15 +62,15 @@ class Arguments:
     def check(self) -> None:
         """Raise ValueError for what cannot be used."""
         if not self.baselines and (self.preset is None or self.grid is None):
-            raise ValueError(
+            raise UsageError(
                 "name a preset and a grid (locatello_sprites_beta4 --grid beta=1,4), or --baselines"
             )
         if self.baselines and self.grid:
-            raise ValueError(f"--baselines trains nothing: --grid {self.grid} has no effect")
+            raise UsageError(f"--baselines trains nothing: --grid {self.grid} has no effect")
         for name, least in (("seeds", 1), ("metric_seeds", 1), ("points", BINS)):
             if getattr(self, name) < least:
                 option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} must be at least {least}, got {getattr(self, name)}")
+                raise UsageError(f"{option} must be at least {least}, got {getattr(self, name)}")
 
 
 class Job(NamedTuple):
@@ -91,7 +92,7 @@ def plan(arguments: Arguments, out: Path, others: Sequence[str]) -> tuple[str, l
     key, equals, text = (arguments.grid or "").partition("=")
     values = [value.strip() for value in text.split(",")]
     if not (key and equals and all(values)) or len(set(values)) < len(values):
-        raise ValueError(
+        raise UsageError(
             f"--grid must be an option and different values, as beta=1,4, got {arguments.grid!r}"
         )
     jobs = []
@@ -105,14 +106,14 @@ def plan(arguments: Arguments, out: Path, others: Sequence[str]) -> tuple[str, l
             jobs.append(Job(value, run, command, _settings(command)))
     first = jobs[0].config
     if key == "beta" and first.objective.loss_type != "H":
-        raise ValueError(
+        raise UsageError(
             f"beta has no effect on {arguments.preset}'s loss {first.objective.loss_type}: add --loss-type H"
         )
     configs = [job.config for job in jobs[:: arguments.seeds]]
     if any(config in configs[:i] for i, config in enumerate(configs)):
-        raise ValueError(f"--grid {arguments.grid}: two of the values make no difference")
+        raise UsageError(f"--grid {arguments.grid}: two of the values make no difference")
     if first.data.name == "folder":
-        raise ValueError("a sweep measures disentanglement, and a folder's images have no known factors")
+        raise UsageError("a sweep measures disentanglement, and a folder's images have no known factors")
     return key, jobs
 
 
@@ -131,7 +132,7 @@ def check_same(file: Path, wanted: Config) -> None:
         old, new = (vars(getattr(each, section)) for each in (found, wanted))
         for name, value in new.items():
             if old[name] != value:
-                raise ValueError(
+                raise UsageError(
                     f"{file.parent} holds a sweep with {section}.{name} {old[name]} instead of {value}: name "
                     "another folder with --out"
                 )
@@ -197,7 +198,7 @@ def sweep(arguments: Arguments, others: Sequence[str]) -> int:
     arguments.check()
     if arguments.baselines:
         if others:
-            raise ValueError(f"--baselines trains nothing: {' '.join(others)} has no effect")
+            raise UsageError(f"--baselines trains nothing: {' '.join(others)} has no effect")
         out = arguments.out or Path("runs/baselines")
         out.mkdir(parents=True, exist_ok=True)
         text = sweep_report.paper_table(measure_baselines(arguments, out), {})

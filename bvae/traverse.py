@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bvae.errors import exit_status, needs_train_extra
+from bvae.errors import UsageError, exit_status, needs_train_extra
 
 with needs_train_extra(__name__):
     import numpy as np
     import torch
     import tyro
 
+    from bvae.device import choose_device
     from bvae.images import read_image
     from bvae.model import BetaVAE
     from bvae.plots import most_visible, save_traversal, traverse
-    from bvae.training.cli import choose_device
 
 SHOWN = 10  # latents, unless they are named
 
@@ -50,15 +50,15 @@ class Arguments:
         """Raise ValueError for the first value out of its range."""
         for latent in self.latents:
             if not 0 <= latent < latent_dim:
-                raise ValueError(f"--latents must be 0 to {latent_dim - 1} for this model, got {latent}")
+                raise UsageError(f"--latents must be 0 to {latent_dim - 1} for this model, got {latent}")
         if not all(np.isfinite(self.range)) or self.range[0] == self.range[1]:
-            raise ValueError(f"--range must be two different numbers, got {self.range[0]} {self.range[1]}")
+            raise UsageError(f"--range must be two different numbers, got {self.range[0]} {self.range[1]}")
         if self.steps < 2:
-            raise ValueError(f"--steps must be at least 2, got {self.steps}")
+            raise UsageError(f"--steps must be at least 2, got {self.steps}")
         if self.crop is not None and self.crop < 1:
-            raise ValueError(f"--crop must be positive, got {self.crop}")
+            raise UsageError(f"--crop must be positive, got {self.crop}")
         if self.out and self.out.suffix.lower() not in (".png", ".gif"):
-            raise ValueError(f"--out must end in .png or .gif, got {self.out}")
+            raise UsageError(f"--out must end in .png or .gif, got {self.out}")
 
 
 def draw(arguments: Arguments) -> Path:
@@ -68,7 +68,7 @@ def draw(arguments: Arguments) -> Path:
     device = model.head.weight.device
     z = torch.zeros(1, model.latent_dim, device=device)
     if arguments.image:
-        x = read_image(arguments.image, arguments.crop, model.input_shape, model.activation)
+        x = read_image(arguments.image, arguments.crop, model.input_shape, model.pixel_range)
         with torch.no_grad():
             z = model.encode(x.to(device))[0]
     values = torch.linspace(*arguments.range, arguments.steps)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bvae.errors import MissingError
 from bvae.pipelines.decoder import BATCH, Decoder
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.torch_decode import cores
@@ -175,7 +176,7 @@ def read(entry: Path) -> Cached:
 def read_manifest(entry: Path) -> dict[str, Any]:
     """What a cache says of itself. Raises as `read` does, for what the manifest tells."""
     if not entry.is_dir():
-        raise FileNotFoundError(f"no cache at {entry}")
+        raise MissingError(f"no cache at {entry}")
     try:
         manifest = json.loads((entry / "manifest.json").read_bytes())
         if not _is_manifest(manifest) or manifest.pop("checksum") != _digest(manifest):

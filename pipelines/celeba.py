@@ -9,6 +9,8 @@ import os
 import zipfile
 from pathlib import Path
 
+from bvae.errors import MissingError, UsageError
+
 SPLITS = ("train", "valid", "test")  # by their numbers in the list
 
 
@@ -51,7 +53,7 @@ def attributes(root: Path) -> tuple[list[str], dict[str, list[int]]]:
         if not words:
             continue
         if len(words) != 1 + len(names) or not set(words[1:]) <= {"1", "-1"}:
-            raise ValueError(
+            raise UsageError(
                 f"{path}, line {number}: expected a file name and {len(names)} times 1 or -1, "
                 f"got {line[:80]!r}"
             )
@@ -62,7 +64,7 @@ def attributes(root: Path) -> tuple[list[str], dict[str, list[int]]]:
 def _locate(root: Path) -> tuple[Path, Path]:
     """The folder of the lists and the folder of the images."""
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder at {root}; give CelebA's folder with --data-root")
+        raise MissingError(f"no folder at {root}; give CelebA's folder with --data-root")
     for base in (root / "celeba", root):
         images = base / "img_align_celeba"
         for folder in (images / "img_align_celeba", images):
@@ -71,12 +73,12 @@ def _locate(root: Path) -> tuple[Path, Path]:
         archive = base / "img_align_celeba.zip"
         if archive.is_file():
             if zipfile.is_zipfile(archive):
-                raise FileNotFoundError(f"{archive} is not unpacked yet: unzip it in {base}")
-            raise FileNotFoundError(
+                raise MissingError(f"{archive} is not unpacked yet: unzip it in {base}")
+            raise MissingError(
                 f"{archive} is not a zip file. Downloads often save a 'quota exceeded' page under its name: "
                 "delete it and download the archive again"
             )
-    raise FileNotFoundError(f"{root} holds no img_align_celeba/ folder, nor does {root / 'celeba'}")
+    raise MissingError(f"{root} holds no img_align_celeba/ folder, nor does {root / 'celeba'}")
 
 
 def _read_partition(base: Path) -> list[tuple[str, int]]:
@@ -85,7 +87,7 @@ def _read_partition(base: Path) -> list[tuple[str, int]]:
     lines = _read_lines(path)
     if path.suffix == ".csv":
         if lines[0].strip() != "image_id,partition":
-            raise ValueError(f"{path}: expected the header image_id,partition, got {lines[0]!r}")
+            raise UsageError(f"{path}: expected the header image_id,partition, got {lines[0]!r}")
         lines = [line.replace(",", " ") for line in lines[1:]]
     partition = []
     for number, line in enumerate(lines, start=2 if path.suffix == ".csv" else 1):
@@ -93,12 +95,12 @@ def _read_partition(base: Path) -> list[tuple[str, int]]:
         if not words:
             continue
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
-            raise ValueError(
+            raise UsageError(
                 f"{path}, line {number}: expected a file name and a split, 0 (train), 1 (valid) or 2 (test), "
                 f"got {line!r}"
             )
         if "/" in words[0] or "\\" in words[0] or words[0] == "..":
-            raise ValueError(f"{path}, line {number}: {words[0]} leads out of the folder of the images")
+            raise UsageError(f"{path}, line {number}: {words[0]} leads out of the folder of the images")
         partition.append((words[0], int(words[1])))
     return partition
 
@@ -108,7 +110,7 @@ def _list_file(base: Path, name: str, what: str) -> Path:
     for end in ("txt", "csv"):
         if (base / f"{name}.{end}").exists():
             return base / f"{name}.{end}"
-    raise FileNotFoundError(f"{base} holds no {name}.txt (or .csv), which gives {what}")
+    raise MissingError(f"{base} holds no {name}.txt (or .csv), which gives {what}")
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -116,7 +118,7 @@ def _read_lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise UsageError(f"{path} cannot be read: {error}") from None
     if not any(line.strip() for line in lines):
-        raise ValueError(f"{path} is empty")
+        raise UsageError(f"{path} is empty")
     return lines

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from bvae.errors import UsageError
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.torch_decode import Decoded, TorchDecoder
 from bvae.pipelines.webdataset import ImageFile
@@ -35,7 +36,7 @@ def choose(name: str) -> str:
     # Other wheels make the namespace `nvidia` too; without it, a look inside would raise.
     installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     if name == "dali" and not installed:
-        raise ValueError("--decoder dali: DALI is not installed (pip install nvidia-dali-cuda130)")
+        raise UsageError("--decoder dali: DALI is not installed (pip install nvidia-dali-cuda130)")
     if name == "auto":
         return "dali" if installed else "torchvision"
     return name
@@ -52,5 +53,5 @@ def build(name: str, picture: Picture, device: torch.device) -> Decoder:
     try:
         from bvae.pipelines.dali import DaliDecoder  # takes a second and the GPU's libraries
     except (ImportError, OSError) as error:
-        raise ValueError(f"DALI does not load ({error}): choose --decoder torchvision") from None
+        raise UsageError(f"DALI does not load ({error}): choose --decoder torchvision") from None
     return DaliDecoder(picture, device)

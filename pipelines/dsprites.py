@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bvae.errors import UsageError
 from bvae.pipelines.packed_loader import pack
 from bvae.pipelines.sprites import FACTORS, SIDE, SIZES
 
@@ -38,7 +39,7 @@ def read(path: str | os.PathLike[str]) -> Original:
                     packed = _read_images(file)
             indices = _check(classes, len(packed))
         except Exception as error:  # zipfile and numpy have no common type for all that may be wrong
-            raise ValueError(f"{path} is not dSprites' npz of imgs and latents_classes: {error}") from None
+            raise UsageError(f"{path} is not dSprites' npz of imgs and latents_classes: {error}") from None
     return Original(packed, torch.from_numpy(indices))
 
 
@@ -49,19 +50,19 @@ def _read_images(file: IO[bytes]) -> Tensor:
     shape, columns_first, dtype = header(file)
     expected = f"imgs must be uint8 [N, {SIDE}, {SIDE}] of 0 and 1, got"
     if shape[1:] != (SIDE, SIDE) or dtype != np.uint8 or columns_first:
-        raise ValueError(f"{expected} {dtype} {list(shape)}")
+        raise UsageError(f"{expected} {dtype} {list(shape)}")
     if not shape[0]:
-        raise ValueError("imgs is empty")
+        raise UsageError("imgs is empty")
     parts = []
     with tqdm(total=shape[0], desc="dsprites", unit=" images", disable=None) as bar:
         for start in range(0, shape[0], AT_A_TIME):
             count = min(AT_A_TIME, shape[0] - start)
             data = file.read(count * SIDE**2)
             if len(data) < count * SIDE**2:
-                raise ValueError("imgs ends too early")
+                raise UsageError("imgs ends too early")
             images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, -1)
             if images.max() > 1:
-                raise ValueError(f"{expected} {images.max()} in one of them")
+                raise UsageError(f"{expected} {images.max()} in one of them")
             parts.append(pack(images))
             bar.update(count)
     return torch.cat(parts)
@@ -70,14 +71,14 @@ def _read_images(file: IO[bytes]) -> Tensor:
 def _check(classes: np.ndarray, count: int) -> np.ndarray:
     """The columns of FACTORS, int64 [count, 5]; the colour before them is white throughout."""
     if classes.shape != (count, 1 + len(SIZES)) or classes.dtype.kind not in "iu":
-        raise ValueError(
+        raise UsageError(
             f"latents_classes must be integers [{count}, {1 + len(SIZES)}], "
             f"got {classes.dtype} {list(classes.shape)}"
         )
     indices = classes[:, 1:].astype(np.int64)
     for name, size, column in zip(FACTORS, SIZES, indices.T, strict=True):
         if not 0 <= column.min() <= column.max() < size:
-            raise ValueError(
+            raise UsageError(
                 f"latents_classes: {name} must be 0 to {size - 1}, got {column.min()} to {column.max()}"
             )
     return indices

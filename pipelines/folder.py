@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bvae.errors import MissingError
 from bvae.pipelines.webdataset import ImageFile, members
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -17,7 +18,7 @@ def splits(root: Path) -> dict[str, list[ImageFile]]:
         ValueError: a tar file that cannot be read.
     """
     if not Path(root).is_dir():
-        raise FileNotFoundError(f"no folder at {root}; give the folder of images with --data-root")
+        raise MissingError(f"no folder at {root}; give the folder of images with --data-root")
     images: list[ImageFile] = []
     for path in sorted(Path(root).rglob("*")):
         if path.name.startswith("."):  # macOS leaves ._x.jpg beside x.jpg
@@ -27,6 +28,6 @@ def splits(root: Path) -> dict[str, list[ImageFile]]:
         elif path.suffix.lower() == ".tar" and path.is_file():
             images += members(path, SUFFIXES)
     if not images:
-        raise FileNotFoundError(f"no image ({', '.join(SUFFIXES)}) under {root}, nor a .tar with one")
+        raise MissingError(f"no image ({', '.join(SUFFIXES)}) under {root}, nor a .tar with one")
     train = [file for i, file in enumerate(images) if i % 10 not in (4, 9)]
     return {"train": train, "valid": images[4::10], "test": images[9::10]}

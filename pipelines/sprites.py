@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bvae.errors import UsageError
 from bvae.pipelines.cache import lock
 from bvae.pipelines.packed_loader import pack
 
@@ -73,7 +74,7 @@ def render(indices: Tensor) -> Tensor:
         ValueError: not a tensor of that shape and type, or an index out of its range.
     """
     if indices.dim() != 2 or indices.shape[1] != len(SIZES) or indices.dtype not in _INTEGERS:
-        raise ValueError(
+        raise UsageError(
             f"indices must be integers [N, {len(SIZES)}] ({', '.join(FACTORS)}), "
             f"got {indices.dtype} {list(indices.shape)}"
         )
@@ -81,7 +82,7 @@ def render(indices: Tensor) -> Tensor:
     outside = (indices < 0) | (indices >= sizes)
     if outside.any():
         row, column = outside.nonzero()[0].tolist()
-        raise ValueError(
+        raise UsageError(
             f"indices[{row}]: {FACTORS[column]} must be 0 to {SIZES[column] - 1}, got {indices[row, column]}"
         )
     images = torch.zeros(len(indices), SIDE * SIDE, dtype=torch.uint8, device=indices.device)
@@ -215,8 +216,8 @@ def _read(path: Path) -> Tensor:
     """uint8 [COUNT, PACKED]. Raises FileNotFoundError, or ValueError if it is not what was written."""
     expected, size = COUNT * PACKED + CHECKSUM, path.stat().st_size
     if size != expected:
-        raise ValueError(f"{size} bytes instead of {expected}")
+        raise UsageError(f"{size} bytes instead of {expected}")
     data = np.fromfile(path, np.uint8)
     if zlib.crc32(data[:-CHECKSUM].data) != int.from_bytes(data[-CHECKSUM:].tobytes(), "little"):
-        raise ValueError("its checksum is not the one that was written")
+        raise UsageError("its checksum is not the one that was written")
     return torch.from_numpy(data[:-CHECKSUM].reshape(COUNT, PACKED))

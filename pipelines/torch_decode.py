@@ -8,15 +8,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
+from bvae.errors import UsageError
 from bvae.pipelines.picture import Header, Picture, inspect
+from bvae.pipelines.pillow import pixels
 from bvae.pipelines.webdataset import ImageFile, read
 
 AHEAD = 2  # batches in work while one is used
@@ -63,14 +64,11 @@ def _decode_png(data: bytes, header: Header, channels: int) -> Tensor:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as file:
             if file.size != (header.width, header.height):
-                raise ValueError("it has two headers")
-            image: Image.Image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
-                image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
-            pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
+                raise UsageError("it has two headers")
+            image = pixels(file, channels)
     except Exception as error:  # of a kind for each way of being damaged
-        raise ValueError(f"broken PNG: {error}") from None
-    return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
+        raise UsageError(f"broken PNG: {error}") from None
+    return torch.from_numpy(image).permute(2, 0, 1)
 
 
 def decode_into(out: Tensor, file: ImageFile, picture: Picture) -> str | None:

@@ -6,6 +6,8 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+from bvae.errors import UsageError
+
 MAX_BYTES = 1 << 30  # a longer file is no image
 
 
@@ -35,14 +37,14 @@ def read(file: ImageFile) -> bytes:
     with open(path, "rb", buffering=0, opener=_without_waiting) as opened:
         found = os.fstat(opened.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError("not a regular file")
+            raise UsageError("not a regular file")
         if (length := found.st_size if size is None else size) > MAX_BYTES:
-            raise ValueError(f"{length:,} bytes are more than {MAX_BYTES:,}: not read")
+            raise UsageError(f"{length:,} bytes are more than {MAX_BYTES:,}: not read")
         if isinstance(file, str):
             return opened.read()
         data = os.pread(opened.fileno(), file.size, file.offset)
     if len(data) < file.size:
-        raise ValueError("its shard is truncated")
+        raise UsageError("its shard is truncated")
     return data
 
 
@@ -72,5 +74,5 @@ def members(shard: str | Path, suffixes: tuple[str, ...]) -> list[Member]:
                     raise tarfile.ReadError(f"{entry.name!r} leads out of the folder that it stands for")
                 found.append(Member(str(shard), entry.name, entry.offset_data, entry.size))
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{shard} is not a tar file that can be read ({error}): fetch it again") from None
+        raise UsageError(f"{shard} is not a tar file that can be read ({error}): fetch it again") from None
     return found

@@ -145,10 +145,41 @@ def test_a_check_that_fails_leaves_the_others(quick, monkeypatch, capsys):
 
 def test_no_compiler(quick, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    mark, text = found(doctor.compiler)["C++ compiler"]
+    mark, text = found(doctor.compilers)["C++ compiler"]
     assert mark == "--"
     assert "install g++" in text
     assert found(doctor.steps)["CPU, compiled"][0] == "--"
+
+
+def test_triton_needs_a_c_compiler_and_headers(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    lines = found(doctor.compilers)
+    for name, said in (
+        ("C compiler", "no gcc nor clang"),
+        ("Python's headers", f"no Python.h in {tmp_path}"),
+    ):
+        mark, text = lines[name]
+        assert mark == "NO"
+        assert text.startswith(said)
+        assert text.endswith("--no-compile --no-fused")
+    script(tmp_path / "clang", "echo clang version 21")
+    (tmp_path / "Python.h").write_text("")
+    lines = found(doctor.compilers)
+    assert lines["C compiler"] == ("ok", "clang version 21")
+    assert lines["Python's headers"] == ("ok", str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails(tmp_path, monkeypatch):
+    """Training would be eager; the doctor says that it does not compile."""
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", "echo 'a.cpp: error: no headers' >&2; exit 1"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    works, text = doctor.attempt("cpu compile")
+    assert not works
+    assert text.startswith("RuntimeError: torch.compile failed")
 
 
 def test_no_dali(monkeypatch):

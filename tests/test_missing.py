@@ -23,7 +23,7 @@ from pathlib import Path
 for name in ("compare", "contenders", "race", "record", "report", "roofline", "test_kernels", "test_loader",
              "test_scaling", "test_step"):
     importlib.import_module(f"bench.{name}")
-import bvae.losses, bvae.model, bvae.training.optimizer, bvae.training.step, torch
+import bvae.training.optimizer, bvae.losses, bvae.model, bvae.training.step, torch
 from bench.contenders import Network, check, ours, seed
 from bvae.config import TrainingConfig
 

@@ -26,7 +26,7 @@ from bvae.pipelines import celeba, faces
 from bvae.train import main
 from bvae.training import checkpoint, step
 from bvae.training.cli import parse
-from bvae.training.run import prepare
+from bvae.training.setup import open_run
 
 TINY = [
     *("--image-size", "32", "--hidden-dims", "4", "8", "8", "--latent-dim", "3"),
@@ -444,10 +444,11 @@ def test_number_of_workers_changes_nothing(data, tmp_path, monkeypatch):
 
 
 def test_batch_that_is_named_is_the_one_that_was_read(data, tmp_path):
-    prepared = prepare(parse(["--data-root", str(data), "--out", str(tmp_path / "run"), *TINY], ""))
+    arguments = parse(["--data-root", str(data), "--out", str(tmp_path / "run"), *TINY], "")
     files = celeba.splits(data)["train"]
-    for number, (_, index) in enumerate([*prepared.train.epoch(0), *prepared.train.epoch(1)], start=1):
-        assert prepared.images(number) == [files[i] for i in index]
+    with open_run(arguments) as prepared:
+        for number, (_, index) in enumerate([*prepared.train.epoch(0), *prepared.train.epoch(1)], start=1):
+            assert prepared.images(number) == [files[i] for i in index]
 
 
 @pytest.mark.parametrize("layer", ["encoder", "decoder"])

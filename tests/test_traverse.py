@@ -87,7 +87,7 @@ def test_the_default_shows_all_that_fit_the_most_visible_first(run):
 def test_the_walk_starts_at_the_images_code(run, photo, tmp_path):
     out = tmp_path / "walk.png"
     model = BetaVAE.from_pretrained(run)
-    x = read_image(photo, 20, model.input_shape, model.activation)
+    x = read_image(photo, 20, model.input_shape, model.pixel_range)
     assert x.shape == (1, 3, SIDE, SIDE)
     assert torch.equal(x, torch.tensor([1.0, -1, -1])[None, :, None, None].expand_as(x))  # all red
     assert main([str(run), "--image", str(photo), "--crop", "20", "--latents", "1", "--out", str(out)]) == 0
@@ -96,9 +96,9 @@ def test_the_walk_starts_at_the_images_code(run, photo, tmp_path):
 
 
 def test_without_a_crop_the_largest_square(photo):
-    x = read_image(photo, None, (3, SIDE, SIDE), "sigmoid")
+    x = read_image(photo, None, (3, SIDE, SIDE), (0.0, 1.0))
     assert x[0, 1].sum() == pytest.approx(128 / 255 * SIDE**2 * (1 - 20**2 / 40**2), rel=0.01)
-    assert read_image(photo, None, (1, SIDE, SIDE), "tanh").shape == (1, 1, SIDE, SIDE)
+    assert read_image(photo, None, (1, SIDE, SIDE), (-1.0, 1.0)).shape == (1, 1, SIDE, SIDE)
 
 
 def test_rows_by_change():

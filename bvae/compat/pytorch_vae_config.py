@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bvae.errors import UsageError
+
 _SECTIONS = ("model_params", "data_params", "exp_params", "trainer_params", "logging_params")
 
 # Their key -> ours, "section.key". None: a switch of Lightning or of the DataLoader, without a counterpart.
@@ -62,17 +64,17 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], lis
         if section not in _SECTIONS:
             raise unknown_key(section, _SECTIONS)
         if not isinstance(values or {}, Mapping):
-            raise ValueError(f"{section} must be a section of keys, got {brief(values)}")
+            raise UsageError(f"{section} must be a section of keys, got {brief(values)}")
         given.update(
             {f"{section}.{key}": value for key, value in (values or {}).items() if value is not None}
         )
     for key in ("model_params.name", "logging_params.save_dir", "logging_params.name"):
         if not isinstance(given.get(key, ""), str):
-            raise ValueError(f"{key} must be text, got {brief(given[key])}")
+            raise UsageError(f"{key} must be text, got {brief(given[key])}")
 
     network = given.pop("model_params.name", "BetaVAE")
     if network not in _NETWORKS:
-        raise ValueError(f"model_params.name: {network} is not trained here, only {' and '.join(_NETWORKS)}")
+        raise UsageError(f"model_params.name: {network} is not trained here, only {' and '.join(_NETWORKS)}")
     save_dir, name = given.pop("logging_params.save_dir", None), given.pop("logging_params.name", None)
     out = Path(save_dir or "runs") / (name or network) if save_dir or name else None
 
@@ -100,11 +102,11 @@ def brief(value: object) -> str:
     return shown.repr(value)
 
 
-def unknown_key(key: object, known: Iterable[str]) -> ValueError:
+def unknown_key(key: object, known: Iterable[str]) -> UsageError:
     """The error for a mistyped key; it names the nearest one."""
     known = list(known)
     nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-    return ValueError(
+    return UsageError(
         f"unknown key '{key}'"
         + (f", did you mean '{nearest[0]}'?" if nearest else f"; known: {', '.join(known)}")
     )

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bvae.errors import MissingError, UsageError
+
 
 def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A PyTorch-VAE checkpoint as `BetaVAE`'s arguments and its state dict.
@@ -21,11 +23,11 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: the file is not a checkpoint of that network.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise MissingError(f"no checkpoint at {path}")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no common exception type for files it cannot read
-        raise ValueError(f"{path} cannot be read with torch.load(weights_only=True): {error}") from None
+        raise UsageError(f"{path} cannot be read with torch.load(weights_only=True): {error}") from None
     try:
         state = loaded.get("state_dict", loaded)
         state = {name.removeprefix("model."): value for name, value in state.items()}  # Lightning's prefix
@@ -41,9 +43,9 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         }
         return config, _import_state(state, depth)
     except KeyError as error:
-        raise ValueError(f"{path} is not a PyTorch-VAE BetaVAE checkpoint: it lacks {error}") from None
+        raise UsageError(f"{path} is not a PyTorch-VAE BetaVAE checkpoint: it lacks {error}") from None
     except (AttributeError, IndexError, TypeError, ValueError):
-        raise ValueError(f"{path} is not a PyTorch-VAE BetaVAE checkpoint") from None
+        raise UsageError(f"{path} is not a PyTorch-VAE BetaVAE checkpoint") from None
 
 
 def _blocks(depth: int) -> list[tuple[str, str, str]]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from bvae import config, ground_truth, metrics
 from bvae.config import Config, DataConfig
 from bvae.datasets import CELEBA_CROP, DRAWN_ROOT
+from bvae.errors import UsageError
 from bvae.ground_truth import Truth
 from bvae.metrics import inputs
 from bvae.metrics.information import discretise, entropy, mutual_information
@@ -80,9 +81,9 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
     name = protocol.data
     if name == "auto":
         if trained is None:
-            raise ValueError(f"{run} does not say what it was trained on: name it with --data")
-        if data.name == "folder":
-            raise ValueError(f"{run} was trained on a folder of images without known factors")
+            raise UsageError(f"{run} does not say what it was trained on: name it with --data")
+        if data.name == "folder" or data.name == "memory":
+            raise UsageError(f"{run} was trained on images without known factors: name others with --data")
         name = data.name
     root, crop = protocol.data_root or data.root, data.crop or CELEBA_CROP
     if name == "faces":
@@ -92,7 +93,7 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
         packed = sprites.whole(data.cache_dir or default_folder(), device)
         return ground_truth.shapes(model, packed, sprites.unravel(torch.arange(len(packed))))
     if root is None:
-        raise ValueError(f"--data {name} needs --data-root")
+        raise UsageError(f"--data {name} needs --data-root")
     if name == "dsprites":
         packed, indices = dsprites.read(root)
         return ground_truth.shapes(model, packed.to(device), indices)
@@ -136,14 +137,15 @@ def describe(
     mus: list[Tensor] = []
     log_vars: list[Tensor] = []
     closeness: list[tuple[float, ...]] = []
-    peak, spread = (2, variance) if model.activation == "tanh" else (1, None)
+    low, high = model.pixel_range
+    spread = None if model.activation == "sigmoid" else variance
     batch = BATCH[device.type]
     for start in tqdm(range(0, len(drawn), batch), desc="decoding", disable=None):
         x = known.images(drawn[start : start + batch]).to(device)
         mu, log_var = model.encode(x)
         # float64: in float32 the sigmoid of 17 is 1, and a wrong pixel as sure as that would cost 100 nats.
         mean = ACTIVATIONS[model.activation](model.decode_raw(mu).double())
-        found = metrics.reconstruction(mean, x, peak=peak, variance=spread)
+        found = metrics.reconstruction(mean, x, peak=high - low, variance=spread)
         mus.append(mu.cpu())
         log_vars.append(log_var.cpu())
         closeness.append(tuple(len(x) * value for value in found))

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from bvae.config import Config
+from bvae.device import choose_device
+from bvae.errors import UsageError
 from bvae.evaluation.measure import (
     Protocol,
     best_latents,
@@ -24,7 +26,6 @@ from bvae.evaluation.measure import (
 from bvae.metrics import auroc
 from bvae.model import BetaVAE
 from bvae.plots import heat_map, save_traversal, traverse
-from bvae.training.cli import choose_device
 
 ROWS = 20  # latents in the picture, those of the highest KL
 
@@ -60,7 +61,7 @@ def evaluate(run: Path, protocol: Protocol) -> str:
     """
     for name in ("seeds", "points"):
         if getattr(protocol, name) < 1:
-            raise ValueError(f"--{name} must be positive, got {getattr(protocol, name)}")
+            raise UsageError(f"--{name} must be positive, got {getattr(protocol, name)}")
     device = choose_device(protocol.device)
     model = BetaVAE.from_pretrained(run).to(device)
     known = open_truth(run, protocol, model, device)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bvae import __version__
+from bvae.errors import MissingError, UsageError
 
 FOLDER = "checkpoints"  # in the run folder
 KEPT = 2  # the newest, and the one before it; the best one too
@@ -82,9 +83,7 @@ def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
     """
     found = checkpoints(folder)
     if not found:
-        raise FileNotFoundError(
-            f"{folder} holds no checkpoint: the run stopped before its first one; start it anew"
-        )
+        raise MissingError(f"{folder} holds no checkpoint: the run stopped before its first one; start again")
     for path in reversed(found):
         try:
             return _load(path, device)
@@ -93,7 +92,26 @@ def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
             # Another process of this run may have been faster, or the disk is read-only.
             with contextlib.suppress(OSError):
                 path.rename(path.with_suffix(".damaged"))
-    raise ValueError(f"{folder} holds no checkpoint that is not damaged: start the run anew")
+    raise UsageError(f"{folder} holds no checkpoint that is not damaged: start the run again")
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint of the highest score, if one has been rated and is there."""
+    found = _best(folder)
+    return folder / f"step-{found['step']:08d}.pt" if found else None
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """The model's state dict in a checkpoint, which stays as it is: a run may be writing beside it.
+
+    Raises:
+        UsageError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        return dict(_load(path, torch.device("cpu"))["model"])
+    except (Damaged, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
 
 
 def versions() -> dict[str, str]:

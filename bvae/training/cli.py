@@ -2,17 +2,18 @@
 
 import argparse
 import dataclasses
+import importlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-import torch
 import tyro
 import yaml
 
 from bvae import config as configuration
-from bvae.config import SHAPES, Config, LossType
-from bvae.training import checkpoint
+from bvae.config import Config, LossType
+from bvae.errors import MissingError, UsageError
 
 # In a resumed run: where things are, how long it goes on, the way out of a loss that is not finite, and how
 # the same step is executed.
@@ -35,11 +36,13 @@ class Arguments:
     """Run folder to make. None: the first free runs/<data>-<loss>-<number>."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
+    module: Annotated[str | None, tyro.conf.arg(name="import")] = None
+    """A Python module to import first: one that calls bvae.register_architecture."""
     profile: bool = False
     """Record 20 of the first steps: a Chrome trace in the run folder, and a table of each part's share."""
     debug_nan: bool = False
-    """With --resume, after a loss or a gradient was not finite: go on from the last good checkpoint in eager,
-    name the first module that gives such a number, and write nothing."""
+    """With --resume, after a loss or a gradient was not finite: continue from the last good checkpoint in
+    eager mode, name the first module that gives such a number, and write nothing."""
     settings: Config = field(default_factory=Config)
 
 
@@ -51,27 +54,28 @@ def parse(argv: list[str], description: str) -> Arguments:
         SystemExit: --help, or options that cannot be read (status 2).
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--resume", "--data", "--device", "--loss-type"):
+    for name in ("--config", "--resume", "--data", "--device", "--loss-type", "--import"):
         early.add_argument(name, nargs="?")
     given, _ = early.parse_known_args(argv)
     if given.loss_type not in (None, *get_args(LossType)):
-        raise ValueError(f"Undefined loss type. --loss-type must be VAE, H or B, got {given.loss_type}")
+        raise UsageError(f"Undefined loss type. --loss-type must be VAE, H or B, got {given.loss_type}")
+    if module := getattr(given, "import"):
+        _import(module)
     base, out = Config(), None
     notes: list[str] = []  # said once the command line turns out to be sound
     if given.resume and given.config:
-        raise ValueError("--resume continues with the run's own configuration: leave --config out")
+        raise UsageError("--resume continues with the run's own configuration: leave --config out")
     if given.resume:
         base = _checkpointed(Path(given.resume))
     elif given.config is not None:
         base, unused, out = configuration.read(given.config)
         if unused:
             notes.append(f"{given.config}: no counterpart here, not used: {', '.join(unused)}")
-    elif given.data in SHAPES:
-        base, _, _ = configuration.read("burgess_sprites")
-        notes.append("the preset burgess_sprites gives what the command line leaves open")
-    elif given.data in (None, "faces") and choose_device(given.device or "auto").type == "cpu":
-        base, _, _ = configuration.read("faces_cpu")
-        notes.append("no GPU: the preset faces_cpu, sized for a CPU, gives what the command line leaves open")
+    elif preset := configuration.default_preset(given.data or "faces", given.device or "auto"):
+        base = configuration.read(preset)[0]
+        notes.append(f"the preset {preset} gives what the command line leaves open")
+        description += f"\nThe defaults below are those of the preset {preset}. "
+    description += "Options before --help change the defaults that it shows: --data folder --help."
 
     arguments = tyro.cli(
         Arguments,
@@ -84,7 +88,7 @@ def parse(argv: list[str], description: str) -> Arguments:
     arguments.settings.check()
     if arguments.debug_nan:
         if not arguments.resume:
-            raise ValueError("--debug-nan needs --resume and the folder of the run to look at")
+            raise UsageError("--debug-nan needs --resume and the folder of the run to look at")
         eager = dataclasses.replace(arguments.settings.training, compile=False, capture=False)
         settings = dataclasses.replace(arguments.settings, training=eager)
         arguments = dataclasses.replace(arguments, settings=settings)
@@ -95,29 +99,38 @@ def parse(argv: list[str], description: str) -> Arguments:
     return arguments
 
 
+def _import(module: str) -> None:
+    """Import a module of the user's, from the current folder too."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise  # of what the module imports
+        raise UsageError(f"--import {module}: no such module, and no {module}.py in this folder") from None
+
+
 def _checkpointed(run: Path) -> Config:
     """The configuration with which a run was trained so far: its newest checkpoint's."""
     if not (run / "config.yaml").is_file():
-        raise FileNotFoundError(f"{run} is not a run folder: it holds no config.yaml")
+        raise MissingError(f"{run} is not a run folder: it holds no config.yaml")
+    import torch
+
+    from bvae.training import checkpoint
+
     state = checkpoint.load_newest(run / checkpoint.FOLDER, torch.device("cpu"))
     try:
         return configuration.from_mapping(Config, yaml.safe_load(state["config"]))
     except (KeyError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"{run}: its newest checkpoint is not of such a run: {error}") from None
+        raise UsageError(f"{run}: its newest checkpoint is not of such a run: {error}") from None
 
 
 def _check_resumable(base: Config, arguments: Arguments) -> None:
     if arguments.out:
-        raise ValueError("--resume continues in the run's own folder: leave --out out")
+        raise UsageError("--resume continues in the run's own folder: leave --out out")
     for section in ("data", "model", "objective", "training"):
         old, new = (dataclasses.asdict(getattr(c, section)) for c in (base, arguments.settings))
         for key, value in new.items():
             if value != old[key] and key not in MAY_CHANGE:
-                raise ValueError(f"--resume cannot change {section}.{key} from {old[key]} to {value}")
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" is the first GPU, or else the CPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU (see torch.cuda.is_available())")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+                raise UsageError(f"--resume cannot change {section}.{key} from {old[key]} to {value}")

@@ -6,7 +6,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+# What says so by text alone: the CPU's allocator, the driver, which makes the graph, cuBLAS and cuDNN.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "not enough memory: you tried to allocate",
+    "out of memory",
+    "_STATUS_ALLOC_FAILED",
+)
+
 WARM_UP = 11  # steps on the side stream: compilation, cuDNN's choice of algorithms, the optimizer's state
+
+
+class CaptureFailed(Exception):
+    """A step cannot be a CUDA graph; the message says what to do."""
 
 
 @contextmanager
@@ -32,6 +44,9 @@ def capture(step: Callable[[], None], state: Callable[[], Iterable[Tensor]]) -> 
 
     Runs `step` some times on a side stream first. Whatever it changes must be among `state`, which is left as
     it was: the first replay is the first step.
+
+    Raises:
+        CaptureFailed: the step does what a graph cannot hold; the message names the option to use.
     """
     graph, stream, fits = torch.cuda.CUDAGraph(), torch.cuda.Stream(), True
     with preserved(state):
@@ -44,8 +59,10 @@ def capture(step: Callable[[], None], state: Callable[[], Iterable[Tensor]]) -> 
             with torch.cuda.graph(graph, stream=stream):
                 step()
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
+            if not is_out_of_memory(error):
+                line = (str(error).splitlines() or [""])[0]
+                text = f"the step cannot be a CUDA graph ({line}): --no-capture trains without one"
+                raise CaptureFailed(text) from error
             fits = False
     if fits:
         return graph.replay
@@ -54,14 +71,19 @@ def capture(step: Callable[[], None], state: Callable[[], Iterable[Tensor]]) -> 
     return None
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory was short.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, on the CPU or a GPU."""
+    return any(
+        isinstance(each, torch.OutOfMemoryError)
+        or (isinstance(each, RuntimeError) and any(text in str(each) for text in _OUT_OF_MEMORY))
+        for each in causes(error)
+    )
 
-    The allocator says so by its own error; the driver, which makes the graph, by text; and where ending the
-    broken capture raises in its turn, the reason is that error's context.
-    """
-    while error:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
-            return True
-        error = error.__context__
-    return False
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those from which it came: where ending a broken capture raises in its turn, the reason
+    is that error's context."""
+    each: BaseException | None = error
+    while each:
+        yield each
+        each = each.__cause__ or each.__context__

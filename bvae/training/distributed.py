@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bvae.errors import UsageError
+
 START_TIMEOUT = timedelta(minutes=5)  # for the last rank to start
 TIMEOUT = timedelta(minutes=30)  # of a collective operation: one rank may decode the data meanwhile
 _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -85,14 +87,14 @@ def init_distributed(device: torch.device) -> Distributed:
         return Distributed()
     missing = [name for name in _SET_BY_TORCHRUN if name not in os.environ]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"WORLD_SIZE is set, {' and '.join(missing)} not: start with torchrun, "
             "or unset WORLD_SIZE to train in one process"
         )
     rank, world_size, local_rank = (int(os.environ[name]) for name in _SET_BY_TORCHRUN[:3])
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UsageError(
                 f"more processes than GPUs: local rank {local_rank}, but {torch.cuda.device_count()} GPUs on "
                 f"this machine: torchrun --nproc-per-node {torch.cuda.device_count()}"
             )
@@ -106,7 +108,7 @@ def init_distributed(device: torch.device) -> Distributed:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(f"rank {rank} could not meet the others at {where}: {error}") from None
+        raise UsageError(f"rank {rank} could not meet the others at {where}: {error}") from None
     return Distributed(rank, world_size, local_rank)
 
 

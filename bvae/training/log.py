@@ -9,7 +9,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from bvae.training.checkpoint import write_text
@@ -19,16 +18,16 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """Progress of a run: one live bar on a terminal, else a line each `log`; records in the run folder."""
+    """Progress of a run: one live bar on a terminal, else a line each `log`; records in the run folder.
 
-    def __init__(self, out: Path, steps: int, done: int) -> None:
-        if done:
-            _drop_lines_after(out / METRICS, done, validate_again=done >= steps)
+    Args:
+        out: the run folder. None: nothing is written.
+        steps, done: of the run, and those before this log.
+    """
+
+    def __init__(self, out: Path | None, steps: int, done: int) -> None:
         self._steps = steps
-        self._metrics = open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        # TensorBoard's thread hands its error on to who writes next: it need not print it as well.
-        self._before, threading.excepthook = threading.excepthook, self._unhandled
-        self._tensorboard = SummaryWriter(str(out), purge_step=done + 1)
+        self._records = _Records(out, steps, done) if out else None
         self._bar = tqdm(
             total=steps,
             initial=done,
@@ -71,6 +70,36 @@ class RunLog:
     def close(self) -> None:
         """Raises OSError if what is left cannot be written."""
         self._bar.close()
+        if self._records:
+            self._records.close()
+
+    def _write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
+        if self._records:
+            self._records.write(split, step, epoch, values)
+
+
+class _Records:
+    """metrics.jsonl and TensorBoard's events in a run folder."""
+
+    def __init__(self, out: Path, steps: int, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+        if done:
+            _drop_lines_after(out / METRICS, done, validate_again=done >= steps)
+        self._metrics = open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        # TensorBoard's thread passes its error to the next writer: it need not print it as well.
+        self._before, threading.excepthook = threading.excepthook, self._unhandled
+        self._tensorboard = SummaryWriter(str(out), purge_step=done + 1)
+
+    def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        record = {"split": split, "step": step, "epoch": epoch, **finite}  # JSON knows no NaN
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
         try:
             self._metrics.close()
             self._tensorboard.close()
@@ -80,14 +109,6 @@ class RunLog:
     def _unhandled(self, found: threading.ExceptHookArgs) -> None:
         if not isinstance(found.exc_value, OSError):
             self._before(found)
-
-    def _write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        record = {"split": split, "step": step, "epoch": epoch, **finite}  # JSON knows no NaN
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
 
 class Throughput:

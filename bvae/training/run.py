@@ -1,57 +1,31 @@
-"""The parts of a training run: built from a configuration, saved and restored."""
+"""A training run: its parts, one step, and its state saved and restored."""
 
 import hashlib
 import math
 import os
-import tempfile
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bvae.config import Config, ObjectiveConfig, TrainingConfig
-from bvae.datasets import find, open_data
-from bvae.kernels import launch
-from bvae.losses import BetaLoss, CapacityLoss
-from bvae.model import BetaVAE, build
+from bvae.config import Config
+from bvae.errors import UsageError
+from bvae.model import BetaVAE
 from bvae.pipelines.loader import Loader
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.training import checkpoint
-from bvae.training.cli import Arguments, choose_device
-from bvae.training.distributed import Distributed, init_distributed
-from bvae.training.optimizer import build_optimizer
-from bvae.training.step import NotFinite, Scalars, TrainingStep, autocast_dtype, captures, compiles
-from bvae.training.validation import Validation
+from bvae.training.distributed import Distributed
+from bvae.training.step import NotFinite, Scalars, TrainingStep
+from bvae.training.validation import Validation, validate
 
+PAUSE = 10  # seconds: what a checkpoint and a validation take must stay a small part of the time
 ACTIVE = 0.01  # nats; a latent whose KL is above it is in use
-
-
-def build_loss(objective: ObjectiveConfig) -> BetaLoss | CapacityLoss:
-    """The loss of a resolved objective; it takes the decoder's raw output."""
-    options: dict[str, Any] = {
-        "kl_weight": objective.kl_weight,
-        "reduction": objective.recon,
-        "likelihood": objective.likelihood,
-        "activation": "tanh" if objective.likelihood == "gaussian" else None,
-        "decoder_variance": objective.decoder_variance,
-    }
-    if objective.loss_type == "B":
-        assert objective.capacity_iters != "auto"
-        return CapacityLoss(objective.gamma, objective.max_capacity, objective.capacity_iters, **options)
-    return BetaLoss(1.0 if objective.loss_type == "VAE" else objective.beta, **options)
-
-
-def free_run_folder(config: Config) -> Path:
-    """The first runs/<data>-<loss>-<number> that does not exist."""
-    number = 1
-    while (out := Path("runs") / f"{config.data.name}-{config.objective.loss_type}-{number}").exists():
-        number += 1
-    return out
 
 
 @dataclass
@@ -59,16 +33,18 @@ class Run:
     """Everything that training needs, ready to go."""
 
     config: Config  # resolved
-    out: Path
+    out: Path | None  # the run folder; None writes nothing
     model: BetaVAE
-    loss: BetaLoss | CapacityLoss
+    loss: nn.Module
     optimizer: torch.optim.Optimizer
     step: TrainingStep
     train: Loader
     valid: Loader
     files: list[str]  # of the training images; none where they are drawn
     distributed: Distributed
+    loss_is_given: bool = False  # by the caller, not built from the configuration
     done: int = 0  # steps
+    _saved_at: float = field(default_factory=time.monotonic)
 
     @property
     def steps(self) -> int:
@@ -80,15 +56,20 @@ class Run:
         training = self.config.training
         return training.lr * training.lr_gamma ** ((step - 1) // len(self.train))
 
+    def epoch(self, step: int) -> int:
+        """The epoch of a step; both start at 1."""
+        return (step - 1) // len(self.train) + 1
+
     def batches(self) -> Iterator[Tensor | None]:
-        """For each step in the rest of the epoch uint8 images [B, H, W, C]; None where it gathers them."""
-        number, start = divmod(self.done, len(self.train))
-        if self.step.gathers and isinstance(self.train, DeviceLoader):
-            self.train.begin(number)
-            yield from repeat(None, len(self.train) - start)
-        else:
-            for images, _ in self.train.epoch(number, start):
-                yield images
+        """For each step that is left uint8 images [B, H, W, C]; None where the step gathers its own."""
+        while self.done < self.steps:
+            number, start = divmod(self.done, len(self.train))
+            if self.step.gathers and isinstance(self.train, DeviceLoader):
+                self.train.begin(number)
+                epoch: Iterator[Tensor | None] = repeat(None, len(self.train) - start)
+            else:
+                epoch = (images for images, _ in self.train.epoch(number, start))
+            yield from islice(epoch, self.steps - self.done)
 
     def advance(self, images: Tensor | None) -> None:
         """One training step on what `batches` gave."""
@@ -97,29 +78,37 @@ class Run:
         self.done += 1
         self.step(images)
 
+    def is_due(self) -> bool:
+        """Whether a checkpoint and a validation follow this step."""
+        if self.done == self.steps:
+            return True
+        if every := self.config.training.checkpoint_every:
+            return self.done % every == 0
+        if self.done % len(self.train):
+            return False
+        return self.distributed.broadcast(time.monotonic() - self._saved_at > PAUSE)
+
     def metrics(self, scalars: Scalars) -> dict[str, float]:
         """What a step's log record says of the objective."""
-        n_pixels = math.prod(self.model.input_shape)
-        objective = self.config.objective
-        # The papers sum the reconstruction over pixels, and their beta weighs the KL against that sum.
-        summed = n_pixels if objective.recon == "mean" else 1
-        beta = objective.weight_on_kl * summed
-        return {
+        values = {
             "loss": scalars.loss,
             "recon": scalars.recon,
             "kld": scalars.kld,
             "capacity": scalars.capacity,
             "mse": scalars.mse,
-            "recon_nats": scalars.recon * summed,
-            "beta_norm": beta * self.model.latent_dim / n_pixels,  # Higgins et al. 2017: beta M / N
             "active_units": sum(kl > ACTIVE for kl in scalars.kl_per_dim),
             "lr": self.lr(scalars.step),
         }
-
-    def synchronize(self) -> None:
-        """Give all processes the mean of their BatchNorm statistics, which no gradient keeps together."""
-        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        self.distributed.all_reduce_mean(statistics)
+        if self.loss_is_given:  # the configuration does not describe it
+            return values
+        n_pixels = math.prod(self.model.input_shape)
+        objective = self.config.objective
+        # The papers sum the reconstruction over pixels, and their beta weighs the KL against that sum.
+        summed = n_pixels if objective.recon == "mean" else 1
+        beta = objective.weight_on_kl * summed
+        values["recon_nats"] = scalars.recon * summed
+        values["beta_norm"] = beta * self.model.latent_dim / n_pixels  # Higgins et al. 2017: beta M / N
+        return values
 
     def images(self, step: int) -> list[str]:
         """The files, or where there are none the numbers, of the images of a step's batch."""
@@ -134,16 +123,19 @@ class Run:
         return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def save(self) -> None:
-        """Write a checkpoint, unless the weights are not finite; the first process does.
+        """Average BatchNorm's statistics over the ranks, and let rank 0 write a checkpoint.
 
         Raises:
-            NotFinite: they are not; the checkpoints before stay as they are.
+            NotFinite: a weight is not; the checkpoints before stay as they are.
             OSError: it cannot be written; the same.
         """
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        self.distributed.all_reduce_mean(statistics)  # no gradient keeps them together
         for name, value in self.model.state_dict().items():
             if not value.isfinite().all():
                 raise NotFinite(f"{name} is not finite", self.done)
-        if not self.distributed.is_main:
+        self._saved_at = time.monotonic()
+        if self.out is None or not self.distributed.is_main:
             return
         state = {
             "model": self.model.state_dict(),
@@ -157,10 +149,16 @@ class Run:
         }
         checkpoint.save(self.out / checkpoint.FOLDER, self.done, state)
 
+    def validate(self) -> Validation:
+        """Run the model over the validation images."""
+        seed = self.config.training.seed
+        return validate(self.model, self.loss, self.valid, seed, self.step.dtype, self.distributed)
+
     def rate(self, result: Validation) -> None:
-        """Say what the checkpoint of this step is worth; the first process does. Raises OSError."""
-        if self.distributed.is_main:
+        """Note on rank 0 what the checkpoint of this step is worth. Raises OSError."""
+        if self.out and self.distributed.is_main:
             checkpoint.rate(self.out / checkpoint.FOLDER, self.done, result.elbo)
+        self._saved_at = time.monotonic()
 
     def restore(self) -> None:
         """Go back to the newest checkpoint of the run folder.
@@ -169,6 +167,7 @@ class Run:
             FileNotFoundError, ValueError: there is none, it is damaged, or the data have changed.
         """
         # Each part takes its tensors to where it needs them; Adagrad counts on the host, even on a GPU.
+        assert self.out
         state = checkpoint.load_newest(self.out / checkpoint.FOLDER, torch.device("cpu"))
         try:
             self._check_data(state)
@@ -176,25 +175,25 @@ class Run:
         except torch.OutOfMemoryError:
             raise
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # another version's, or made up
-            raise ValueError(f"{self.out}: its newest checkpoint is not of such a run: {error}") from None
+            raise UsageError(f"{self.out}: its newest checkpoint is not of such a run: {error}") from None
         if (then := state.get("versions")) not in (None, now := checkpoint.versions()):
             print(f"trained so far with {then}, now {now}: not the same bits as in one go", flush=True)
         if self.done > self.steps:
-            raise ValueError(
+            raise UsageError(
                 f"{self.out} is at step {self.done} already, beyond the {self.steps} asked for: "
                 "raise --epochs or --max-steps"
             )
 
     def _check_data(self, state: dict[str, Any]) -> None:
         if state["images"] != self.train.count:
-            raise ValueError(
-                f"{self.out} was trained on {state['images']} images, the data now hold "
-                f"{self.train.count}: the run cannot go on as it would have"
+            raise UsageError(
+                f"{self.out}: the dataset now has {self.train.count} images ({state['images']} at the "
+                "checkpoint): cannot resume deterministically"
             )
         if state.get("files", self._listing) != self._listing:
-            raise ValueError(
-                f"{self.out} was trained on images of other names, or in another order: the run cannot go on "
-                "as it would have"
+            raise UsageError(
+                f"{self.out}: the dataset's files now have other names or another order: cannot resume "
+                "deterministically"
             )
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -210,112 +209,7 @@ class Run:
         self.step.restore(self.done)
         self.step.set_lr(self.lr(self.done + 1))
 
-    def leave(self) -> None:
-        """Part from the other processes; nothing trains afterwards."""
+    def close(self) -> None:
+        """Leave the other ranks; nothing trains afterwards."""
         self.step.release()  # NCCL waits for the end of every graph that uses its connections
         self.distributed.close()
-
-
-def _check_writable(out: Path) -> None:
-    """Raise now what would otherwise end the run after the data have been decoded."""
-    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"{nearest} is a file: name another run folder with --out")
-    try:
-        with tempfile.TemporaryFile(dir=nearest) as file:
-            file.write(b"some")
-    except OSError as error:
-        text = f"{error.strerror}: name another run folder with --out, or mend that"
-        raise OSError(error.errno, text, str(nearest)) from None
-
-
-def prepare(arguments: Arguments) -> Run:
-    """Open the data, build the parts, make the run folder or restore its newest checkpoint.
-
-    Raises:
-        ValueError, FileNotFoundError, OSError: the run cannot be what was asked for.
-    """
-    config, training = arguments.settings, arguments.settings.training
-    device = choose_device(arguments.device)
-    distributed = init_distributed(device)
-    if device.type == "cuda":  # this process's, in every thread and for every library
-        device = torch.device("cuda", torch.cuda.current_device())
-    out = distributed.broadcast(arguments.resume or arguments.out or free_run_folder(config))
-    if out.exists() and not arguments.resume:
-        raise FileExistsError(
-            f"{out} exists: name another folder with --out, or continue with --resume {out}"
-        )
-    _check_writable(out)
-    if arguments.resume:
-        _check_writable(out / checkpoint.FOLDER)
-    share = _share(training, distributed)
-    if distributed.world_size > 1:
-        if distributed.local_rank == 0:
-            find(config.data)  # draws the faces if need be
-        distributed.barrier()
-    train, valid, bad, files = open_data(
-        config.data, share, training.seed, device, distributed.rank, distributed.world_size
-    )
-    given, config = config, config.resolve(len(train))
-    if config.data.root:  # a checkpoint may be resumed from another folder
-        config = replace(config, data=replace(config.data, root=config.data.root.resolve()))
-
-    torch.manual_seed(training.seed)  # all processes begin with the same weights
-    torch.backends.cudnn.benchmark = not training.deterministic  # every step has the same shapes
-    torch.use_deterministic_algorithms(training.deterministic)
-    if training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS demands
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    launch.ENABLED = training.fused
-    model = build(config).to(device)
-    model.to(memory_format=torch.channels_last)  # what tensor cores want; faster on a CPU too
-    loss = build_loss(config.objective).to(device)
-    dtype, precision = autocast_dtype(device, training.amp)
-    compiled, execution = compiles(device, training.compile)
-    step = TrainingStep(
-        model,
-        loss,
-        build_optimizer(training, model.parameters()),
-        seed=training.seed,
-        dtype=dtype,
-        compile=compiled,
-        buffer_steps=min(training.log_every, training.steps(len(train))),
-        clip_grad=training.clip_grad,
-        accumulate=training.accumulate,
-        distributed=distributed,
-    )
-    run = Run(config, out, model, loss, step.optimizer, step, train, valid, files, distributed)
-    if arguments.resume:
-        run.restore()
-    captured, how = captures(device, training)
-    if captured and run.done < run.steps:
-        captured = step.capture(train if isinstance(train, DeviceLoader) else train.head(train.batch_size))
-        how = "captured" if captured else "not captured: the graph does not fit the GPU's memory"
-    distributed.barrier()  # nobody writes before all are ready
-    if distributed.is_main and not arguments.debug_nan:
-        out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(out / "config.yaml", given.to_yaml())
-        if bad:
-            checkpoint.write_text(out / "bad_files.txt", "".join(f"{file}\t{text}\n" for file, text in bad))
-    where = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
-    if distributed.world_size > 1:
-        where = f"{distributed.world_size} processes, {train.batch_size} images each a step; {where}"
-    print(
-        f"{train.count} training and {valid.count} validation images; {where}; {precision}; "
-        f"{execution}{how and ', ' + how}; steps {run.done} to {run.steps}; run folder {out}",
-        flush=True,
-    )
-    return run
-
-
-def _share(training: TrainingConfig, distributed: Distributed) -> int:
-    """The images of a batch that each process takes."""
-    parts = distributed.world_size * training.accumulate
-    if training.batch_size % parts or training.batch_size < 2 * parts:
-        raise ValueError(
-            f"--batch-size {training.batch_size} cannot be cut into {parts} equal parts of at least 2 images "
-            f"({distributed.world_size} processes x --accumulate {training.accumulate})"
-        )
-    return training.batch_size // distributed.world_size

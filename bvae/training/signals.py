@@ -1,25 +1,31 @@
 """Requests to stop, from the keyboard, a scheduler or SLURM, kept until a step is done."""
 
 import signal
+import threading
+from collections.abc import Sequence
 from types import FrameType
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, a scheduler's, SLURM's
 
 
 class StopRequest:
-    """Remembers Ctrl-C, SIGTERM and SLURM's SIGUSR1 until the step is done; a second one acts as usual.
+    """Remembers a signal until the step is done; a second one acts as usual.
 
-    While `at_once`, nothing would be lost, and they raise KeyboardInterrupt.
+    If `interrupt_now` is set (nothing is unsaved), the signal raises KeyboardInterrupt. Python delivers
+    signals to the main thread alone: in another thread this class catches none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Sequence[int] = STOPS) -> None:
         self.signal: int | None = None
-        self.at_once = True
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self.interrupt_now = True
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = number
         self._restore()
-        if self.at_once:
+        if self.interrupt_now:
             raise KeyboardInterrupt
 
     def __enter__(self) -> "StopRequest":

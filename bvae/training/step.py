@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bvae.config import TrainingConfig
 from bvae.losses import BetaLoss, CapacityLoss, LossTerms
 from bvae.model import BetaVAE
 from bvae.ops import reparam_kl
 from bvae.pipelines.memory_loaders import DeviceLoader
-from bvae.reference import scale_pixels
-from bvae.training.cuda_graph import capture
+from bvae.training.cuda_graph import capture, preserved
 from bvae.training.distributed import Distributed
 from bvae.training.metrics_buffer import MetricsBuffer
 
@@ -87,10 +86,10 @@ INDUCTOR: dict[str, Any] = {
 }
 
 
-def pixel_mse(loss: BetaLoss | CapacityLoss, terms: LossTerms, raw: Tensor, target: Tensor) -> Tensor:
+def pixel_mse(model: BetaVAE, loss: nn.Module, terms: LossTerms, raw: Tensor, target: Tensor) -> Tensor:
     """Squared error per pixel and channel, in the decoder's range, of a loss's terms and arguments."""
-    if loss.likelihood == "bernoulli":
-        return (torch.sigmoid(raw.detach().float()) - scale_pixels(target, 0.0)).square().mean()
+    if not isinstance(loss, BetaLoss | CapacityLoss) or loss.likelihood == "bernoulli":
+        return (model.activate(raw.detach().float()) - model.scale(target)).square().mean()
     mse = terms.recon.detach() * 2 * loss.decoder_variance
     return mse if loss.reduction == "mean" else mse / raw[0].numel()
 
@@ -113,7 +112,7 @@ class TrainingStep:
     def __init__(
         self,
         model: BetaVAE,
-        loss: BetaLoss | CapacityLoss,
+        loss: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         seed: int,
@@ -133,9 +132,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors now, before a capture
-        self.compile = compile
-        options = INDUCTOR if self.device.type == "cuda" else None
-        self._objective = torch.compile(self.objective, options=options) if compile else self.objective
+        self.recompile(compile)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._replay: Callable[[], None] | None = None
         self._images: Tensor | None = None  # where a captured step that does not gather reads
@@ -181,6 +178,17 @@ class TrainingStep:
         self.gathers = self._replay is not None and isinstance(images, DeviceLoader)
         return self._replay is not None
 
+    def recompile(self, compile: bool) -> None:
+        """Let the next step compile, or be eager, whatever the last one was."""
+        self.compile = compile
+        options = INDUCTOR if self.device.type == "cuda" else None
+        self._objective = torch.compile(self.objective, options=options) if compile else self.objective
+
+    def rehearse(self, images: Tensor) -> None:
+        """A step on uint8 images [B, H, W, C] that leaves no trace, so that all is compiled."""
+        with preserved(self._state):
+            self._update(images)
+
     def release(self) -> None:
         """Give the captured graph up; later steps run without one."""
         self._replay, self._images, self.gathers = None, None, False
@@ -220,14 +228,14 @@ class TrainingStep:
         """Loss terms, MSE per pixel and KL per latent of uint8 images [B, H, W, C], numbered from `first`."""
         target = images.permute(0, 3, 1, 2)
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
-            x = scale_pixels(target, self.loss.pixel_range[0]).to(self._parameters[0].dtype)
-            mu, log_var = self.model.encode(x)
+            x = self.model.scale(target).to(self._parameters[0].dtype)
+            mu, log_var = self.model.encode_scaled(x)
             z, kl, kl_per_dim = reparam_kl(
                 mu, log_var, seed=self.seed, step=step, first_sample=first, per_dim=True
             )
             raw = self.model.decode_raw(z)
         terms = self.loss(raw, target, kl)
-        return terms, pixel_mse(self.loss, terms, raw, target), kl_per_dim
+        return terms, pixel_mse(self.model, self.loss, terms, raw, target), kl_per_dim
 
     def _update(self, images: Tensor) -> None:
         """The whole step, all of it on the device."""

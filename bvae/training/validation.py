@@ -4,12 +4,11 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
 from bvae.ops import reparam_kl
 from bvae.pipelines.loader import Loader
-from bvae.reference import scale_pixels
 from bvae.training.distributed import Distributed
 from bvae.training.step import pixel_mse
 
@@ -28,7 +27,7 @@ class Validation(NamedTuple):
 @torch.no_grad()
 def validate(
     model: BetaVAE,
-    loss: BetaLoss | CapacityLoss,
+    loss: nn.Module,
     data: Loader,
     seed: int,
     dtype: torch.dtype | None,
@@ -50,15 +49,16 @@ def validate(
     for number, (images, _) in enumerate(data.epoch(0)):
         batch = number * distributed.world_size + distributed.rank
         target = images.permute(0, 3, 1, 2)
-        x = scale_pixels(target, loss.pixel_range[0])
+        x = model.scale(target)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            mu, log_var = model.encode(x)
+            mu, log_var = model.encode_scaled(x)
             z, kl, kl_dim = reparam_kl(mu, log_var, seed=seed, step=-1 - batch, per_dim=True)
             raw, mean = model.decode_raw(z), model.decode(mu)
         terms = loss(raw, target, kl)
         n = len(images)
-        elbo = -terms.recon * (raw[0].numel() if loss.reduction == "mean" else 1) - terms.kld
-        totals += n * torch.stack([terms.loss, pixel_mse(loss, terms, raw, target), terms.kld, elbo])
+        summed = raw[0].numel() if getattr(loss, "reduction", "sum") == "mean" else 1
+        elbo = -terms.recon * summed - terms.kld
+        totals += n * torch.stack([terms.loss, pixel_mse(model, loss, terms, raw, target), terms.kld, elbo])
         kl_per_dim += n * kl_dim
         error += (mean - x).double().square().sum()
         pixels += x.double().sum(0)

@@ -1,0 +1,206 @@
+"""Train from Python: `bvae.fit` on arrays, tensors, folders and Datasets."""
+
+import dataclasses
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bvae import config as configuration
+from bvae.config import SIZES, Config
+from bvae.datasets import Data, open_images
+from bvae.errors import UsageError
+from bvae.model import BetaVAE
+from bvae.pipelines.arrays import collect
+from bvae.training import results
+from bvae.training.distributed import Distributed
+from bvae.training.loop import train
+from bvae.training.monitor import Callback, Monitor
+from bvae.training.setup import OpenData, connect, prepare, switches
+from bvae.training.signals import StopRequest
+from bvae.training.validation import Validation
+
+HELD_OUT = 10  # every tenth image validates where no others are given
+
+_running = threading.Lock()
+
+
+class Fitted(NamedTuple):
+    """What `fit` returns."""
+
+    model: BetaVAE  # in evaluation mode, on the device that trained it
+    config: Config  # all that the run depends on, in numbers
+    history: list[dict[str, Any]]  # the log: records of training and validation, in their order
+    validation: Validation | None  # the last one; None if Ctrl-C or a callback stopped the run before its end
+
+
+def fit(
+    images: Any,
+    preset_or_config: str | Path | Config | None = None,
+    *,
+    valid: Any = None,
+    model: BetaVAE | None = None,
+    loss: nn.Module | None = None,
+    out: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    **overrides: Any,
+) -> Fitted:
+    """Train a beta-VAE on images; the same run as `python -m bvae.train`, to the bit.
+
+    Args:
+        images: a uint8 array or tensor `[N, H, W, C]`, `[N, C, H, W]` or `[N, H, W]` (grey), or one of
+            floating point in [0, 1]; a folder of image files; or a Dataset (torch's or Hugging Face's) of
+            images, or of tuples or mappings that hold one. C is 1 or 3. Equal squares of 32 to 256 pixels
+            keep their size; others are cut to a square and resized to `image_size` (64).
+        preset_or_config: a preset's name, a YAML file or a `Config`. None: the preset `small` on a CPU, the
+            defaults of `python -m bvae.train` on a GPU.
+        valid: images to validate on, as `images`. None: every tenth of `images`, which then does not train.
+        model: trains this model in place, instead of a new one.
+        loss: a module called as `loss(raw, target, kl)` that returns `LossTerms`, in place of the
+            configuration's: raw is the decoder's output before the activation `[B, C, H, W]`, target uint8 of
+            that shape, and kl `[B]` in nats.
+        out: the run folder to make. None: nothing is written to disk.
+        callbacks: objects with some of the methods of `bvae.training.monitor.Callback`.
+        overrides: options of `python -m bvae.train`, with underscores: `lr=1e-3, max_steps=2000, amp=True`.
+            `device` is "auto", "cpu" or "cuda".
+
+    Returns:
+        The trained model, the resolved configuration, the log and the last validation.
+
+    Raises:
+        UsageError: images, options or a folder that cannot be used, or a `fit` inside a running `fit`.
+        NotFinite: the loss is NaN or infinite; the message names the step.
+
+    Ctrl-C stops the run after the step, and `fit` returns what it has. An exception of a callback passes
+    through; the steps before it are in a checkpoint, if there is a run folder.
+
+    Example:
+        >>> import torch
+        >>> from bvae import fit
+        >>> images = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8)
+        >>> tiny = {"hidden_dims": (4, 8), "latent_dim": 2, "batch_size": 8, "max_steps": 3}
+        >>> fitted = fit(images, **tiny)  # doctest: +ELLIPSIS
+        36 training and 4 validation images; ...
+        >>> fitted.model.sample(5).shape
+        torch.Size([5, 3, 32, 32])
+    """
+    with _alone():
+        config, device_name = _configure(images, preset_or_config, model, overrides)
+        opened: OpenData | None = None
+        if not isinstance(images, str | Path):
+            keep_size = not (model or "image_size" in overrides or isinstance(preset_or_config, Config))
+            train_on, held_out = _collect(images, valid, config, keep_size)
+            config = _describe(config, train_on)
+            opened = partial(_open, train_on, held_out)
+        elif valid is not None:
+            raise UsageError("valid goes with images in memory: of a folder every tenth image is held out")
+        device, distributed = connect(device_name)
+        with switches(config.training, device), StopRequest((signal.SIGINT,)) as stop:
+            folder = Path(out) if out is not None else None
+            run = prepare(config, folder, device, distributed, data=opened, model=model, loss=loss)
+            with Monitor(run, callbacks) as monitor:
+                validation = train(run, monitor, stop)
+            if validation and run.out and distributed.is_main:
+                results.write(run, validation)
+            monitor.end(validation)
+            run.close()
+        return Fitted(run.model.eval(), run.config, monitor.metrics_buffer, validation)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Raise UsageError inside a running `fit`: a run sets switches of the whole process."""
+    if not _running.acquire(blocking=False):
+        raise UsageError(
+            "fit is already running in this process: start this one after it, or in another process"
+        )
+    try:
+        yield
+    finally:
+        _running.release()
+
+
+def _configure(
+    images: Any, base: str | Path | Config | None, model: BetaVAE | None, overrides: Mapping[str, Any]
+) -> tuple[Config, str]:
+    """The configuration, and the name of the device."""
+    options = dict(overrides)
+    device = options.pop("device", "auto")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device must be auto, cpu or cuda, got {device!r}")
+    if base is None:
+        base = configuration.default_preset("folder", device)
+    config = base if isinstance(base, Config) else configuration.read(base)[0] if base else Config()
+    if isinstance(images, str | Path):
+        options = {"data": "folder", "data_root": str(images), **options}
+    elif named := {"data", "data_root", "stream"} & options.keys():
+        raise UsageError(f"{', '.join(sorted(named))}: the images are given already")
+    if model is not None:
+        options = {**options, **_architecture(model)}
+    config = configuration.override(config, options)
+    config.check()
+    return config, device
+
+
+def _architecture(model: BetaVAE) -> dict[str, Any]:
+    """The options that a model decides."""
+    if not isinstance(model, BetaVAE):
+        raise UsageError(
+            f"model must be a BetaVAE, got {type(model).__name__}: register your network with "
+            "bvae.register_architecture, and give BetaVAE(arch=its name)"
+        )
+    names = ("arch", "latent_dim", "hidden_dims", "image_size")
+    likelihood = "gaussian" if model.activation == "tanh" else "bernoulli"
+    return {
+        **{name: model.config[name] for name in names},
+        "channels": model.config["in_channels"],
+        "likelihood": likelihood,
+    }
+
+
+def _collect(images: Any, valid: Any, config: Config, keep_size: bool) -> tuple[Tensor, Tensor]:
+    """Images to train and to validate on, uint8 [N, S, S, C], of the configuration's size or their own."""
+    data = config.data
+    channels = None if keep_size else data.channels
+    whole = collect(images, None if keep_size else data.image_size, channels, data.crop)
+    height, width, channels = whole.shape[1:]
+    if height != width or not SIZES[0] <= height <= SIZES[1]:
+        print(f"images of {height} x {width} pixels: cut to squares, resized to {data.image_size} pixels")
+        whole = collect(whole, data.image_size, channels, data.crop)
+    if valid is not None:
+        return whole, collect(valid, whole.shape[1], channels, data.crop, "valid")
+    if len(whole) < 3:
+        raise UsageError(
+            f"images holds {len(whole)} images: two to train on and one to validate on are the least"
+        )
+    held_out = torch.arange(len(whole)) % HELD_OUT == 0
+    return whole[~held_out], whole[held_out]
+
+
+def _describe(config: Config, images: Tensor) -> Config:
+    """The configuration with the data as they are."""
+    channels: Literal[1, 3] = 1 if images.shape[3] == 1 else 3
+    data = dataclasses.replace(config.data, name="memory", image_size=images.shape[1], channels=channels)
+    config = dataclasses.replace(config, data=data)
+    config.check()
+    return config
+
+
+def _open(
+    train_on: Tensor,
+    held_out: Tensor,
+    config: Config,
+    batch_size: int,
+    device: torch.device,
+    distributed: Distributed,
+) -> Data:
+    """The images as `prepare` wants them."""
+    training, ranks = config.training, (distributed.rank, distributed.world_size)
+    images = train_on, held_out, config.data
+    return open_images(*images, batch_size, training.seed, device, *ranks, training.accumulate)

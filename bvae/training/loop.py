@@ -1,0 +1,55 @@
+"""The training loop."""
+
+from bvae.training.monitor import Monitor
+from bvae.training.run import Run
+from bvae.training.signals import StopRequest
+from bvae.training.validation import Validation
+
+
+def train(run: Run, monitor: Monitor, stop: StopRequest) -> Validation | None:
+    """Train to the end and return the last validation; None if a signal or a callback stopped the run.
+
+    In both cases the last step is in a checkpoint.
+
+    Raises:
+        NotFinite: a loss or a gradient is not; the message names the step.
+        KeyboardInterrupt: a request to stop when there was nothing to save.
+        OSError: the run folder cannot be written.
+    """
+    result, stopping = None, False
+    for images in run.batches():
+        run.advance(images)
+        monitor.step_done()
+        stop.interrupt_now = False
+        due, stopping = run.is_due(), _stops(run, monitor, stop)
+        if due or stopping:
+            result = _save(run, monitor, stop, validating=due)
+        if stopping:
+            break
+    stop.interrupt_now = True
+    if run.done < run.steps:
+        return None
+    return result or _save(run, monitor, stop, validating=True)  # none yet if resumed after its last step
+
+
+def _stops(run: Run, monitor: Monitor, stop: StopRequest) -> bool:
+    """Whether any rank is asked to stop."""
+    # This all-reduce blocks the host, so a GPU's does it every `log_every` steps only.
+    every = 1 if run.step.device.type == "cpu" else run.config.training.log_every
+    return run.done % every == 0 and run.distributed.any_rank(monitor.stop or stop.signal is not None)
+
+
+def _save(run: Run, monitor: Monitor, stop: StopRequest, validating: bool) -> Validation | None:
+    """Write a checkpoint, then validate."""
+    monitor.flush()  # raises if a loss since the last log is not finite
+    run.save()
+    monitor.checkpoint()
+    result = None
+    if validating:
+        stop.interrupt_now = run.distributed.world_size == 1  # the other ranks would wait for this one
+        result = run.validate()
+        monitor.validation(result)
+        run.rate(result)
+        stop.interrupt_now = False
+    monitor.resume()
+    return result

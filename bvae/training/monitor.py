@@ -1,0 +1,114 @@
+"""What follows a run: its numbers from the device to the log and to callbacks, and its speed."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from bvae.training.log import NullLog, RunLog, Throughput
+from bvae.training.profiler import Profile
+from bvae.training.run import Run
+from bvae.training.step import Scalars
+from bvae.training.validation import Validation
+
+
+class Callback(Protocol):
+    """What `bvae.fit` calls as a run goes on: on the host, on every rank, with numbers that have arrived.
+
+    Each method may be left out. One that returns True stops the run after the step, with a checkpoint.
+    """
+
+    def on_log(self, step: int, values: dict[str, float]) -> bool | None:
+        """Every `log_every` steps: the losses of a step, as in metrics.jsonl, some steps later on a GPU."""
+
+    def on_validation(self, step: int, validation: Validation) -> bool | None:
+        """After a validation."""
+
+    def on_checkpoint(self, step: int, folder: Path | None) -> bool | None:
+        """After a checkpoint of the run folder, None where nothing is written."""
+
+    def on_end(self, validation: Validation | None) -> bool | None:
+        """After the last step, or the one at which the run was stopped (None)."""
+
+
+class Monitor:
+    """Use it round the training loop: leaving it closes the log."""
+
+    def __init__(self, run: Run, callbacks: Sequence[Any] = (), profile: Profile | None = None) -> None:
+        self._run, self._callbacks, self._profile = run, callbacks, profile
+        self._first = run.done
+        self._log = RunLog(run.out, run.steps, run.done) if run.distributed.is_main else NullLog()
+        self.throughput = Throughput(run.config.training.batch_size)
+        self.metrics_buffer: list[dict[str, Any]] = []  # every record of training and validation so far
+        self.stop = False  # whether a callback asks for it
+
+    def __enter__(self) -> "Monitor":
+        self.throughput.start(self._run.done)
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._log.close()
+        if self._profile:
+            self._profile.close()
+
+    def step_done(self) -> None:
+        """Count a step; log what has arrived from the device."""
+        run, training = self._run, self._run.config.training
+        self._log.advance()
+        if self._profile:
+            self._profile.step()
+        if run.done == self._first + 1:
+            self.throughput.start(run.done)  # the first step compiles
+        if run.done % training.log_every == 0 or run.done == run.steps:
+            self._receive(wait=True)
+            run.step.metrics_buffer.send(run.done)
+        self._receive(wait=False)
+
+    def flush(self) -> None:
+        """Log all that was sent, and look at every step so far. Raises NotFinite."""
+        self._receive(wait=True)
+        self._run.step.metrics_buffer.send(self._run.done)
+        self._run.step.receive(wait=True)
+        self.throughput.reach(self._run.done)
+
+    def checkpoint(self) -> None:
+        """Report a checkpoint."""
+        self._call("on_checkpoint", self._run.done, self._run.out)
+
+    def validation(self, result: Validation) -> None:
+        """Log a validation."""
+        run = self._run
+        self._log.validation(run.done, run.epoch(run.done), result)
+        self.metrics_buffer.append({"split": "valid", "step": run.done, **result._asdict()})
+        self._call("on_validation", run.done, result)
+
+    def resume(self) -> None:
+        """Leave the time since `flush` out of the throughput."""
+        self.throughput.start(self._run.done)
+
+    def end(self, result: Validation | None) -> None:
+        """Report the end of the run."""
+        self._call("on_end", result)
+
+    def _receive(self, wait: bool) -> None:
+        scalars: Scalars | None = self._run.step.receive(wait)
+        if scalars is None:
+            return
+        run, step = self._run, scalars.step
+        self.throughput.reach(step)
+        values = run.metrics(scalars)
+        speed = self.throughput.images_per_s
+        self._log.log(step, run.epoch(step), values, speed, run.config.training.batch_size)
+        self.metrics_buffer.append({"split": "train", "step": step, **values})
+        self._call("on_log", step, values)
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        for callback in self._callbacks:
+            call: Callable[..., bool | None] | None = getattr(callback, method, None)
+            if call is None:
+                continue
+            try:
+                self.stop |= bool(call(*arguments))
+            except BaseException:
+                self._run.save()  # whatever the callback did wrong, the steps so far are not lost
+                raise

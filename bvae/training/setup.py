@@ -1,0 +1,272 @@
+"""From a configuration to a run that is ready to train: open the data, build the parts, start or resume."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bvae.config import Config, ObjectiveConfig, TrainingConfig
+from bvae.datasets import Data, find, open_data
+from bvae.device import choose_device
+from bvae.errors import UsageError
+from bvae.kernels import launch
+from bvae.losses import BetaLoss, CapacityLoss
+from bvae.model import BetaVAE, build
+from bvae.pipelines.memory_loaders import DeviceLoader
+from bvae.training import checkpoint, compiler
+from bvae.training.cli import Arguments
+from bvae.training.distributed import Distributed, init_distributed
+from bvae.training.optimizer import build_optimizer
+from bvae.training.run import Run
+from bvae.training.step import TrainingStep, autocast_dtype, captures, compiles
+
+FEW_STEPS = 1500  # a run of whole epochs that is shorter is called short
+
+OpenData = Callable[[Config, int, torch.device, Distributed], Data]  # the int: images per rank and step
+
+
+# --- The process ------------------------------------------------------------------------------------------
+def connect(name: str) -> tuple[torch.device, Distributed]:
+    """This process's device, and its place in the job."""
+    device = choose_device(name)
+    distributed = init_distributed(device)
+    if device.type == "cuda":  # this process's, in every thread and for every library
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device, distributed
+
+
+@contextmanager
+def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
+    """Set the process's switches and generators as a run needs them; put all of them back afterwards."""
+    deterministic: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+    before = (
+        launch.ENABLED,
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        deterministic.fill_uninitialized_memory,
+    )
+    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+        try:
+            torch.manual_seed(training.seed)  # all ranks begin with the same weights
+            torch.backends.cudnn.benchmark = not training.deterministic  # every step has the same shapes
+            torch.use_deterministic_algorithms(training.deterministic)
+            if training.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS demands
+                deterministic.fill_uninitialized_memory = False
+            launch.ENABLED = training.fused
+            yield
+        finally:
+            launch.ENABLED, torch.backends.cudnn.benchmark = before[:2]
+            torch.use_deterministic_algorithms(before[2], warn_only=before[3])
+            deterministic.fill_uninitialized_memory = before[4]
+
+
+# --- The run ----------------------------------------------------------------------------------------------
+@contextmanager
+def open_run(arguments: Arguments) -> Iterator[Run]:
+    """The run that a command line asks for, with the process's switches set for it. Raises as `prepare`."""
+    config, resume = arguments.settings, arguments.resume
+    device, distributed = connect(arguments.device)
+    out = distributed.broadcast(resume or arguments.out or free_run_folder(config))
+    with switches(config.training, device):
+        write = not arguments.debug_nan
+        yield prepare(config, out, device, distributed, resume=bool(resume), write=write)
+
+
+def prepare(
+    config: Config,
+    out: Path | None,
+    device: torch.device,
+    distributed: Distributed,
+    *,
+    resume: bool = False,
+    write: bool = True,
+    data: OpenData | None = None,
+    model: BetaVAE | None = None,
+    loss: nn.Module | None = None,
+) -> Run:
+    """Open the data, build the parts, make the run folder or restore its newest checkpoint.
+
+    Call it inside `switches`.
+
+    Args:
+        config: not yet resolved.
+        out: the run folder. None: nothing is written.
+        resume: continue from the folder's newest checkpoint; otherwise the folder must not exist.
+        write: False leaves the folder as it is.
+        data: opens other images than the configuration names.
+        model, loss: in place of those of the configuration.
+
+    Raises:
+        UsageError, OSError: the run cannot be what was asked for.
+        CompileFailed, CaptureFailed: this machine cannot compile or capture the step.
+    """
+    if out:
+        _check_run_folder(out, resume)
+    opened = _open(config, device, distributed, data or _configured)
+    run = _build(config, out, device, distributed, opened, model, loss)
+    if resume:
+        run.restore()
+    execution = _compile_and_capture(run)
+    distributed.barrier()  # nobody writes before all are ready
+    if out and write and distributed.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(out / "config.yaml", config.to_yaml())
+        run.model.save_config(out)
+        if opened.bad:
+            lines = "".join(f"{file}\t{text}\n" for file, text in opened.bad)
+            checkpoint.write_text(out / "bad_files.txt", lines)
+    _announce(run, execution)
+    return run
+
+
+def free_run_folder(config: Config) -> Path:
+    """The first runs/<data>-<loss>-<number> that does not exist."""
+    number = 1
+    while (out := Path("runs") / f"{config.data.name}-{config.objective.loss_type}-{number}").exists():
+        number += 1
+    return out
+
+
+def _check_run_folder(out: Path, resume: bool) -> None:
+    """Raise now what would otherwise end the run after the data have been decoded."""
+    if out.exists() and not resume:
+        raise UsageError(f"{out} exists: name another folder with --out, or continue with --resume {out}")
+    for folder in (out, out / checkpoint.FOLDER) if resume else (out,):
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise UsageError(f"{nearest} is a file: name another run folder with --out")
+        try:
+            with tempfile.TemporaryFile(dir=nearest) as file:
+                file.write(b"some")
+        except OSError as error:
+            text = f"{error.strerror}: name another run folder with --out, or make that one writable"
+            raise OSError(error.errno, text, str(nearest)) from None
+
+
+def _open(config: Config, device: torch.device, distributed: Distributed, data: OpenData) -> Data:
+    training = config.training
+    parts = distributed.world_size * training.accumulate
+    if training.batch_size % parts or training.batch_size < 2 * parts:
+        raise UsageError(
+            f"--batch-size {training.batch_size} cannot be cut into {parts} equal parts of at least 2 images "
+            f"({distributed.world_size} processes x --accumulate {training.accumulate})"
+        )
+    return data(config, training.batch_size // distributed.world_size, device, distributed)
+
+
+def _configured(config: Config, batch_size: int, device: torch.device, distributed: Distributed) -> Data:
+    """The images that the configuration names."""
+    if distributed.world_size > 1:
+        if distributed.local_rank == 0:
+            find(config.data)  # draws the faces if need be
+        distributed.barrier()
+    seed, rank, world_size = config.training.seed, distributed.rank, distributed.world_size
+    accumulate = config.training.accumulate
+    return open_data(config.data, batch_size, seed, device, rank, world_size, accumulate)
+
+
+def _build(
+    config: Config,
+    out: Path | None,
+    device: torch.device,
+    distributed: Distributed,
+    data: Data,
+    model: BetaVAE | None,
+    loss: nn.Module | None,
+) -> Run:
+    """All parts, untrained, on the device."""
+    batch_size = data.train.batch_size * distributed.world_size
+    if batch_size != config.training.batch_size:
+        print(f"{data.train.count} training images: the batch is {batch_size} of them", flush=True)
+        config = replace(config, training=replace(config.training, batch_size=batch_size))
+    config = config.resolve(len(data.train))
+    if config.data.root:  # a checkpoint may be resumed from another folder
+        config = replace(config, data=replace(config.data, root=config.data.root.resolve()))
+    training = config.training
+
+    # channels_last is what tensor cores want, and faster on a CPU too.
+    model = (model or build(config)).to(device).to(memory_format=torch.channels_last).train()
+    built = (loss or build_loss(config.objective)).to(device)
+    step = TrainingStep(
+        model,
+        built,
+        build_optimizer(training, model.parameters()),
+        seed=training.seed,
+        dtype=autocast_dtype(device, training.amp)[0],
+        compile=compiles(device, training.compile)[0],
+        buffer_steps=min(training.log_every, training.steps(len(data.train))),
+        clip_grad=training.clip_grad,
+        accumulate=training.accumulate,
+        distributed=distributed,
+    )
+    parts = config, out, model, built, step.optimizer, step, data.train, data.valid, data.files, distributed
+    return Run(*parts, loss_is_given=loss is not None)
+
+
+def build_loss(objective: ObjectiveConfig) -> BetaLoss | CapacityLoss:
+    """The loss of a resolved objective; it takes the decoder's raw output."""
+    options: dict[str, Any] = {
+        "kl_weight": objective.kl_weight,
+        "reduction": objective.recon,
+        "likelihood": objective.likelihood,
+        "activation": "tanh" if objective.likelihood == "gaussian" else None,
+        "decoder_variance": objective.decoder_variance,
+    }
+    if objective.loss_type == "B":
+        assert objective.capacity_iters != "auto"
+        return CapacityLoss(objective.gamma, objective.max_capacity, objective.capacity_iters, **options)
+    return BetaLoss(1.0 if objective.loss_type == "VAE" else objective.beta, **options)
+
+
+def _compile_and_capture(run: Run) -> str:
+    """Compile the step and capture it where that is possible; the line that says how it is executed.
+
+    Raises:
+        CompileFailed, CaptureFailed: this machine cannot; the message names the option to use.
+    """
+    step, training = run.step, run.config.training
+    execution = compiles(step.device, training.compile)[1]
+    captured, how = captures(step.device, training)
+    if run.done < run.steps and (step.compile or step.device.type == "cuda"):
+        compiler.remove_truncated()
+        gathers = captured and isinstance(run.train, DeviceLoader)
+        images = run.train if gathers else run.train.head(run.train.batch_size)
+        begin = partial(step.capture if captured else step.rehearse, images)
+        compiled = step.compile
+        fits = compiler.first_step(begin, step.recompile, compile=compiled)
+        if captured:
+            how = "captured" if fits else "not captured: the graph does not fit the GPU's memory"
+        if compiled and not step.compile:
+            execution = "eager (torch.compile failed)"
+    return ", ".join(filter(None, (execution, how)))
+
+
+def _announce(run: Run, execution: str) -> None:
+    """Say what is about to be trained, and how."""
+    training, device, world_size = run.config.training, run.step.device, run.distributed.world_size
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    if world_size > 1:
+        where = f"{world_size} processes, {run.train.batch_size} images each per step; {where}"
+    print(
+        f"{run.train.count} training and {run.valid.count} validation images; {where}; "
+        f"{autocast_dtype(device, training.amp)[1]}; {execution}; steps {run.done} to {run.steps}"
+        + (f"; run folder {run.out}" if run.out else ""),
+        flush=True,
+    )
+    if run.steps < FEW_STEPS and training.max_steps is None:
+        print(
+            f"warning: {run.steps} steps are few for a VAE, and what it draws will be blurred: "
+            "--max-steps 5000 trains longer, over as many epochs as that takes",
+            flush=True,
+        )
