@@ -9,6 +9,7 @@ from bvae import __version__
 COMMANDS = {
     "train": "train a beta-VAE",
     "evaluate": "measure a trained model",
+    "sample": "draw new images from a trained model",
     "traverse": "walk along a model's latents and show what each does",
     "compare": "show one factor on several models, side by side",
     "sweep": "train a grid with several seeds, and evaluate all of it",
