@@ -27,7 +27,7 @@ if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
-    from bvae.architectures import register_architecture  # type: ignore[attr-defined]
+    from bvae.architectures import register_architecture
     from bvae.fitting import fit
     from bvae.losses import BetaLoss, CapacityLoss
     from bvae.model import BetaVAE

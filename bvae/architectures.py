@@ -154,7 +154,7 @@ ARCHITECTURES: dict[str, Builder] = {
 HALVINGS = {"burgess": 4, "locatello": 4}  # of sizes that must be even
 
 
-def register(name: str, builder: Builder) -> None:
+def register_architecture(name: str, builder: Builder) -> None:
     """Make a network of your own known by name: to `BetaVAE(arch=name)`, `--arch` and `from_pretrained`.
 
     Args:

@@ -94,8 +94,10 @@ def fit(
         config, device_name = _configure(images, preset_or_config, model, overrides)
         opened: OpenData | None = None
         if not isinstance(images, str | Path):
-            keep_size = not (model or "image_size" in overrides or isinstance(preset_or_config, Config))
-            train_on, held_out = _collect(images, valid, config, keep_size)
+            decided = model is not None or isinstance(preset_or_config, Config)
+            size = config.data.image_size if decided or "image_size" in overrides else None
+            channels = config.data.channels if decided or "channels" in overrides else None
+            train_on, held_out = _collect(images, valid, config, size, channels)
             config = _describe(config, train_on)
             opened = partial(_open, train_on, held_out)
         elif valid is not None:
@@ -164,11 +166,12 @@ def _architecture(model: BetaVAE) -> dict[str, Any]:
     }
 
 
-def _collect(images: Any, valid: Any, config: Config, keep_size: bool) -> tuple[Tensor, Tensor]:
-    """Images to train and to validate on, uint8 [N, S, S, C], of the configuration's size or their own."""
+def _collect(
+    images: Any, valid: Any, config: Config, size: int | None, channels: int | None
+) -> tuple[Tensor, Tensor]:
+    """Images to train and to validate on, uint8 [N, S, S, C]; None keeps their own size or channels."""
     data = config.data
-    channels = None if keep_size else data.channels
-    whole = collect(images, None if keep_size else data.image_size, channels, data.crop)
+    whole = collect(images, size, channels, data.crop)
     height, width, channels = whole.shape[1:]
     if height != width or not SIZES[0] <= height <= SIZES[1]:
         print(f"images of {height} x {width} pixels: cut to squares, resized to {data.image_size} pixels")
@@ -177,7 +180,7 @@ def _collect(images: Any, valid: Any, config: Config, keep_size: bool) -> tuple[
         return whole, collect(valid, whole.shape[1], channels, data.crop, "valid")
     if len(whole) < 3:
         raise UsageError(
-            f"images holds {len(whole)} images: two to train on and one to validate on are the least"
+            f"images holds {len(whole)} images: at least 3 are needed, one of them to validate on"
         )
     held_out = torch.arange(len(whole)) % HELD_OUT == 0
     return whole[~held_out], whole[held_out]

@@ -10,6 +10,7 @@ from pictures import write_celeba, write_folder, write_image
 
 from bvae.config import DataConfig
 from bvae.datasets import open_data
+from bvae.errors import UsageError
 from bvae.pipelines import celeba, folder
 from bvae.pipelines.webdataset import read
 
@@ -150,10 +151,21 @@ def test_truncated_shard(tmp_path):
         folder.splits(tmp_path / "shards")
 
 
-def test_fewer_images_than_a_batch(tmp_path):
-    root = write_celeba(tmp_path, "torchvision")
-    with pytest.raises(ValueError, match="holds 8 training images, fewer than a batch of 9"):
-        open_data(DataConfig("celeba", root), 9, 0, CPU)
+def test_fewer_images_than_a_batch_make_a_smaller_one(tmp_path):
+    config = DataConfig("celeba", write_celeba(tmp_path, "torchvision"))
+    train = open_data(config, 9, 0, CPU).train
+    assert (train.batch_size, len(train)) == (8, 1)
+    assert open_data(config, 9, 0, CPU, accumulate=3).train.batch_size == 6
+    assert open_data(config, 9, 0, CPU, 1, 2, accumulate=2).train.batch_size == 4
+    with pytest.raises(UsageError, match="at least 2 are needed for each of 5 parts"):
+        open_data(config, 9, 0, CPU, accumulate=5)
+
+
+def test_a_handful_of_images(tmp_path):
+    train, valid, *_ = open_data(DataConfig("folder", write_folder(tmp_path / "few", 3)), 144, 0, CPU)
+    assert (train.count, train.batch_size, valid.count) == (2, 2, 1)
+    with pytest.raises(UsageError, match="holds 1 training images: at least 2 are needed"):
+        open_data(DataConfig("folder", write_folder(tmp_path / "fewer", 2)), 144, 0, CPU)
 
 
 def test_data_root_is_needed():
@@ -192,8 +204,7 @@ def test_skipping_trains_without_them(damaged_folder, stream, capsys):
     assert [Path(file).name for file, _ in bad] == ["002.jpg", "013.jpg", "004.jpg"]
     assert "3 of 18 images cannot be used: training without them" in capsys.readouterr().out
     assert train.head(14).flatten(1).any(1).all()  # no image of zeros where a file was bad
-    with pytest.raises(ValueError, match="holds 14 training images, fewer than a batch of 15"):
-        open_data(config, 15, 0, CPU)
+    assert open_data(config, 15, 0, CPU).train.batch_size == 14
 
 
 def test_nothing_but_bad_files(tmp_path):

@@ -82,7 +82,7 @@ def test_a_job_trains_stops_and_goes_on_with_more_processes(data, tmp_path):
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
     _, said, err = finish(job)
-    assert "go on with: " in said, err
+    assert "continue with: " in said, err
     assert main(["--resume", str(out), "--max-steps", "200"]) == 0
     records = [json.loads(line) for line in lines().splitlines()]
     steps = [record["step"] for record in records if record["split"] == "train"]

@@ -134,7 +134,7 @@ def test_stopped_and_resumed_is_the_run_never_stopped(data, tmp_path, monkeypatc
     assert run(data, stopped, "--max-steps", 20) == 0
     said = capsys.readouterr().out
     assert f"stopped at step {at} of 20." in said
-    assert f"go on with: {sys.executable} -m bvae.train --resume {stopped}" in said
+    assert f"continue with: {sys.executable} -m bvae.train --resume {stopped}" in said
     assert not (stopped / "model.safetensors").exists()
     monkeypatch.undo()
 
@@ -238,7 +238,6 @@ def test_compiled_run(data, tmp_path):
         ("--data-root /absent/faces --data celeba", "no folder at /absent/faces"),
         ("--data folder --data-root {empty}", "no image (.jpg, .jpeg, .png) under"),
         ("--data celeba --data-root {empty}", "holds no img_align_celeba/ folder"),
-        ("--batch-size 1000", "holds 120 training images, fewer than a batch of 1000"),
         ("--crop 200", "135 of 135 images cannot be used"),
         ("--loss-type TC", "Undefined loss type. --loss-type must be VAE, H or B, got TC"),
         ("--latent-dim 0", "model.latent_dim must be positive, got 0"),
@@ -290,7 +289,10 @@ def test_resume_refuses_other_data(data, tmp_path, capsys):
     run(data, tmp_path / "run", "--max-steps", 2)
     other = faces.write(tmp_path / "other", n=100, seed=0, progress=False)
     assert main(["--resume", str(tmp_path / "run"), "--data-root", str(other)]) == 2
-    assert "trained on 120 images, the data now hold 80" in capsys.readouterr().err
+    assert (
+        "the dataset now has 80 images (120 at the checkpoint): cannot resume deterministically"
+        in capsys.readouterr().err
+    )
 
 
 def test_extended_run_goes_on_as_extended(data, tmp_path, capsys):
@@ -472,7 +474,11 @@ def test_gradient_that_is_not_finite_stops_the_run_at_its_step(data, tmp_path, m
 
 @pytest.mark.parametrize("during", ["validation", "pictures", "ingest", "first step"])
 def test_request_to_stop_is_heard_at_once_where_nothing_is_lost(data, tmp_path, monkeypatch, capsys, during):
-    names = {"validation": "train.validate", "pictures": "train.save_pictures", "ingest": "run.open_data"}
+    names = {
+        "validation": "training.run.validate",
+        "pictures": "training.results.save_pictures",
+        "ingest": "training.setup.open_data",
+    }
 
     def interrupted(*_, **__):
         signal.raise_signal(signal.SIGTERM)
@@ -481,7 +487,7 @@ def test_request_to_stop_is_heard_at_once_where_nothing_is_lost(data, tmp_path, 
     if during == "first step":
         monkeypatch.setattr(step.TrainingStep, "__call__", interrupted)
     else:
-        monkeypatch.setattr(f"bvae.{names[during]}", interrupted)
+        monkeypatch.setattr(f"bvae.training.{names[during]}", interrupted)
     kept = during in ("validation", "pictures")
     assert run(data, tmp_path / "run", "--epochs", 1) == (0 if kept else 130)
     assert ("--resume" if kept else "No checkpoint was written") in capsys.readouterr().out
@@ -498,7 +504,7 @@ def test_other_images_of_the_same_number_are_refused(data, tmp_path, capsys):
     lists = other / "list_eval_partition.txt"
     lists.write_text(lists.read_text().replace("000001.jpg", "000151.jpg"))
     assert main(["--resume", str(tmp_path / "run"), "--data-root", str(other)]) == 2
-    assert "was trained on images of other names" in capsys.readouterr().err
+    assert "files now have other names or another order" in capsys.readouterr().err
 
 
 def test_checkpoint_of_something_else(data, tmp_path, capsys):
@@ -525,7 +531,7 @@ def test_read_only_run_folder_is_found_before_the_data_are_opened(
     out = tmp_path / "run"
     if resumed:
         run(data, out, "--max-steps", 2)
-    monkeypatch.setattr("bvae.training.run.open_data", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("bvae.training.setup.open_data", lambda *_: pytest.fail("opened"))
 
     def refuse(dir):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
