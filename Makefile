@@ -4,7 +4,7 @@ BIN := .venv/bin
 DOCUMENTED := bvae bvae.metrics bvae.reference bvae.kernels bvae.pipelines
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench docs lint clean
+.PHONY: help train test bench gpu docs lint clean
 
 help:             ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -23,6 +23,9 @@ test: .venv/installed   ## the fast tests; the slow ones too, as CI: make test A
 bench: .venv/installed  ## measure everything on this machine, keep the record, rewrite the tables of README and docs
 	$(BIN)/python -m pytest bench -v --record bench/results $(ARGS)
 	$(BIN)/python -m bench.report
+
+gpu: .venv/installed    ## everything that only a GPU can tell, stage by stage; some: make gpu ARGS="step-144 loader"
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 docs: .venv/docs        ## the API reference, from the docstrings, as pages in build/docs
 	$(BIN)/pdoc --docformat google --output-directory build/docs $(DOCUMENTED) $(ARGS)

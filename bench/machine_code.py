@@ -58,10 +58,10 @@ def _images(dtype: torch.dtype, channels_last: bool = True, batch: int = 144) ->
     return images.to(memory_format=torch.channels_last) if channels_last else images
 
 
-def _loss(recon: Tensor, target: Tensor, likelihood: str, activation: str | None, with_slope: bool) -> Launch:
-    options = (0.3, 25.0, 10_000, likelihood, activation, "mean", 0.5, -1.0, with_slope, False)
-    kl, weight = torch.empty(recon.shape[0], device="meta"), _scalar(torch.float32)
-    return capacity_loss.plan_forward(recon, target, kl, _scalar(), weight, *options)[0]
+def _loss(recon: Tensor, target: Tensor, likelihood: str, activation: str | None, with_grad: bool) -> Launch:
+    options = capacity_loss.Options(0.3, 25.0, 10_000, likelihood, activation, "mean", 0.5, -1.0)
+    kl, kl_scale = torch.empty(recon.shape[0], device="meta"), _scalar(torch.float32)
+    return capacity_loss.plan_forward(recon, target, kl, _scalar(), kl_scale, with_grad, options)[0]
 
 
 def _loss_backward(recon: Tensor) -> Launch:

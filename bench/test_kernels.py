@@ -129,6 +129,12 @@ def _eager_bernoulli(recon: Tensor, kl: Tensor, target: Tensor, step: Tensor) ->
     return (F.binary_cross_entropy_with_logits(recon.float(), pixels) + KL_WEIGHT * kl.mean(),)
 
 
+def _reference_loss(
+    recon: Tensor, target: Tensor, kl: Tensor, *, step: Tensor | None = None, **options: Any
+) -> reference.LossTerms:
+    return reference.vae_loss(recon, target, kl, reference.Objective(**options), step=step)
+
+
 def _loss(function: Callable[..., Any], options: dict[str, Any]) -> Operation:
     def operation(recon: Tensor, kl: Tensor, target: Tensor, step: Tensor) -> tuple[Tensor]:
         b = {"step": step, "max_capacity": MAX_CAPACITY, "capacity_iters": CAPACITY_ITERS}
@@ -153,7 +159,7 @@ def _loss_case(label: str, shape: tuple[int, ...], dtype: torch.dtype, **options
     forward, backward = n * (dtype.itemsize + 1), n * (2 * dtype.itemsize + 1)
     name = f"{label} {' x '.join(map(str, shape))}, {_short(dtype)}"
     eager = _eager_b if options["activation"] else _eager_bernoulli
-    specified, ours = _loss(reference.vae_loss, options), _loss(ops.vae_loss, options)
+    specified, ours = _loss(_reference_loss, options), _loss(ops.vae_loss, options)
 
     def check(name: str, operation: Operation, inputs: tuple[Tensor, ...]) -> None:
         leaves = (t.detach().float().requires_grad_() for t in inputs[:N_LEAVES])

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 
 from bvae.errors import UsageError
-from bvae.layers import BatchNorm2d
+from bvae.layers import BatchNorm2d, LeakyReLU
 
 
 class Network(NamedTuple):
@@ -55,11 +55,10 @@ def pytorch_vae(channels: int, size: int, latent_dim: int, widths: Sequence[int]
 
 def _down(in_channels: int, out_channels: int) -> nn.Sequential:
     # No bias: BatchNorm subtracts it again, so its gradient is zero, yet it would cost a pass over the layer.
-    # In place: BatchNorm keeps its input for the backward pass, not its output. 1.06 times faster on a CPU.
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False),
         BatchNorm2d(out_channels),
-        nn.LeakyReLU(0.01, inplace=True),
+        LeakyReLU(0.01),
     )
 
 
@@ -70,7 +69,7 @@ def _up(in_channels: int, out_channels: int, size: int, new_size: int) -> nn.Seq
             in_channels, out_channels, 3, stride=2, padding=1, output_padding=output_padding, bias=False
         ),
         BatchNorm2d(out_channels),
-        nn.LeakyReLU(0.01, inplace=True),
+        LeakyReLU(0.01),
     )
 
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bvae import ops, reference
+from bvae import ops
 from bvae.kernels import launch
-from bvae.reference import Activation, Likelihood, LossTerms, Reduction
+from bvae.reference import Activation, Likelihood, LossTerms, Objective, Reduction
 
 __all__ = ["BetaLoss", "CapacityLoss", "LossTerms"]
 
@@ -22,7 +22,7 @@ def _is_weight(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
 
 
-class _Objective(nn.Module):
+class _Loss(nn.Module):
     """What the two objectives share: the reconstruction term's options and the weight of the KL.
 
     The weight is beta or gamma times kl_weight. These attributes may be assigned at any time, each step too,
@@ -34,30 +34,31 @@ class _Objective(nn.Module):
 
     _weight: Tensor  # the product of the numbers; 'm_over_n' counts as 1, and multiplies in forward
 
-    def __init__(
-        self,
-        factor: float,
-        kl_weight: KLWeight,
-        likelihood: Likelihood,
-        activation: Activation,
-        reduction: Reduction,
-        decoder_variance: float,
-    ) -> None:
+    def __init__(self, factor: float, kl_weight: KLWeight, objective: Objective) -> None:
         super().__init__()
-        ops.check_objective(likelihood, activation, reduction, decoder_variance)
         self._factor, self._kl_weight, self._by_shape = factor, kl_weight, kl_weight == "m_over_n"
         self.register_buffer("_weight", torch.zeros((), dtype=torch.float32), persistent=False)
         self._set_factor(factor)
         self.kl_weight = kl_weight
-        self.likelihood: Likelihood = likelihood
-        self.activation: Activation = activation
-        self.reduction: Reduction = reduction
-        self.decoder_variance = decoder_variance
+        self.likelihood: Likelihood = objective.likelihood
+        self.activation: Activation = objective.activation
+        self.reduction: Reduction = objective.reduction
+        self.decoder_variance = objective.decoder_variance
+
+    def _objective(self, **options: Any) -> Objective:
+        """The options as they are now, checked: each is an attribute that may be assigned."""
+        return Objective(
+            likelihood=self.likelihood,
+            activation=self.activation,
+            reduction=self.reduction,
+            decoder_variance=self.decoder_variance,
+            **options,
+        )
 
     @property
     def pixel_range(self) -> tuple[float, float]:
         """The range to which uint8 targets are scaled: that of the decoder's output."""
-        return reference.pixel_range(self.likelihood, self.activation)
+        return self._objective().pixel_range
 
     @property
     def kl_weight(self) -> KLWeight:
@@ -86,7 +87,7 @@ class _Objective(nn.Module):
         with torch.no_grad():
             self._weight.fill_(self._number())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Objective":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Loss":
         """Move the module as ever; the weight stays float32, and is filled in again after `to_empty`."""
         super()._apply(fn, recurse)
         self._weight = self._weight.float()
@@ -107,23 +108,22 @@ class _Objective(nn.Module):
         return kl, math.prod(mu.shape[1:]) / math.prod(recon.shape[2:])
 
     def _terms(
-        self, recon: Tensor, target: Tensor, kl: Tensor, log_var: Tensor | None, **schedule: Any
+        self,
+        recon: Tensor,
+        target: Tensor,
+        kl: Tensor,
+        log_var: Tensor | None,
+        step: Tensor | None = None,
+        **schedule: Any,
     ) -> LossTerms:
-        """The loss of a forward pass; `schedule` are the capacity's arguments."""
+        """The loss of a forward pass; `step` and `schedule` are the capacity's arguments."""
         kl, ratio = self._kl_and_ratio(recon, kl, log_var)
         tensors = recon, target, kl
         by_kernel = all(isinstance(t, Tensor) for t in tensors) and launch.runs_triton(*tensors)
-        weight = self._weight if by_kernel and self._weight.device == recon.device else None
-        number = ratio if weight is not None else ratio * self._number()
-        objective = {
-            "kl_weight": number,
-            "likelihood": self.likelihood,
-            "activation": self.activation,
-            "reduction": self.reduction,
-            "decoder_variance": self.decoder_variance,
-            **schedule,
-        }
-        return ops.weighted_loss(recon, target, kl, weight, **objective)
+        kl_scale = self._weight if by_kernel and self._weight.device == recon.device else None
+        number = ratio if kl_scale is not None else ratio * self._number()
+        objective = self._objective(kl_weight=number, **schedule)
+        return ops.loss_of(objective, recon, target, kl, step=step, kl_scale=kl_scale)
 
     def extra_repr(self) -> str:
         return (
@@ -132,7 +132,7 @@ class _Objective(nn.Module):
         )
 
 
-class BetaLoss(_Objective):
+class BetaLoss(_Loss):
     """loss = recon + beta * kl_weight * kld: Higgins et al. (2017); beta = 1 is the VAE.
 
     Args:
@@ -163,7 +163,13 @@ class BetaLoss(_Objective):
         reduction: Reduction = "mean",
         decoder_variance: float = 0.5,
     ) -> None:
-        super().__init__(0.0, kl_weight, likelihood, activation, reduction, decoder_variance)
+        objective = Objective(
+            likelihood=likelihood,
+            activation=activation,
+            reduction=reduction,
+            decoder_variance=decoder_variance,
+        )
+        super().__init__(0.0, kl_weight, objective)
         self.beta = beta
 
     @property
@@ -185,7 +191,7 @@ class BetaLoss(_Objective):
         return f"beta={self.beta}, {super().extra_repr()}"
 
 
-class CapacityLoss(_Objective):
+class CapacityLoss(_Loss):
     """loss = recon + gamma * kl_weight * |kld - C|, C rising linearly to max_capacity: Burgess et al. (2018).
 
     The step counter `step`, 0-d int64, is part of the state_dict and counts the forward passes in training
@@ -225,8 +231,15 @@ class CapacityLoss(_Objective):
         reduction: Reduction = "mean",
         decoder_variance: float = 0.5,
     ) -> None:
-        super().__init__(0.0, kl_weight, likelihood, activation, reduction, decoder_variance)
-        ops.check_capacity(max_capacity, capacity_iters)
+        objective = Objective(
+            max_capacity=max_capacity,
+            capacity_iters=capacity_iters,
+            likelihood=likelihood,
+            activation=activation,
+            reduction=reduction,
+            decoder_variance=decoder_variance,
+        )
+        super().__init__(0.0, kl_weight, objective)
         self.gamma = gamma
         self.max_capacity = max_capacity
         self.capacity_iters = capacity_iters

@@ -1,18 +1,15 @@
 """The public operations: check the arguments, draw the seed, run the kernel or the reference."""
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from bvae import reference
 from bvae.kernels import launch, noise
-from bvae.reference import Activation, Likelihood, LossTerms, Reduction
+from bvae.reference import Activation, Likelihood, LossTerms, Objective, Reduction
 
 if launch.AVAILABLE:
-    from bvae.kernels import capacity_loss as loss_kernel
-    from bvae.kernels import reparam_kl as latent_kernel
+    import bvae.kernels.capacity_loss
+    import bvae.kernels.reparam_kl
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_DIMS = 5  # the batch and up to four more
@@ -130,7 +127,9 @@ def reparam_kl(
         )
     if launch.runs_triton(mu, log_var):
         bounds = None if clamp is None else list(clamp)
-        z, kl, kl_per_dim, _ = latent_kernel.forward(mu, log_var, seed, step, bounds, per_dim, first_sample)
+        z, kl, kl_per_dim, _ = bvae.kernels.reparam_kl.reparam_kl(
+            mu, log_var, seed, step, bounds, per_dim, first_sample
+        )
     else:
         eps = noise.normal(mu.shape, seed, step, first_sample)
         z, kl, kl_per_dim = reference.reparam_kl(mu, log_var, eps, clamp=clamp)
@@ -149,7 +148,7 @@ def gaussian_kl(mu: Tensor, log_var: Tensor, *, clamp: tuple[float, float] | Non
     _check_clamp(clamp)
     if launch.runs_triton(mu, log_var):
         bounds = None if clamp is None else list(clamp)
-        return latent_kernel.forward(mu, log_var, None, None, bounds, False)[1]
+        return bvae.kernels.reparam_kl.reparam_kl(mu, log_var, None, None, bounds, False)[1]
     return reference.reparam_kl(mu, log_var, torch.zeros_like(mu), clamp=clamp)[1]
 
 
@@ -165,59 +164,20 @@ def _as_recon(target: Tensor, recon: Tensor) -> Tensor:
     raise ValueError(f"target must have {expected}, got {_describe(target)}")
 
 
-def check_objective(
-    likelihood: Likelihood, activation: Activation, reduction: Reduction, decoder_variance: float
-) -> None:
-    """Raise ValueError for a combination of options that no objective has."""
-    if likelihood not in ("gaussian", "bernoulli"):
-        raise ValueError(f"likelihood must be 'gaussian' or 'bernoulli', got {likelihood!r}")
-    if activation not in (None, "tanh", "sigmoid"):
-        raise ValueError(f"activation must be None, 'tanh' or 'sigmoid', got {activation!r}")
-    if likelihood == "bernoulli" and activation is not None:
-        raise ValueError(f"a bernoulli likelihood takes logits: activation must be None, got {activation!r}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if not 0 < decoder_variance < math.inf:
-        raise ValueError(f"decoder_variance must be positive, got {decoder_variance}")
+def _check_kl_scale(scale: Tensor, device: torch.device) -> None:
+    """Raise for a weight of the KL that is a tensor, and not a 0-d float32 one on `device`."""
+    if scale.dtype != torch.float32:
+        raise TypeError(f"kl_weight must be a number or a 0-d float32 tensor, got {_describe(scale)}")
+    if scale.dim() != 0 or scale.device != device:
+        raise ValueError(f"kl_weight must be a number or 0-d on {device}, got {_describe(scale)}")
+    if scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError("kl_weight gets no gradient: give kl_weight.detach()")
 
 
-def check_capacity(max_capacity: float, capacity_iters: int) -> None:
-    """Raise ValueError for a capacity schedule that divides by zero or shrinks below it."""
-    if not 0 <= max_capacity < math.inf:
-        raise ValueError(f"max_capacity must be at least 0 nats, got {max_capacity}")
-    if not 1 <= capacity_iters < math.inf or capacity_iters % 1 != 0:
-        raise ValueError(f"capacity_iters must be at least 1 step and whole, got {capacity_iters}")
-
-
-def _check_weight(weight: float | Tensor, device: torch.device) -> None:
-    """Raise for a kl_weight that is no number and no 0-d float32 tensor on `device`."""
-    if isinstance(weight, Tensor):
-        if weight.dtype != torch.float32:
-            raise TypeError(f"kl_weight must be a number or a 0-d float32 tensor, got {_describe(weight)}")
-        if weight.dim() != 0 or weight.device != device:
-            raise ValueError(f"kl_weight must be a number or 0-d on {device}, got {_describe(weight)}")
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError("kl_weight gets no gradient: give kl_weight.detach()")
-    elif isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise TypeError(f"kl_weight must be a number or a 0-d float32 tensor, got {type(weight).__name__}")
-
-
-def _check_loss(recon: Tensor, target: Tensor, kl: Tensor, objective: dict[str, Any]) -> Tensor:
-    """Check the arguments of a loss, and return the target as a view of recon's shape.
-
-    `objective` has the keyword arguments of `vae_loss`; its step becomes a tensor, its iterations an int.
-    """
-    likelihood = objective["likelihood"]
-    check_objective(
-        likelihood, objective["activation"], objective["reduction"], objective["decoder_variance"]
-    )
-    check_capacity(objective["max_capacity"], objective["capacity_iters"])
-    objective["capacity_iters"] = int(objective["capacity_iters"])
+def _check_loss(recon: Tensor, target: Tensor, kl: Tensor, objective: Objective) -> Tensor:
+    """Check the tensors of a loss, and return the target as a view of recon's shape."""
     _check_float("recon", recon)
     _check_float("kl", kl)
-    _check_weight(objective["kl_weight"], recon.device)
-    if objective["step"] is not None:
-        objective["step"] = _counter("step", objective["step"], recon.device)
     if not 2 <= recon.dim() <= _MAX_DIMS:
         raise ValueError(f"recon must be [B, ...] with one to four more dimensions, got {_describe(recon)}")
     _check_tensor("target", target)
@@ -230,8 +190,10 @@ def _check_loss(recon: Tensor, target: Tensor, kl: Tensor, objective: dict[str, 
         raise ValueError(
             f"kl must be [{recon.shape[0]}] on {recon.device}, one number per image, got {_describe(kl)}"
         )
-    if likelihood == "bernoulli":
+    if objective.likelihood == "bernoulli":
         _check_probabilities(target)
+    if target.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"target gets no gradient: give target.detach(), got {_describe(target)}")
     return target
 
 
@@ -281,13 +243,13 @@ def vae_loss(
         recon: `[B, ...]` with one to four more dimensions, any strides, floating point. The decoder's output:
             raw with `activation`, else already activated; logits for `bernoulli`.
         target: floating point in the decoder's range, or uint8, which is scaled to it: [0, 1] for
-            `bernoulli` or `activation="sigmoid"`, else [-1, 1] (`bvae.reference.pixel_range`). recon's shape
-            with any strides, or `[B, H, W, C]` for recon `[B, C, H, W]`; a shape that fits both ways is read
-            as `[B, C, H, W]`.
+            `bernoulli` or `activation="sigmoid"`, else [-1, 1] (`bvae.reference.Objective.pixel_range`).
+            recon's shape with any strides, or `[B, H, W, C]` for recon `[B, C, H, W]`; a shape that fits both
+            ways is read as `[B, C, H, W]`.
         kl: `[B]` floating point, nats per image.
         kl_weight: the factor of the KL term: beta or gamma, times M/N where the reconstruction is a mean. A
             number, or a 0-d float32 tensor on recon's device, which the kernel loads. A number is compiled
-            in: under `torch.compile` each new one is compiled anew, until the limit of recompilations, and a
+            in: under `torch.compile` each new one is compiled again, until the limit of recompilations, and a
             captured graph keeps the one it saw. Where the weight changes from step to step, give a tensor
             and write into it, or anneal the attributes of `bvae.losses`' modules, which do that.
         step: 0-d int64 tensor on recon's device, or an int, which a captured graph freezes: the training
@@ -296,7 +258,7 @@ def vae_loss(
 
     The kernel reads recon and target once and, where recon needs a gradient, writes it up to a factor, which
     the backward pass applies: with bfloat16 and uint8 that is 5 bytes an element forward and 4 backward, one
-    launch each, and a tensor like recon kept in between. `vae_loss_and_grads` does without the second pass.
+    launch each, and a tensor like recon kept in between.
 
     Returns:
         `LossTerms`, 0-d float32 tensors; loss, recon and kld are differentiable, by recon and kl.
@@ -314,110 +276,57 @@ def vae_loss(
     >>> terms.loss, terms.recon, terms.kld
     (tensor(2.), tensor(1.), tensor(2.))
     """
-    objective: dict[str, Any] = {
-        "kl_weight": kl_weight,
-        "step": step,
-        "max_capacity": max_capacity,
-        "capacity_iters": capacity_iters,
-        "likelihood": likelihood,
-        "activation": activation,
-        "reduction": reduction,
-        "decoder_variance": decoder_variance,
-    }
-    return weighted_loss(recon, target, kl, None, **objective)
+    kl_scale = kl_weight if isinstance(kl_weight, Tensor) else None
+    objective = Objective(
+        kl_weight=1.0 if isinstance(kl_weight, Tensor) else kl_weight,
+        max_capacity=max_capacity,
+        capacity_iters=capacity_iters,
+        likelihood=likelihood,
+        activation=activation,
+        reduction=reduction,
+        decoder_variance=decoder_variance,
+    )
+    return loss_of(objective, recon, target, kl, step=step, kl_scale=kl_scale)
 
 
-def weighted_loss(
-    recon: Tensor, target: Tensor, kl: Tensor, weight: Tensor | None, **options: Any
-) -> LossTerms:
-    """`vae_loss` with `weight`, 0-d float32 on recon's device, as one more factor of the KL term.
-
-    The kernel loads it: it is the part of the weight that changes, where `kl_weight` is the part that stays.
-    """
-    objective = {"step": None, "max_capacity": 0.0, "capacity_iters": 1, **options}
-    target = _check_loss(recon, target, kl, objective)
-    if target.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"target gets no gradient: give target.detach(), got {_describe(target)}")
-    if weight is not None:
-        _check_weight(weight, recon.device)
-    if launch.runs_triton(recon, target, kl):
-        with_slope = recon.requires_grad and torch.is_grad_enabled()
-        outputs = _run_kernel(recon, target, kl, weight, objective, with_slope, as_gradient=False)
-        return LossTerms(*outputs[:4])
-    if weight is not None:
-        objective["kl_weight"] = weight * objective["kl_weight"]
-    return reference.vae_loss(recon, target, kl, **objective)
-
-
-def vae_loss_and_grads(
+def loss_of(
+    objective: Objective,
     recon: Tensor,
     target: Tensor,
     kl: Tensor,
     *,
-    kl_weight: float | Tensor = 1.0,
     step: Tensor | int | None = None,
-    max_capacity: float = 25.0,
-    capacity_iters: int = 10_000,
-    likelihood: Likelihood = "gaussian",
-    activation: Activation = None,
-    reduction: Reduction = "mean",
-    decoder_variance: float = 0.5,
-) -> tuple[LossTerms, Tensor, Tensor]:
-    """`vae_loss`, and the loss's gradients by recon and kl from the same pass, without a backward launch.
+    kl_scale: Tensor | None = None,
+) -> LossTerms:
+    """`vae_loss` of an `Objective`.
 
-    The backward pass then starts with `torch.autograd.backward((recon, kl), (grad_recon, grad_kl))`. The
-    terms are not differentiable. A float16 gradient of a mean underflows: use `vae_loss` and a scaler.
-
-    Args:
-        The arguments of `vae_loss`.
-
-    Returns:
-        The terms; the gradient of loss by recon, in its dtype, and by kl, `[B]` in its dtype.
+    The KL's weight has two factors. objective.kl_weight, a Python number, is compiled in and costs no launch.
+    `kl_scale`, 0-d float32 on recon's device, is the one device scalar: the kernel loads it, so it may change
+    between calls of a compiled function and replays of a captured graph. A loss module needs both: M/N comes
+    from the shapes of each call, and to write it into the scalar would be a launch that a captured graph
+    repeats, over the beta or gamma that was assigned since.
     """
-    objective: dict[str, Any] = {
-        "kl_weight": kl_weight,
-        "step": step,
-        "max_capacity": max_capacity,
-        "capacity_iters": capacity_iters,
-        "likelihood": likelihood,
-        "activation": activation,
-        "reduction": reduction,
-        "decoder_variance": decoder_variance,
-    }
     target = _check_loss(recon, target, kl, objective)
-    recon, target, kl = recon.detach(), target.detach(), kl.detach()
-    if launch.runs_triton(recon, target, kl):
-        *terms, kl_slope, grad_recon = _run_kernel(
-            recon, target, kl, None, objective, with_slope=True, as_gradient=True
-        )
-        return LossTerms(*terms), grad_recon, kl_slope.to(kl.dtype).expand(kl.shape)
-    with torch.enable_grad():
-        recon, kl = recon.requires_grad_(), kl.requires_grad_()
-        result = reference.vae_loss(recon, target, kl, **objective)
-        grad_recon, grad_kl = torch.autograd.grad(result.loss, (recon, kl))
-    return LossTerms(*(term.detach() for term in result)), grad_recon, grad_kl
-
-
-def _run_kernel(
-    recon: Tensor,
-    target: Tensor,
-    kl: Tensor,
-    weight: Tensor | None,
-    objective: dict[str, Any],
-    with_slope: bool,
-    as_gradient: bool,
-) -> tuple[Tensor, ...]:
-    """The loss kernel's outputs: the four terms, kl's slope and recon's."""
-    if isinstance(objective["kl_weight"], Tensor):
-        weight, objective = objective["kl_weight"], {**objective, "kl_weight": 1.0}
-    low, _ = reference.pixel_range(objective["likelihood"], objective["activation"])
-    return loss_kernel.forward(
+    if kl_scale is not None:
+        _check_kl_scale(kl_scale, recon.device)
+    step = None if step is None else _counter("step", step, recon.device)
+    if not launch.runs_triton(recon, target, kl):
+        return reference.vae_loss(recon, target, kl, objective, step=step, kl_scale=kl_scale)
+    *terms, _, _ = bvae.kernels.capacity_loss.vae_loss(
         recon,
         target,
         kl,
-        weight=weight,
-        **objective,
-        pixel_low=low,
-        with_slope=with_slope,
-        as_gradient=as_gradient,
+        step,
+        kl_scale,
+        recon.requires_grad and torch.is_grad_enabled(),
+        # the fields of `capacity_loss.Options`
+        objective.kl_weight,
+        objective.max_capacity,
+        int(objective.capacity_iters),  # PyTorch-VAE's is 1e5
+        objective.likelihood,
+        objective.activation,
+        objective.reduction,
+        objective.decoder_variance,
+        objective.pixel_range[0],
     )
+    return LossTerms(*terms)

@@ -4,6 +4,8 @@ It runs on any device, is differentiated by autograd, and computes in float32, o
 float64. The tests hold the kernels to it, the benchmarks measure against it, and on a CPU it is what trains.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,21 +26,61 @@ class LossTerms(NamedTuple):
     capacity: Tensor  # C in nats; 0 where the objective has none
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The options of an objective, whose meaning `bvae.ops.vae_loss` has.
+
+    Raises:
+        TypeError: kl_weight is no number.
+        ValueError: an option out of its range, or a combination that no objective has.
+    """
+
+    kl_weight: float = 1.0
+    max_capacity: float = 25.0  # nats
+    capacity_iters: int = 10_000  # steps
+    likelihood: Likelihood = "gaussian"
+    activation: Activation = None
+    reduction: Reduction = "mean"
+    decoder_variance: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.likelihood not in ("gaussian", "bernoulli"):
+            raise ValueError(f"likelihood must be 'gaussian' or 'bernoulli', got {self.likelihood!r}")
+        if self.activation not in (None, "tanh", "sigmoid"):
+            raise ValueError(f"activation must be None, 'tanh' or 'sigmoid', got {self.activation!r}")
+        if self.likelihood == "bernoulli" and self.activation is not None:
+            raise ValueError(
+                f"a bernoulli likelihood takes logits: activation must be None, got {self.activation!r}"
+            )
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}")
+        if not 0 < self.decoder_variance < math.inf:
+            raise ValueError(f"decoder_variance must be positive, got {self.decoder_variance}")
+        if not 0 <= self.max_capacity < math.inf:
+            raise ValueError(f"max_capacity must be at least 0 nats, got {self.max_capacity}")
+        if not 1 <= self.capacity_iters < math.inf or self.capacity_iters % 1 != 0:
+            raise ValueError(f"capacity_iters must be at least 1 step and whole, got {self.capacity_iters}")
+        if isinstance(self.kl_weight, bool) or not isinstance(self.kl_weight, (int, float)):
+            got = type(self.kl_weight).__name__
+            raise TypeError(f"kl_weight must be a number or a 0-d float32 tensor, got {got}")
+
+    @property
+    def pixel_range(self) -> tuple[float, float]:
+        """The range of the decoder's output, to which uint8 pixels are scaled.
+
+        [0, 1] for a Bernoulli likelihood or a sigmoid, else [-1, 1]: a tanh, or an output that comes
+        activated.
+        """
+        return (0.0 if self.likelihood == "bernoulli" or self.activation == "sigmoid" else -1.0), 1.0
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype to compute in: float32, or float64 if any of `tensors` is float64."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def pixel_range(likelihood: Likelihood, activation: Activation) -> tuple[float, float]:
-    """The range of the decoder's output, to which uint8 pixels are scaled.
-
-    [0, 1] for a Bernoulli likelihood or a sigmoid, else [-1, 1]: a tanh, or an output that comes activated.
-    """
-    return (0.0 if likelihood == "bernoulli" or activation == "sigmoid" else -1.0), 1.0
-
-
 def scale_pixels(images: Tensor, low: float = -1.0) -> Tensor:
-    """uint8 pixels as float32 in [low, 1], where `low` is -1 or 0: the first number of `pixel_range`.
+    """uint8 pixels as float32 in [low, 1], where `low` is -1 or 0: the first number of a `pixel_range`.
 
     The shift comes before the factor, so that a fused multiply-add cannot round it differently.
     """
@@ -83,38 +125,36 @@ def vae_loss(
     recon: Tensor,
     target: Tensor,
     kl: Tensor,
+    objective: Objective,
     *,
-    kl_weight: float = 1.0,
     step: Tensor | None = None,
-    max_capacity: float = 25.0,
-    capacity_iters: int = 10_000,
-    likelihood: Likelihood = "gaussian",
-    activation: Activation = None,
-    reduction: Reduction = "mean",
-    decoder_variance: float = 0.5,
+    kl_scale: Tensor | None = None,
 ) -> LossTerms:
     """The beta-VAE's objectives; `bvae.ops.vae_loss` documents the arguments.
 
-    without step: loss = recon + kl_weight * kld             Higgins et al. (2017), equation 4
-    with step:    loss = recon + kl_weight * |kld - C|       Burgess et al. (2018), equation 8
+    without step: loss = recon + weight * kld             Higgins et al. (2017), equation 4
+    with step:    loss = recon + weight * |kld - C|       Burgess et al. (2018), equation 8
+
+    The weight is the objective's kl_weight, times kl_scale if there is one: a 0-d tensor.
     """
     dtype = compute_dtype(recon, target, kl)
     x = recon.to(dtype)
     if target.dtype == torch.uint8:
-        y = scale_pixels(target, pixel_range(likelihood, activation)[0]).to(dtype)
+        y = scale_pixels(target, objective.pixel_range[0]).to(dtype)
     else:
         y = target.to(dtype)
-    if likelihood == "bernoulli":
+    if objective.likelihood == "bernoulli":
         if target.dtype != torch.uint8:  # a wrong target must show, also where nobody can look without a sync
             y = torch.where((y < 0) | (y > 1), torch.nan, y)
         error = F.binary_cross_entropy_with_logits(x, y, reduction="none")
     else:
-        if activation is not None:
-            x = torch.tanh(x) if activation == "tanh" else torch.sigmoid(x)
-        error = (x - y).square() / (2 * decoder_variance)
-    recon_term = error.mean() if reduction == "mean" else error.flatten(1).sum(1).mean()
+        if objective.activation is not None:
+            x = torch.tanh(x) if objective.activation == "tanh" else torch.sigmoid(x)
+        error = (x - y).square() / (2 * objective.decoder_variance)
+    recon_term = error.mean() if objective.reduction == "mean" else error.flatten(1).sum(1).mean()
     kld = kl.to(dtype).mean()
+    weight = objective.kl_weight if kl_scale is None else objective.kl_weight * kl_scale
     if step is None:
-        return LossTerms(recon_term + kl_weight * kld, recon_term, kld, torch.zeros_like(kld))
-    capacity = capacity_at(step, max_capacity, capacity_iters).to(dtype)
-    return LossTerms(recon_term + kl_weight * (kld - capacity).abs(), recon_term, kld, capacity)
+        return LossTerms(recon_term + weight * kld, recon_term, kld, torch.zeros_like(kld))
+    capacity = capacity_at(step, objective.max_capacity, objective.capacity_iters).to(dtype)
+    return LossTerms(recon_term + weight * (kld - capacity).abs(), recon_term, kld, capacity)

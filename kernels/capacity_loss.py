@@ -2,28 +2,29 @@
 
     error = (activation(recon) - target)^2                  gaussian
           = BCE(sigmoid(recon), target)                     bernoulli: recon are logits
-    loss  = error_scale * sum(error) + kl_weight * kld            kld = mean(KL)
-          = error_scale * sum(error) + kl_weight * |kld - C|      C = clamp(ratio * step, 0, max_capacity)
+    loss  = error_scale * sum(error) + weight * kld            kld = mean(KL), weight = kl_weight * kl_scale
+          = error_scale * sum(error) + weight * |kld - C|      C = clamp(ratio * step, 0, max_capacity)
 
 recon's gradient does not depend on the sum, so the pass that reads recon and target for the loss also writes
 
-    slope = (activation(recon) - target) * activation'(recon)    gaussian:  gradient = slope * 2 * error_scale
-          = sigmoid(recon) - target                              bernoulli: gradient = slope * error_scale
+    unscaled_grad = (activation(recon) - target) * activation'(recon)      gaussian
+                  = sigmoid(recon) - target                                bernoulli
+
+    d loss / d recon = unscaled_grad * grad_scale     grad_scale = 2 * error_scale; bernoulli: error_scale
 
 and each element is read once: 5 bytes of traffic for bfloat16 and uint8, and a tensor like recon kept for
-the backward pass. The slope is stored without its factor, which for a mean is below float16's smallest
-number; the backward pass multiplies by it and by the incoming gradient: 4 bytes more. With `as_gradient` the
-factor is in it: the gradient of the loss itself costs 5 bytes and one launch.
+the backward pass. The gradient is stored without its scale, which for a mean is below float16's smallest
+number; the backward pass multiplies by it and by the incoming gradient: 4 bytes more.
 
-A saturated tanh has a slope that float16 holds coarsely: beyond |x| = 6, 1 - tanh(x)^2 is below 3e-5, where
-float16's numbers lie 6e-8 apart, and by |x| = 7 a slope may be 40% off. bfloat16 has no such place.
+float16 holds the gradient of a saturated tanh coarsely: beyond |x| = 6, 1 - tanh(x)^2 is below 3e-5, where
+float16's numbers lie 6e-8 apart, and by |x| = 7 a gradient may be 40% off. bfloat16 has no such place.
 
 Programs leave partial sums; the last one to finish adds them in a fixed order, so equal inputs give equal
 bits.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bvae.kernels.completion_counters import completion_counters
-from bvae.kernels.launch import Launch, cdiv, collapse, is_dense, power_of_two
+from bvae.kernels.launch import Launch, collapse, is_dense, power_of_two
 from bvae.kernels.tile import last_to_arrive, offsets
 
 
@@ -55,13 +56,13 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _error_and_slope(x, y, BERNOULLI: tl.constexpr, ACTIVATION: tl.constexpr):
-    """An element's reconstruction error, and its slope as the module's docstring has it."""
+def _error_and_grad(x, y, BERNOULLI: tl.constexpr, ACTIVATION: tl.constexpr):
+    """An element's reconstruction error and its `unscaled_grad`, as in the module's docstring."""
     if BERNOULLI:
         e = tl.exp(-tl.abs(x))  # never overflows; one serves both
         log_sigmoid = tl.where(x < 0, x, 0.0) - _log1p(e)
         error = (1.0 - y) * x - log_sigmoid
-        slope = tl.where(x < 0, e, 1.0) / (1.0 + e) - y
+        unscaled_grad = tl.where(x < 0, e, 1.0) / (1.0 + e) - y
     else:
         v = x
         derivative = tl.full(x.shape, 1.0, tl.float32)
@@ -72,30 +73,29 @@ def _error_and_slope(x, y, BERNOULLI: tl.constexpr, ACTIVATION: tl.constexpr):
             v = _sigmoid(x)
             derivative = v * (1.0 - v)
         error = (v - y) * (v - y)
-        slope = (v - y) * derivative
-    return error, slope
+        unscaled_grad = (v - y) * derivative
+    return error, unscaled_grad
 
 
 @triton.jit(do_not_specialize=["batch", "rows"])  # the last batch of an epoch compiles nothing
 def _forward_kernel(
-    recon,  # [rows, row_length] in 1 + DIMS dimensions, as target and slope
+    recon,  # [rows, row_length] in 1 + DIMS dimensions, as target and unscaled_grad
     target,  # floating point, or uint8
     kl,  # [batch]
     step,  # 0-d int64, or None: no capacity
-    weight,  # 0-d float32, a factor of kl_weight that changes during training, or None
+    kl_scale,  # 0-d float32, the factor of kl_weight that changes during training, or None for 1
     loss_out,  # the outputs: 0-d float32
     recon_out,
     kld_out,
     capacity_out,
-    kl_slope_out,  # the gradient of loss by each element of kl
-    slope,  # in recon's dtype, or None
+    dloss_dkl_out,  # one number: the same for each element of kl
+    unscaled_grad,  # in recon's dtype, or None
     partial_sums,  # [programs] float32
     counter,  # int32 zero
     rows,
     row_length,
     batch,
     error_scale,
-    slope_scale,
     kl_weight,
     capacity_ratio,  # nats per step
     max_capacity,
@@ -107,8 +107,8 @@ def _forward_kernel(
     recon_strides,
     target_row_stride,
     target_strides,
-    slope_row_stride,
-    slope_strides,
+    unscaled_grad_row_stride,
+    unscaled_grad_strides,
     DIMS: tl.constexpr,
     BERNOULLI: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -124,38 +124,38 @@ def _forward_kernel(
         mask = column < row_length
         if DIMS > 1:  # a row of an image: spare the divisions 64 bits
             column = column.to(tl.int32)
-        recon_at = recon + row * recon_row_stride + offsets(column, sizes, recon_strides, DIMS)
-        target_at = target + row * target_row_stride + offsets(column, sizes, target_strides, DIMS)
-        x = tl.load(recon_at, mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(target_at, mask=mask, other=0).to(tl.float32)
+        recon_ptrs = recon + row * recon_row_stride + offsets(column, sizes, recon_strides, DIMS)
+        target_ptrs = target + row * target_row_stride + offsets(column, sizes, target_strides, DIMS)
+        x = tl.load(recon_ptrs, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(target_ptrs, mask=mask, other=0).to(tl.float32)
         if target.dtype.element_ty == tl.uint8:
             y = (y - pixel_shift) * pixel_scale
         elif BERNOULLI:  # not a probability: make the loss say so
             y = tl.where((y < 0.0) | (y > 1.0), float("nan"), y)
-        error, element_slope = _error_and_slope(x, y, BERNOULLI, ACTIVATION)
+        error, element_grad = _error_and_grad(x, y, BERNOULLI, ACTIVATION)
         error_sum += tl.where(mask, error, 0.0)
-        if slope is not None:
-            slope_at = slope + row * slope_row_stride + offsets(column, sizes, slope_strides, DIMS)
-            tl.store(slope_at, (element_slope * slope_scale).to(slope.dtype.element_ty), mask=mask)
+        if unscaled_grad is not None:
+            offset = row * unscaled_grad_row_stride + offsets(column, sizes, unscaled_grad_strides, DIMS)
+            tl.store(unscaled_grad + offset, element_grad.to(unscaled_grad.dtype.element_ty), mask=mask)
     tl.store(partial_sums + tl.program_id(0), tl.sum(error_sum, 0))
     if last_to_arrive(counter, tl.num_programs(0)):
         part = tl.arange(0, PROGRAMS_PADDED)
-        parts_at = partial_sums + part
-        parts = tl.load(parts_at, mask=part < tl.num_programs(0), other=0.0, cache_modifier=".cg")
+        part_ptrs = partial_sums + part
+        parts = tl.load(part_ptrs, mask=part < tl.num_programs(0), other=0.0, cache_modifier=".cg")
         recon_term = tl.sum(parts, 0) * error_scale
         kl_sum = tl.zeros((BLOCK,), tl.float32)
         for first in range(0, batch, BLOCK):
             image = first + tl.arange(0, BLOCK)
-            kl_at = kl + image.to(tl.int64) * kl_stride
-            kl_sum += tl.load(kl_at, mask=image < batch, other=0.0).to(tl.float32)
+            kl_ptrs = kl + image.to(tl.int64) * kl_stride
+            kl_sum += tl.load(kl_ptrs, mask=image < batch, other=0.0).to(tl.float32)
         count = batch.to(tl.float32)
         kld = tl.div_rn(tl.sum(kl_sum, 0), count)  # `/` is off by a bit at times; a kld of C must be C
-        if weight is not None:
-            kl_weight *= tl.load(weight)
+        if kl_scale is not None:
+            kl_weight *= tl.load(kl_scale)
         if step is None:
             capacity = tl.zeros((), tl.float32)
             kl_term = kl_weight * kld
-            kl_slope = tl.div_rn(tl.zeros((), tl.float32) + kl_weight, count)
+            dloss_dkl = tl.div_rn(tl.zeros((), tl.float32) + kl_weight, count)
         else:
             capacity = tl.load(step).to(tl.float32) * capacity_ratio
             capacity = tl.where(
@@ -164,26 +164,26 @@ def _forward_kernel(
             excess = kld - capacity
             kl_term = kl_weight * tl.abs(excess)
             sign = tl.where(excess > 0.0, 1.0, tl.where(excess < 0.0, -1.0, 0.0))  # 0 at C, as torch's abs
-            kl_slope = tl.div_rn(kl_weight * sign, count)
+            dloss_dkl = tl.div_rn(kl_weight * sign, count)
         tl.store(loss_out, recon_term + kl_term)
         tl.store(recon_out, recon_term)
         tl.store(kld_out, kld)
         tl.store(capacity_out, capacity)
-        tl.store(kl_slope_out, kl_slope)
+        tl.store(dloss_dkl_out, dloss_dkl)
 
 
 @triton.jit(do_not_specialize=["batch"])  # the last batch of an epoch compiles nothing
 def _backward_kernel(
-    slope,  # [elements], dense, or None
-    kl_slope,  # 0-d float32
+    unscaled_grad,  # [elements], dense, or None
+    dloss_dkl,  # 0-d float32
     grad_loss,  # 0-d each, or None
     grad_recon_term,
     grad_kld,
-    grad_recon,  # [elements] in slope's order, or None
+    grad_recon,  # [elements] in unscaled_grad's order, or None
     grad_kl,  # [batch]
     elements,
     batch,
-    gain,  # the factor that slope lacks
+    grad_scale,  # the factor that unscaled_grad lacks
     BLOCK: tl.constexpr,
 ):
     d_loss = tl.zeros((), tl.float32)
@@ -197,12 +197,12 @@ def _backward_kernel(
         d_kld = tl.load(grad_kld).to(tl.float32)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = start + tl.arange(0, BLOCK)
-    if slope is not None:
-        s = tl.load(slope + index, mask=index < elements, other=0.0).to(tl.float32)
-        d_recon = s * (gain * (d_loss + d_recon_term))
+    if unscaled_grad is not None:
+        g = tl.load(unscaled_grad + index, mask=index < elements, other=0.0).to(tl.float32)
+        d_recon = g * (grad_scale * (d_loss + d_recon_term))
         tl.store(grad_recon + index, d_recon.to(grad_recon.dtype.element_ty), mask=index < elements)
     if start < batch:
-        d_kl = d_loss * tl.load(kl_slope) + tl.div_rn(d_kld, batch.to(tl.float32))
+        d_kl = d_loss * tl.load(dloss_dkl) + tl.div_rn(d_kld, batch.to(tl.float32))
         tl.store(grad_kl + index, tl.zeros((BLOCK,), tl.float32) + d_kl, mask=index < batch)
 
 
@@ -210,16 +210,31 @@ _BLOCK, _WARPS = 2048, 8  # 8 elements a thread: 16 bytes of bfloat16, 8 of uint
 _PROGRAMS = 1024  # enough to fill the largest GPU; each loops over its share. A power of two
 
 
-def _error_scale(recon: Tensor, likelihood: str, reduction: str, decoder_variance: float) -> float:
+class Options(NamedTuple):
+    """An objective's options, in the order of the operation's schema: a flat `bvae.reference.Objective`."""
+
+    kl_weight: float
+    max_capacity: float
+    capacity_iters: int
+    likelihood: str
+    activation: str | None
+    reduction: str
+    decoder_variance: float
+    pixel_low: float  # a uint8 target is scaled to [pixel_low, 1]; -1 or 0
+
+
+def _error_scale(recon: Tensor, options: Options) -> float:
     """The factor of the summed error in the loss."""
-    terms = recon.numel() if reduction == "mean" else recon.shape[0]
-    return 1.0 / terms if likelihood == "bernoulli" else 1.0 / (2.0 * decoder_variance * terms)
+    terms = recon.numel() if options.reduction == "mean" else recon.shape[0]
+    return (
+        1.0 / terms if options.likelihood == "bernoulli" else 1.0 / (2.0 * options.decoder_variance * terms)
+    )
 
 
-def _gain(recon: Tensor, likelihood: str, reduction: str, decoder_variance: float) -> float:
-    """The factor that makes the slope recon's gradient."""
-    scale = _error_scale(recon, likelihood, reduction, decoder_variance)
-    return scale if likelihood == "bernoulli" else 2.0 * scale
+def _grad_scale(recon: Tensor, options: Options) -> float:
+    """The factor that makes the unscaled gradient that of the loss."""
+    scale = _error_scale(recon, options)
+    return scale if options.likelihood == "bernoulli" else 2.0 * scale
 
 
 def _layout(*tensors: Tensor) -> tuple[dict[str, Any], list[tuple[int, tuple[int, ...]]]]:
@@ -246,220 +261,173 @@ def plan_forward(
     target: Tensor,
     kl: Tensor,
     step: Tensor | None,
-    weight: Tensor | None,
-    kl_weight: float,
-    max_capacity: float,
-    capacity_iters: int,
-    likelihood: str,
-    activation: str | None,
-    reduction: str,
-    decoder_variance: float,
-    pixel_low: float,
-    with_slope: bool,
-    as_gradient: bool,
+    kl_scale: Tensor | None,
+    with_grad: bool,
+    options: Options,
 ) -> tuple[Launch, list[Tensor]]:
-    """The forward launch, and the outputs it fills: loss, recon, kld, capacity, kl_slope and slope."""
-    outputs = *terms, slope = _outputs(recon, with_slope)
-    layout, strides = _layout(recon, target, slope if with_slope else recon)
+    """The forward launch, and the outputs it fills: loss, recon, kld, capacity, dloss_dkl, unscaled_grad."""
+    outputs = *terms, unscaled_grad = _outputs(recon, with_grad)
+    layout, strides = _layout(recon, target, unscaled_grad if with_grad else recon)
     block = _BLOCK
     if layout["rows"] > 1:  # a short row fills a block of its own size
         block = min(max(power_of_two(layout["row_length"]), 256), _BLOCK)
-    programs = min(layout["rows"] * cdiv(layout["row_length"], block), _PROGRAMS)
-    objective = (recon, likelihood, reduction, decoder_variance)
+    programs = min(layout["rows"] * triton.cdiv(layout["row_length"], block), _PROGRAMS)
     args = {
         "recon": recon,
         "target": target,
         "kl": kl,
         "step": step,
-        "weight": weight,
-        **dict(zip(("loss_out", "recon_out", "kld_out", "capacity_out", "kl_slope_out"), terms, strict=True)),
-        "slope": slope if with_slope else None,
+        "kl_scale": kl_scale,
+        **dict(
+            zip(("loss_out", "recon_out", "kld_out", "capacity_out", "dloss_dkl_out"), terms, strict=True)
+        ),
+        "unscaled_grad": unscaled_grad if with_grad else None,
         "partial_sums": recon.new_empty(programs, dtype=torch.float32),
         "counter": completion_counters(1, recon.device),
         "batch": recon.shape[0],
-        "error_scale": _error_scale(*objective),
-        "slope_scale": _gain(*objective) if as_gradient else 1.0,
-        "kl_weight": kl_weight,
-        "capacity_ratio": max_capacity / capacity_iters,
-        "max_capacity": max_capacity,
-        "pixel_shift": 0.0 if pixel_low == 0.0 else 127.5,
-        "pixel_scale": 1 / 255 if pixel_low == 0.0 else 1 / 127.5,
+        "error_scale": _error_scale(recon, options),
+        "kl_weight": options.kl_weight,
+        "capacity_ratio": options.max_capacity / options.capacity_iters,
+        "max_capacity": options.max_capacity,
+        "pixel_shift": 0.0 if options.pixel_low == 0.0 else 127.5,
+        "pixel_scale": 1 / 255 if options.pixel_low == 0.0 else 1 / 127.5,
         "kl_stride": kl.stride(0),
-        "BERNOULLI": likelihood == "bernoulli",
-        "ACTIVATION": activation,
+        "BERNOULLI": options.likelihood == "bernoulli",
+        "ACTIVATION": options.activation,
         "PROGRAMS_PADDED": _PROGRAMS,
         "BLOCK": block,
         **layout,
     }
-    for name, (row_stride, inner) in zip(("recon", "target", "slope"), strides, strict=True):
+    for name, (row_stride, inner) in zip(("recon", "target", "unscaled_grad"), strides, strict=True):
         args[f"{name}_row_stride"], args[f"{name}_strides"] = row_stride, inner
     return Launch(_forward_kernel, programs, args, block * _WARPS // _BLOCK, fuse=True), outputs
 
 
 def plan_backward(
-    slope: Tensor,
-    kl_slope: Tensor,
+    unscaled_grad: Tensor,
+    dloss_dkl: Tensor,
     grad_loss: Tensor | None,
     grad_recon_term: Tensor | None,
     grad_kld: Tensor | None,
-    gain: float,
+    grad_scale: float,
     batch: int,
     kl_dtype: torch.dtype,
-) -> tuple[Launch, list[Tensor]]:
-    """The backward launch, and the outputs it fills: the gradients of recon (empty as slope is) and of kl."""
-    assert is_dense(slope), "the kernel walks the slope in the order of memory"
-    outputs = grad_recon, grad_kl = [torch.empty_like(slope), slope.new_empty(batch, dtype=kl_dtype)]
-    has_slope = slope.numel() > 0
+) -> tuple[Launch, tuple[Tensor, Tensor]]:
+    """The backward launch, and the outputs it fills: the gradients of recon (like unscaled_grad) and kl."""
+    assert is_dense(unscaled_grad), "the kernel walks the gradient in the order of memory"
+    outputs = grad_recon, grad_kl = _backward_outputs(unscaled_grad, batch, kl_dtype)
+    reaches_recon = unscaled_grad.numel() > 0
     args = {
-        "slope": slope if has_slope else None,
-        "kl_slope": kl_slope,
+        "unscaled_grad": unscaled_grad if reaches_recon else None,
+        "dloss_dkl": dloss_dkl,
         "grad_loss": grad_loss,
         "grad_recon_term": grad_recon_term,
         "grad_kld": grad_kld,
-        "grad_recon": grad_recon if has_slope else None,
+        "grad_recon": grad_recon if reaches_recon else None,
         "grad_kl": grad_kl,
-        "elements": slope.numel(),
+        "elements": unscaled_grad.numel(),
         "batch": batch,
-        "gain": gain,
+        "grad_scale": grad_scale,
         "BLOCK": _BLOCK,
     }
-    programs = cdiv(max(slope.numel(), batch), _BLOCK)
+    programs = triton.cdiv(max(unscaled_grad.numel(), batch), _BLOCK)
     return Launch(_backward_kernel, programs, args, _WARPS, fuse=True), outputs
 
 
-def _outputs(recon: Tensor, with_slope: bool) -> list[Tensor]:
-    """Unfilled loss, recon, kld, capacity, kl_slope (0-d float32), and slope, like recon or empty."""
-    slope = torch.empty_like(recon) if with_slope else recon.new_empty(0)
-    return [recon.new_empty((), dtype=torch.float32) for _ in range(5)] + [slope]
+def _outputs(recon: Tensor, with_grad: bool) -> list[Tensor]:
+    """Unfilled loss, recon, kld, capacity, dloss_dkl (0-d float32); unscaled_grad, like recon or empty."""
+    unscaled_grad = torch.empty_like(recon) if with_grad else recon.new_empty(0)
+    return [recon.new_empty((), dtype=torch.float32) for _ in range(5)] + [unscaled_grad]
 
 
-@torch.library.custom_op("bvae::vae_loss", mutates_args=())
-def forward(
+def _backward_outputs(unscaled_grad: Tensor, batch: int, kl_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(unscaled_grad), unscaled_grad.new_empty(batch, dtype=kl_dtype)
+
+
+_SCHEMA = """(
+    Tensor recon, Tensor target, Tensor kl, Tensor? step, Tensor? kl_scale, bool with_grad,
+    float kl_weight, float max_capacity, int capacity_iters, str likelihood, str? activation, str reduction,
+    float decoder_variance, float pixel_low
+) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
+
+
+@torch.library.custom_op("bvae::vae_loss", mutates_args=(), schema=_SCHEMA)
+def vae_loss(
     recon: Tensor,
     target: Tensor,
     kl: Tensor,
     step: Tensor | None,
-    weight: Tensor | None,
-    kl_weight: float,
-    max_capacity: float,
-    capacity_iters: int,
-    likelihood: str,
-    activation: str | None,
-    reduction: str,
-    decoder_variance: float,
-    pixel_low: float,
-    with_slope: bool,
-    as_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, recon, kld, capacity; the loss's slope in each kl; its slope in recon, like recon, or empty.
+    kl_scale: Tensor | None,
+    with_grad: bool,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """loss, recon, kld, capacity; the loss's gradient by each kl; the unscaled one by recon, or empty.
 
-    The arguments down to decoder_variance are those of `bvae.ops.vae_loss`, checked there; the KL's weight is
-    `kl_weight`, which torch.compile and a captured graph freeze, times `weight`, which the kernel loads. A
-    uint8 target is scaled to [pixel_low, 1]. `with_slope` asks for the last output; `as_gradient` includes
-    its factor.
+    The arguments are those of `bvae.ops.vae_loss`, checked there; a schema has no type for `Options`, so they
+    come one by one. The KL's weight is the option `kl_weight`, which torch.compile and a captured graph
+    freeze, times `kl_scale`, which the kernel loads. `with_grad` asks for the last output.
     """
-    launch, outputs = plan_forward(
-        recon,
-        target,
-        kl,
-        step,
-        weight,
-        kl_weight,
-        max_capacity,
-        capacity_iters,
-        likelihood,
-        activation,
-        reduction,
-        decoder_variance,
-        pixel_low,
-        with_slope,
-        as_gradient,
-    )
+    launch, outputs = plan_forward(recon, target, kl, step, kl_scale, with_grad, Options(*options))
     launch.run(recon.device)
     return tuple(outputs)
 
 
-@forward.register_fake
-def _(
-    recon,
-    target,
-    kl,
-    step,
-    weight,
-    kl_weight,
-    max_capacity,
-    capacity_iters,
-    likelihood,
-    activation,
-    reduction,
-    decoder_variance,
-    pixel_low,
-    with_slope,
-    as_gradient,
-):
-    return tuple(_outputs(recon, with_slope))
+@vae_loss.register_fake
+def _(recon, target, kl, step, kl_scale, with_grad, *options):
+    return tuple(_outputs(recon, with_grad))
 
 
 @torch.library.custom_op("bvae::vae_loss_backward", mutates_args=())
-def backward(
-    slope: Tensor,
-    kl_slope: Tensor,
+def vae_loss_backward(
+    unscaled_grad: Tensor,
+    dloss_dkl: Tensor,
     grad_loss: Tensor | None,
     grad_recon_term: Tensor | None,
     grad_kld: Tensor | None,
-    gain: float,
+    grad_scale: float,
     batch: int,
     kl_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of recon, in slope's dtype or empty as slope is, and of kl `[batch]`, in kl_dtype."""
+    """The gradients of recon, like unscaled_grad or as empty, and of kl `[batch]`, in kl_dtype."""
     launch, outputs = plan_backward(
-        slope, kl_slope, grad_loss, grad_recon_term, grad_kld, gain, batch, kl_dtype
+        unscaled_grad, dloss_dkl, grad_loss, grad_recon_term, grad_kld, grad_scale, batch, kl_dtype
     )
-    launch.run(slope.device)
-    return tuple(outputs)
+    launch.run(unscaled_grad.device)
+    return outputs
 
 
-@backward.register_fake
-def _(slope, kl_slope, grad_loss, grad_recon_term, grad_kld, gain, batch, kl_dtype):
-    return torch.empty_like(slope), slope.new_empty(batch, dtype=kl_dtype)
+@vae_loss_backward.register_fake
+def _(unscaled_grad, dloss_dkl, grad_loss, grad_recon_term, grad_kld, grad_scale, batch, kl_dtype):
+    return _backward_outputs(unscaled_grad, batch, kl_dtype)
 
 
 def _save(ctx, inputs, output):
-    (
-        recon,
-        _target,
-        kl,
-        _step,
-        _weight,
-        _kl_weight,
-        _max_capacity,
-        _capacity_iters,
-        likelihood,
-        _activation,
-        reduction,
-        decoder_variance,
-        _pixel_low,
-        ctx.with_slope,
-        as_gradient,
-    ) = inputs
-    *_terms, capacity, kl_slope, slope = output
-    ctx.save_for_backward(slope, kl_slope)  # not kl: its values are free to change
+    recon, _target, kl, _step, _kl_scale, ctx.with_grad, *options = inputs
+    *_terms, capacity, dloss_dkl, unscaled_grad = output
+    ctx.save_for_backward(unscaled_grad, dloss_dkl)  # not kl: its values are free to change
     ctx.batch, ctx.kl_dtype, ctx.arguments = kl.shape[0], kl.dtype, len(inputs)
-    ctx.gain = 1.0 if as_gradient else _gain(recon, likelihood, reduction, decoder_variance)
-    ctx.mark_non_differentiable(capacity, kl_slope, slope)
+    ctx.grad_scale = _grad_scale(recon, Options(*options))
+    ctx.mark_non_differentiable(capacity, dloss_dkl, unscaled_grad)
     ctx.set_materialize_grads(False)  # a term that nobody used costs no zeros
 
 
 def _differentiate(ctx, grad_loss, grad_recon_term, grad_kld, *_):
-    slope, kl_slope = ctx.saved_tensors
-    reaches_recon = ctx.with_slope and not (grad_loss is None and grad_recon_term is None)
+    unscaled_grad, dloss_dkl = ctx.saved_tensors
+    reaches_recon = ctx.with_grad and not (grad_loss is None and grad_recon_term is None)
     if not reaches_recon:  # the KL alone: no pass over recon
-        slope = slope.new_empty(0)
-    grad_recon, grad_kl = backward(
-        slope, kl_slope, grad_loss, grad_recon_term, grad_kld, ctx.gain, ctx.batch, ctx.kl_dtype
+        unscaled_grad = unscaled_grad.new_empty(0)
+    grad_recon, grad_kl = vae_loss_backward(
+        unscaled_grad,
+        dloss_dkl,
+        grad_loss,
+        grad_recon_term,
+        grad_kld,
+        ctx.grad_scale,
+        ctx.batch,
+        ctx.kl_dtype,
     )
     by_recon_target_kl = grad_recon if reaches_recon else None, None, grad_kl
     return *by_recon_target_kl, *[None] * (ctx.arguments - 3)
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+vae_loss.register_autograd(_differentiate, setup_context=_save)

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from bvae.kernels.launch import cdiv, power_of_two
+from bvae.kernels.launch import power_of_two
 
 
 class CounterPool:
@@ -42,11 +42,7 @@ class CounterPool:
             if self._block is None and not capturing:
                 self._block = _allocate_aside(self.SLOTS, device)
             # a stream that asks for more and more doubles its slice, and so leaves no more behind than it has
-            slots = (
-                cdiv(count, self.ALIGNED) * self.ALIGNED
-                if capturing
-                else max(power_of_two(count), self.ALIGNED)
-            )
+            slots = count + -count % self.ALIGNED if capturing else max(power_of_two(count), self.ALIGNED)
             if self._block is None or self._used + slots > self.SLOTS:
                 return torch.zeros(count, dtype=torch.int32, device=device)
             counters = self._block[self._used : self._used + slots]

@@ -61,10 +61,6 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def collapse(
     sizes: tuple[int, ...], *strides: tuple[int, ...]
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bvae.kernels.completion_counters import completion_counters
-from bvae.kernels.launch import Launch, cdiv, collapse, power_of_two
+from bvae.kernels.launch import Launch, collapse, power_of_two
 from bvae.kernels.noise import four_normals
 from bvae.kernels.tile import last_to_arrive, offsets
 
@@ -101,30 +101,30 @@ def _forward_kernel(
     kl_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     for column_block in range(split, column_blocks, splits):
         rows, columns, mask = _tile(row_block, column_block, batch, row_length, ROWS, COLUMNS)
-        mu_at = mu + rows * mu_row_stride + offsets(columns, sizes, mu_strides, DIMS)
-        log_var_at = log_var + rows * log_var_row_stride + offsets(columns, sizes, log_var_strides, DIMS)
-        m = tl.load(mu_at, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(log_var_at, mask=mask, other=0.0).to(tl.float32)
+        mu_ptrs = mu + rows * mu_row_stride + offsets(columns, sizes, mu_strides, DIMS)
+        log_var_ptrs = log_var + rows * log_var_row_stride + offsets(columns, sizes, log_var_strides, DIMS)
+        m = tl.load(mu_ptrs, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(log_var_ptrs, mask=mask, other=0.0).to(tl.float32)
         if CLAMP:
             v = _clamped(v, low, high)
         if z is not None:
             eps = _noise(rows + first_sample, column_block, seed_value, step_value, COLUMNS)
-            z_at = z + rows * z_row_stride + offsets(columns, sizes, z_strides, DIMS)
-            tl.store(z_at, (m + tl.exp(0.5 * v) * eps).to(z.dtype.element_ty), mask=mask)
+            z_ptrs = z + rows * z_row_stride + offsets(columns, sizes, z_strides, DIMS)
+            tl.store(z_ptrs, (m + tl.exp(0.5 * v) * eps).to(z.dtype.element_ty), mask=mask)
         kl_element = tl.where(mask, 0.5 * (m * m + tl.exp(v) - 1 - v), 0.0)
         kl_sum += kl_element
         if kl_per_dim is not None:
             column = column_block * COLUMNS + tl.arange(0, COLUMNS)
             in_row = column < row_length
-            sums_at = column_sums + row_block.to(tl.int64) * row_length + column
-            tl.store(sums_at, tl.sum(kl_element, 0), mask=in_row)
+            sum_ptrs = column_sums + row_block.to(tl.int64) * row_length + column
+            tl.store(sum_ptrs, tl.sum(kl_element, 0), mask=in_row)
             if last_to_arrive(counters + row_blocks + column_block, row_blocks):
                 total = tl.zeros((PARTS, COLUMNS), tl.float32)
                 for first in range(0, row_blocks, PARTS):
                     part = (first + tl.arange(0, PARTS))[:, None]
-                    parts_at = column_sums + part.to(tl.int64) * row_length + column[None, :]
+                    part_ptrs = column_sums + part.to(tl.int64) * row_length + column[None, :]
                     in_tile = (part < row_blocks) & in_row[None, :]
-                    total += tl.load(parts_at, mask=in_tile, other=0.0, cache_modifier=".cg")
+                    total += tl.load(part_ptrs, mask=in_tile, other=0.0, cache_modifier=".cg")
                 tl.store(kl_per_dim + column, tl.sum(total, 0) / batch, mask=in_row)
     row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_sum = tl.sum(kl_sum, 1)
@@ -134,8 +134,8 @@ def _forward_kernel(
         tl.store(row_sums + row * splits + split, row_sum)
         if last_to_arrive(counters + row_block, splits):
             part = tl.arange(0, SPLITS_PADDED)[None, :]
-            parts_at = row_sums + row[:, None] * splits + part
-            parts = tl.load(parts_at, mask=part < splits, other=0.0, cache_modifier=".cg")
+            part_ptrs = row_sums + row[:, None] * splits + part
+            parts = tl.load(part_ptrs, mask=part < splits, other=0.0, cache_modifier=".cg")
             tl.store(kl + row, tl.sum(parts, 1))
 
 
@@ -178,18 +178,18 @@ def _backward_kernel(
     row_block = tl.program_id(0) // column_blocks
     column_block = tl.program_id(0) % column_blocks
     rows, columns, mask = _tile(row_block, column_block, batch, row_length, ROWS, COLUMNS)
-    mu_at = mu + rows * mu_row_stride + offsets(columns, sizes, mu_strides, DIMS)
-    log_var_at = log_var + rows * log_var_row_stride + offsets(columns, sizes, log_var_strides, DIMS)
-    m = tl.load(mu_at, mask=mask, other=0.0).to(tl.float32)
-    raw = tl.load(log_var_at, mask=mask, other=0.0).to(tl.float32)
+    mu_ptrs = mu + rows * mu_row_stride + offsets(columns, sizes, mu_strides, DIMS)
+    log_var_ptrs = log_var + rows * log_var_row_stride + offsets(columns, sizes, log_var_strides, DIMS)
+    m = tl.load(mu_ptrs, mask=mask, other=0.0).to(tl.float32)
+    raw = tl.load(log_var_ptrs, mask=mask, other=0.0).to(tl.float32)
     v = raw
     if CLAMP:
         v = _clamped(raw, low, high)
     d_mu = tl.zeros((ROWS, COLUMNS), tl.float32)
     d_log_var = tl.zeros((ROWS, COLUMNS), tl.float32)
     if grad_z is not None:
-        grad_z_at = grad_z + rows * grad_z_row_stride + offsets(columns, sizes, grad_z_strides, DIMS)
-        d_z = tl.load(grad_z_at, mask=mask, other=0.0).to(tl.float32)
+        grad_z_ptrs = grad_z + rows * grad_z_row_stride + offsets(columns, sizes, grad_z_strides, DIMS)
+        d_z = tl.load(grad_z_ptrs, mask=mask, other=0.0).to(tl.float32)
         eps = _noise(rows + first_sample, column_block, tl.load(key), tl.load(key + 1), COLUMNS)
         d_mu += d_z
         d_log_var += d_z * eps * (0.5 * tl.exp(0.5 * v))
@@ -198,18 +198,18 @@ def _backward_kernel(
         d_mu += d_kl * m
         d_log_var += d_kl * (0.5 * (tl.exp(v) - 1))
     if grad_kl_per_dim is not None:
-        d_dim_at = grad_kl_per_dim + offsets(columns, sizes, grad_kl_per_dim_strides, DIMS)
-        d_dim = tl.load(d_dim_at, mask=columns < row_length, other=0.0).to(tl.float32) / batch
+        d_dim_ptrs = grad_kl_per_dim + offsets(columns, sizes, grad_kl_per_dim_strides, DIMS)
+        d_dim = tl.load(d_dim_ptrs, mask=columns < row_length, other=0.0).to(tl.float32) / batch
         d_mu += d_dim * m
         d_log_var += d_dim * (0.5 * (tl.exp(v) - 1))
     if CLAMP:
         d_log_var = tl.where((raw > low) & (raw < high), d_log_var, 0.0)
-    grad_mu_at = grad_mu + rows * grad_mu_row_stride + offsets(columns, sizes, grad_mu_strides, DIMS)
-    grad_log_var_at = (
+    grad_mu_ptrs = grad_mu + rows * grad_mu_row_stride + offsets(columns, sizes, grad_mu_strides, DIMS)
+    grad_log_var_ptrs = (
         grad_log_var + rows * grad_log_var_row_stride + offsets(columns, sizes, grad_log_var_strides, DIMS)
     )
-    tl.store(grad_mu_at, d_mu.to(grad_mu.dtype.element_ty), mask=mask)
-    tl.store(grad_log_var_at, d_log_var.to(grad_log_var.dtype.element_ty), mask=mask)
+    tl.store(grad_mu_ptrs, d_mu.to(grad_mu.dtype.element_ty), mask=mask)
+    tl.store(grad_log_var_ptrs, d_log_var.to(grad_log_var.dtype.element_ty), mask=mask)
 
 
 _PROGRAMS = 1024  # enough to fill the largest GPU; long rows are split up to this many
@@ -255,7 +255,7 @@ def plan_forward(
     outputs = z, kl, kl_per_dim, key = _outputs(mu, seed, per_dim)
     batch, row_length = mu.shape[0], mu[0].numel()
     rows, columns, warps = _tile_size(batch, row_length, per_dim)
-    row_blocks, column_blocks = cdiv(batch, rows), cdiv(row_length, columns)
+    row_blocks, column_blocks = triton.cdiv(batch, rows), triton.cdiv(row_length, columns)
     splits = min(column_blocks, max(1, _PROGRAMS // row_blocks))
     needed = row_blocks + (column_blocks if per_dim else 0) if splits > 1 or per_dim else 0
     sample = seed is not None
@@ -338,7 +338,8 @@ def plan_backward(
         **layout,
         **_bounds(clamp),
     }
-    return Launch(_backward_kernel, cdiv(batch, rows) * cdiv(row_length, columns), args, warps), outputs
+    programs = triton.cdiv(batch, rows) * triton.cdiv(row_length, columns)
+    return Launch(_backward_kernel, programs, args, warps), outputs
 
 
 def _outputs(mu: Tensor, seed: Tensor | None, per_dim: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -353,7 +354,7 @@ def _outputs(mu: Tensor, seed: Tensor | None, per_dim: bool) -> tuple[Tensor, Te
 
 
 @torch.library.custom_op("bvae::reparam_kl", mutates_args=())
-def forward(
+def reparam_kl(
     mu: Tensor,
     log_var: Tensor,
     seed: Tensor | None,
@@ -371,13 +372,13 @@ def forward(
     return outputs
 
 
-@forward.register_fake
+@reparam_kl.register_fake
 def _(mu, log_var, seed, step, clamp, per_dim, first_sample=0):
     return _outputs(mu, seed, per_dim)
 
 
 @torch.library.custom_op("bvae::reparam_kl_backward", mutates_args=())
-def backward(
+def reparam_kl_backward(
     mu: Tensor,
     log_var: Tensor,
     key: Tensor,
@@ -393,7 +394,7 @@ def backward(
     return outputs
 
 
-@backward.register_fake
+@reparam_kl_backward.register_fake
 def _(mu, log_var, key, grad_z, grad_kl, grad_kl_per_dim, clamp, first_sample=0):
     return torch.empty_like(mu), torch.empty_like(log_var)
 
@@ -406,7 +407,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_z, grad_kl, grad_kl_per_dim, _):
-    grads = backward(
+    grads = reparam_kl_backward(
         *ctx.saved_tensors,
         grad_z if ctx.sample else None,
         grad_kl,
@@ -417,4 +418,4 @@ def _differentiate(ctx, grad_z, grad_kl, grad_kl_per_dim, _):
     return *grads, None, None, None, None, None
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+reparam_kl.register_autograd(_differentiate, setup_context=_save)

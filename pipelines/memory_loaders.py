@@ -73,18 +73,20 @@ class HostLoader(Loader):
     ) -> None:
         super().__init__(len(images), batch_size, seed, device, **options)
         self.images = images
+        # One for all epochs: each stream has memory of its own, which another cannot use again.
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def _order_device(self) -> torch.device:
         return torch.device("cpu")
 
     def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        cuda = self.device.type == "cuda"
-        side = torch.cuda.Stream(self.device) if cuda else None
+        side = self._side
 
         def gather(index: Tensor) -> _Batch:
             # The allocator of pinned memory waits for copies before it gives the same memory out again.
-            staged = torch.empty(len(index), *self.images.shape[1:], dtype=torch.uint8, pin_memory=cuda)
+            shape, pinned = (len(index), *self.images.shape[1:]), side is not None
+            staged = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
             torch.index_select(self.images, 0, index, out=staged)
             with torch.cuda.stream(side):
                 images = staged.to(self.device, non_blocking=True)

@@ -1,6 +1,13 @@
-"""What a test runs: the reference, as on any CPU, or the kernels, on the GPU or in Triton's interpreter."""
+"""What a test runs: the reference, the kernels in Triton's interpreter, or the kernels on a GPU.
+
+Triton decides at import whether kernels are compiled or interpreted, so one process cannot do both.
+`pytest -m gpu` (or `-m "gpu and ..."`) compiles them, and runs the tests marked gpu. Any other run interprets
+them and hides the GPU, from the tests and from the processes that they start: it is the same run on every
+machine.
+"""
 
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -8,15 +15,37 @@ import torch
 
 torch.set_num_threads(1)  # the tests' tensors are small: threads cost more than they bring
 
-# Triton decides at import whether a kernel is compiled or interpreted. Without a GPU the kernels are imported
-# for the interpreter; whether a test uses them is decided at call time, by the environment.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-import noise_kernels  # noqa: E402, F401
+ON_GPU = pytest.StashKey[bool]()
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
-import bvae.ops  # noqa: E402
 
-os.environ.pop("TRITON_INTERPRET", None)
+def is_for_gpu(expression: str) -> bool:
+    """Whether `-m expression` asks for a run of the tests marked gpu."""
+    return re.match(r"gpu( and |$)", expression) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    on_gpu = config.stash[ON_GPU] = is_for_gpu(config.option.markexpr)
+    if on_gpu:
+        # torch reads it once, at the first product of matrices: for the tests with deterministic algorithms
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # no device has this number, for CUDA and for ROCm
+        os.environ["TRITON_INTERPRET"] = "1"  # for the import; whether a test uses them, `kernels` decides
+    import noise_kernels  # noqa: F401
+
+    import bvae.ops  # noqa: F401
+
+    if not on_gpu:
+        del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        if not item.config.stash[ON_GPU]:
+            pytest.skip("tests marked gpu need a run of their own: pytest -m gpu")
+        if not torch.cuda.is_available():
+            pytest.exit("pytest -m gpu: torch sees no GPU (see torch.cuda.is_available())", returncode=1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,23 +56,43 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Run the Triton kernels, on the GPU or in the interpreter, and give the device for the test's tensors.
+def _run_kernels(where: str, patch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Give the device whose tensors go to the kernels.
 
-    Memory that a kernel should fill is NaN beforehand, so that what it leaves out shows.
+    Memory that a kernel should fill is NaN beforehand, so that what it leaves out shows. Skips the test where
+    the interpreter does not work.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    import noise_kernels
+
+    from bvae.kernels import launch
+
+    device = torch.device("cuda" if where == "cuda" else "cpu")
     if device.type == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("TRITON_INTERPRET", "1")
+        if fault := noise_kernels.interpreter_fault():
+            pytest.skip(fault)
+    else:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)  # 10 bits: too few for the tolerances
+    patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1, device=device).isnan().all()
-    assert bvae.ops.launch.runs_triton(torch.ones(1, device=device))
-    yield device
-    torch.use_deterministic_algorithms(False)
+    try:
+        assert torch.empty(1, device=device).isnan().all()
+        assert launch.runs_triton(torch.ones(1, device=device))
+        yield device
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "kernels"])
-def backend(request: pytest.FixtureRequest) -> torch.device:
-    """Run the test twice: on the reference, and on the kernels. Gives the device for the test's tensors."""
-    return torch.device("cpu") if request.param == "reference" else request.getfixturevalue("kernels")
+@pytest.fixture(params=["interpreter", CUDA])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Run the Triton kernels, in the interpreter or on the GPU. Gives the device for the test's tensors."""
+    yield from _run_kernels(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["reference", "interpreter", CUDA])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Run the test on the reference too. Gives the device for the test's tensors."""
+    if request.param == "reference":
+        yield torch.device("cpu")
+    else:
+        yield from _run_kernels(request.param, monkeypatch)

@@ -1,7 +1,12 @@
-"""The device half of bvae.kernels.noise as kernels of its own; conftest imports it for the interpreter."""
+"""The device half of bvae.kernels.noise as kernels; conftest imports them, to be compiled or interpreted."""
 
+from functools import cache
+
+import numpy
+import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 from bvae.kernels.noise import normals_of_words, philox_words
 
@@ -32,3 +37,27 @@ def normal_kernel(words, normals, n, BLOCK: tl.constexpr):
     first, second = normals_of_words(tl.load(words + i, mask=mask), tl.load(words + n + i, mask=mask))
     tl.store(normals + i, first, mask=mask)
     tl.store(normals + n + i, second, mask=mask)
+
+
+@triton.jit
+def count_kernel(total, n):
+    """The sum of 0 to n - 1: a loop asks a tensor for its value as an int."""
+    for i in range(n):
+        tl.store(total, tl.load(total) + i)
+
+
+@cache
+def interpreter_fault() -> str | None:
+    """Why Triton's interpreter cannot be used here; None if it can.
+
+    NumPy 2.4 takes no array of one element for a number, which the interpreter of triton 3.6 relies on.
+    """
+    total = torch.zeros(1, dtype=torch.int64)
+    try:
+        count_kernel[(1,)](total, 3)
+    except InterpreterError as error:
+        if "only 0-dimensional arrays" not in str(error):
+            raise
+        return f"the interpreter of triton {triton.__version__} fails with numpy {numpy.__version__}: {error}"
+    assert total.item() == 3
+    return None

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from bvae.pipelines import faces
-from bvae.train import main
 from bvae.training import compiler
 from bvae.training.cli import parse
 from bvae.training.cuda_graph import is_out_of_memory
@@ -194,46 +193,37 @@ def test_a_rehearsal_leaves_no_trace(data, tmp_path):
     assert len(plain) > 1
 
 
+def train(data, folder, name, **environment):
+    """A compiled run in a process of its own, with its own cache, unless the environment says otherwise."""
+    places = ["--data-root", str(data), "--out", str(folder / name), "--cache-dir", str(folder / "images")]
+    command = [sys.executable, "-m", "bvae.train", *TINY, *places, "--compile"]
+    own = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    everything = {**os.environ, **own, **environment}
+    return subprocess.run(command, cwd=ROOT, env=everything, capture_output=True, text=True)
+
+
 @pytest.mark.slow
-def test_full_disk_under_the_compiler(data, tmp_path, monkeypatch, capsys):
+def test_full_disk_under_the_compiler(data, tmp_path):
     script = tmp_path / "c++"
-    script.write_text("#!/bin/sh\necho 'as: a.o: No space left on device' >&2; exit 1\n")
+    script.write_text(
+        '#!/bin/sh\ncase "$1" in -*) exec g++ "$@";; esac\n'  # asked for its version
+        "echo 'as: a.o: No space left on device' >&2; exit 1\n"
+    )
     script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    torch._dynamo.reset()
-    places = [
-        "--data-root",
-        str(data),
-        "--out",
-        str(tmp_path / "run"),
-        "--cache-dir",
-        str(tmp_path / "cache"),
-    ]
-    assert main([*TINY, *places, "--compile"]) == 1
-    shown = capsys.readouterr().err
-    assert "Traceback" not in shown
-    assert "No space left on device: the compiler needs room, and " in shown
+    done = train(data, tmp_path, "run", CXX=str(script))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "No space left on device: the compiler needs room, and " in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_a_run_killed_while_compiling(data, tmp_path):
     """Each kind of file that a run leaves half written; what the next run makes of it."""
-    cache = tmp_path / "inductor"
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    cache = tmp_path / "cache"
 
-    def train(name):
-        places = [
-            "--data-root",
-            str(data),
-            "--out",
-            str(tmp_path / name),
-            "--cache-dir",
-            str(tmp_path / "cache"),
-        ]
-        command = [sys.executable, "-m", "bvae.train", *TINY, *places, "--compile"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    def trained(name):
+        done = train(data, tmp_path, name)
         assert done.returncode == 0, f"{name}: {done.returncode} {done.stderr}"
         assert "; torch.compile; " in done.stdout, f"{name}: {done.stderr}"
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
@@ -247,7 +237,7 @@ def test_a_run_killed_while_compiling(data, tmp_path):
         library.unlink()
         cut(source, 0.5)
 
-    expected, shown = train("whole")
+    expected, shown = trained("whole")
     assert "cut short" not in shown
     saved = shutil.copytree(cache, tmp_path / "saved")
     library = sorted(cache.glob("*/*.main.so"))[0]
@@ -262,7 +252,7 @@ def test_a_run_killed_while_compiling(data, tmp_path):
         shutil.rmtree(cache)
         shutil.copytree(saved, cache)
         damage()
-        losses, shown = train(name)
+        losses, shown = trained(name)
         assert losses == expected, name
         assert said in shown, f"{name}: {shown}"
         assert library.stat().st_size == (saved / library.relative_to(cache)).stat().st_size

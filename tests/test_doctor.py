@@ -175,7 +175,8 @@ def test_triton_needs_a_c_compiler_and_headers(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_compiler_that_fails(tmp_path, monkeypatch):
     """Training would be eager; the doctor says that it does not compile."""
-    monkeypatch.setenv("CXX", script(tmp_path / "c++", "echo 'a.cpp: error: no headers' >&2; exit 1"))
+    text = 'case "$1" in -*) exec g++ "$@";; esac; echo "a.cpp: error: no headers" >&2; exit 1'
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", text))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     works, text = doctor.attempt("cpu compile")
     assert not works

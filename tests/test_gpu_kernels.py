@@ -19,19 +19,23 @@ def cuda(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 class Step:
     """A step of latents, a recon and the capacity loss on static tensors, as training captures it."""
 
-    def __init__(self, batch: int = 144, latents: int = 128, seed: int = 0) -> None:
+    def __init__(self, batch: int = 144, latents: int = 128, seed: int = 0, per_dim: bool = True) -> None:
         self.both = cuda(batch, 2 * latents, seed=seed).requires_grad_()
         recon = cuda(batch, 3, 64, 64, dtype=torch.bfloat16, seed=seed + 1)
         self.recon = recon.to(memory_format=torch.channels_last).requires_grad_()
         self.target = torch.randint(256, (batch, 64, 64, 3), dtype=torch.uint8, device="cuda")
         self.loss = CapacityLoss(activation="tanh", kl_weight=0.03).cuda()
         self.seed = torch.tensor(1265, device="cuda")
+        self.per_dim = per_dim
 
     def __call__(self) -> tuple[Tensor, ...]:
-        z, kl = ops.reparam_kl(*self.both.chunk(2, 1), seed=self.seed, step=self.loss.step)
+        latents = self.both.chunk(2, 1)
+        z, kl, *kl_per_dim = ops.reparam_kl(
+            *latents, seed=self.seed, step=self.loss.step, per_dim=self.per_dim
+        )
         terms = self.loss(self.recon, self.target, kl)
         grads = torch.autograd.grad(terms.loss + z.square().sum(), (self.both, self.recon))
-        return (z, *terms, *grads)
+        return (z, *terms, *kl_per_dim, *grads)
 
 
 def capture(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
@@ -47,9 +51,10 @@ def capture(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGrap
     return graph, outputs
 
 
+@pytest.mark.parametrize("per_dim", [False, True], ids=["", "per dim"])
 @pytest.mark.parametrize(("batch", "latents"), [(144, 128), (2, 65536)], ids=["short rows", "split rows"])
-def test_replays_are_the_eager_steps(batch, latents):
-    captured, eager = Step(batch, latents), Step(batch, latents)
+def test_replays_are_the_eager_steps(batch, latents, per_dim):
+    captured, eager = Step(batch, latents, per_dim=per_dim), Step(batch, latents, per_dim=per_dim)
     eager.target.copy_(captured.target)
     graph, outputs = capture(captured)
     captured.loss.step.zero_()
@@ -60,21 +65,26 @@ def test_replays_are_the_eager_steps(batch, latents):
     assert captured.loss.step.item() == 3
 
 
-def test_replays_on_concurrent_streams_do_not_share_tickets():
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
+def test_steps_on_concurrent_streams_do_not_share_tickets(captured):
     steps = [Step(2, 65536, seed=i) for i in range(4)]
-    graphs = [capture(step) for step in steps]
+    graphs = [capture(step) for step in steps] if captured else []
+    outputs = [outputs for _, outputs in graphs] or [step() for step in steps]
     for step in steps:
         step.loss.step.zero_()
     streams = [torch.cuda.Stream() for _ in steps]
     torch.cuda.synchronize()
     for _ in range(50):
-        for (graph, _), stream in zip(graphs, streams, strict=True):
+        for number, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                graph.replay()
+                if captured:
+                    graphs[number][0].replay()
+                else:
+                    outputs[number] = steps[number]()
     torch.cuda.synchronize()
-    for step, (_, outputs) in zip(steps, graphs, strict=True):
+    for step, found in zip(steps, outputs, strict=True):
         step.loss.step.fill_(49)
-        for ours, expected in zip(outputs, step(), strict=True):
+        for ours, expected in zip(found, step(), strict=True):
             assert torch.equal(ours, expected)
 
 
@@ -104,27 +114,37 @@ def test_a_kld_of_c_is_c(batch):
 def test_equal_inputs_give_equal_bits(shape):
     """However the programs interleave; the interpreter runs them one by one and cannot tell."""
     mu, log_var = cuda(*shape), cuda(*shape, seed=1)
-    recon = cuda(144, 3, 64, 64, dtype=torch.bfloat16)
+    recon, kl = cuda(144, 3, 64, 64, dtype=torch.bfloat16).requires_grad_(), cuda(144).requires_grad_()
     target = torch.randint(256, recon.shape, dtype=torch.uint8, device="cuda")
 
     def run() -> list[Tensor]:
         latents = ops.reparam_kl(mu, log_var, seed=1, per_dim=True)
-        terms, *grads = ops.vae_loss_and_grads(recon, target, cuda(144), step=7, activation="tanh")
-        return [*latents, *terms, *grads]
+        terms = ops.vae_loss(recon, target, kl, step=7, activation="tanh")
+        return [*latents, *terms, *torch.autograd.grad(terms.loss, (recon, kl))]
 
     first = run()
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 
-def launches(function: Callable[[], object]) -> list[str]:
-    """The names of the kernels that `function` launches, once warm."""
+def host_and_device(function: Callable[[], object]) -> tuple[list[str], list[str]]:
+    """What the host calls in `function`, once warm, and the kernels and copies that the device then runs."""
     function()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
         function()
         torch.cuda.synchronize()
-    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    names: dict[bool, list[str]] = {False: [], True: []}
+    for event in profile.events():
+        if not event.is_user_annotation:  # a span around kernels, such as the optimizer's step
+            names[event.device_type == torch.autograd.DeviceType.CUDA].append(event.name)
+    return names[False], names[True]
+
+
+def launches(function: Callable[[], object]) -> list[str]:
+    """The names of the kernels that `function` launches, once warm."""
+    return host_and_device(function)[1]
 
 
 def test_one_launch_for_the_sample_and_two_for_the_loss():

@@ -84,8 +84,8 @@ def test_the_loss_walks_images_in_the_order_of_memory():
 def test_short_rows_have_short_blocks():
     nchw = torch.empty(64, 3, 8, 8, device="meta")
     for target, block in ((nchw, 2048), (nchw.to(memory_format=torch.channels_last), 256)):
-        options = 1.0, 25.0, 1, "gaussian", None, "mean", 0.5, -1.0, True, False
-        launch, _ = capacity_loss.plan_forward(nchw, target, nchw[:, 0, 0, 0], None, None, *options)
+        options = capacity_loss.Options(1.0, 25.0, 1, "gaussian", None, "mean", 0.5, -1.0)
+        launch, _ = capacity_loss.plan_forward(nchw, target, nchw[:, 0, 0, 0], None, None, True, options)
         assert (launch.args["BLOCK"], 8 * 32 * launch.num_warps) == (block, block)
 
 

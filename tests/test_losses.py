@@ -1,5 +1,7 @@
 """vae_loss: kernels and reference against float64 and the textbook; layouts, capacity, extremes, misuse."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch.library import opcheck
 from bvae import ops, reference
 from bvae.kernels import capacity_loss
 from bvae.losses import BetaLoss, CapacityLoss, LossTerms
+from bvae.reference import Objective
 
 OBJECTIVES = {
     "mse": {},
@@ -22,6 +25,7 @@ OBJECTIVES = {
     "capacity": {"step": 3000, "activation": "tanh"},
     "capacity over the KL": {"step": 10_000, "activation": "tanh"},
 }
+TANH = Objective(activation="tanh")
 
 
 def plain(
@@ -43,6 +47,12 @@ def plain(
         torch.zeros_like(kld) if step is None else torch.full_like(kld, min(25.0 / 10_000 * step, 25.0))
     )
     return [term + kl_weight * (kld if step is None else (kld - capacity).abs()), term, kld, capacity]
+
+
+def specified(
+    recon: Tensor, target: Tensor, kl: Tensor, *, step: Tensor | None = None, **options
+) -> LossTerms:
+    return reference.vae_loss(recon, target, kl, Objective(**options), step=step)
 
 
 def values_and_gradients(terms, recon: Tensor, kl: Tensor) -> list[Tensor]:
@@ -67,7 +77,7 @@ def test_terms_and_gradients_are_as_good_as_torchs(backend, objective, dtype):
     exact = run(plain, *exact_inputs, pixels(cpu))
     assert [x.dtype for x in ours] == [torch.float32] * 4 + [dtype, torch.float32]
     for name, *triple in zip((*LossTerms._fields, "d recon", "d kl"), ours, torchs, exact, strict=True):
-        assert_as_good_as_torch(*triple, what=name)
+        assert_as_good_as_torch(*triple, backend, what=name)
 
 
 LAYOUTS = {
@@ -90,7 +100,7 @@ def test_layouts_change_nothing(kernels, recon_layout, target_layout):
     (gradient,) = torch.autograd.grad(terms.loss, recon)
     same = recon.detach().cpu().requires_grad_()
     same_target = target.cpu() if target.shape == recon.shape else target.cpu().permute(0, 3, 1, 2)
-    expected = reference.vae_loss(same, same_target, divergence(torch.device("cpu")), activation="tanh")
+    expected = reference.vae_loss(same, same_target, divergence(torch.device("cpu")), TANH)
     torch.testing.assert_close(terms.loss.cpu(), expected.loss)
     torch.testing.assert_close(gradient.cpu(), torch.autograd.grad(expected.loss, same)[0])
 
@@ -109,9 +119,7 @@ def test_a_program_loops_over_its_share(kernels, monkeypatch):
     recon = decoder_output(torch.float32, kernels, (9, 3, 30, 31))
     terms = ops.vae_loss(recon, pixels(kernels, (9, 3, 30, 31)), divergence(kernels, 9), activation="tanh")
     (gradient,) = torch.autograd.grad(terms.loss, recon)
-    expected = reference.vae_loss(
-        recon, pixels(kernels, (9, 3, 30, 31)), divergence(kernels, 9), activation="tanh"
-    )
+    expected = reference.vae_loss(recon, pixels(kernels, (9, 3, 30, 31)), divergence(kernels, 9), TANH)
     torch.testing.assert_close(terms.recon, expected.recon)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.loss, recon)[0])
 
@@ -197,18 +205,6 @@ def test_a_mean_of_float16_has_a_gradient_that_a_scaler_can_save(backend):
     torch.testing.assert_close(gradient.double(), expected, rtol=2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_the_gradients_of_the_forward_pass_are_those_of_the_backward_pass(backend, objective):
-    recon, target, kl = decoder_output(torch.float32, backend), pixels(backend), divergence(backend)
-    expected = ops.vae_loss(recon, target, kl, kl_weight=0.3, **objective)
-    terms, *gradients = ops.vae_loss_and_grads(recon, target, kl, kl_weight=0.3, **objective)
-    assert not terms.loss.requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(terms, expected, strict=True))
-    for a, b in zip(gradients, torch.autograd.grad(expected.loss, (recon, kl)), strict=True):
-        assert a.shape == b.shape
-        torch.testing.assert_close(a, b)
-
-
 # the capacity
 
 
@@ -222,12 +218,12 @@ def test_capacity_rises_linearly_and_stays(backend):
             assert float(terms.loss) == pytest.approx(2 * abs(10 - capacity), abs=1e-5)
 
 
-@pytest.mark.parametrize(("kl_value", "slope"), [(24.0, -1.0), (25.0, 0.0), (26.0, 1.0)])
-def test_the_kls_gradient_is_the_sign_of_its_distance(backend, kl_value, slope):
+@pytest.mark.parametrize(("kl_value", "sign"), [(24.0, -1.0), (25.0, 0.0), (26.0, 1.0)])
+def test_the_kls_gradient_is_the_sign_of_its_distance(backend, kl_value, sign):
     kl = torch.full((4,), kl_value, device=backend, requires_grad=True)
     images = torch.zeros(4, 3, 4, 4, device=backend)
     ops.vae_loss(images, images, kl, kl_weight=3.0, step=10_000).loss.backward()
-    assert kl.grad.tolist() == [3.0 * slope / 4] * 4
+    assert kl.grad.tolist() == [3.0 * sign / 4] * 4
 
 
 def test_no_capacity_is_the_absolute_kl(backend):
@@ -238,11 +234,11 @@ def test_no_capacity_is_the_absolute_kl(backend):
 
 
 def test_without_gradients_nothing_is_stored(kernels, monkeypatch):
-    slopes, plan = [], capacity_loss.plan_forward
+    sizes, plan = [], capacity_loss.plan_forward
 
     def spy(*arguments):
         launch, outputs = plan(*arguments)
-        slopes.append(outputs[-1].numel())
+        sizes.append(outputs[-1].numel())
         return launch, outputs
 
     monkeypatch.setattr(capacity_loss, "plan_forward", spy)
@@ -250,9 +246,9 @@ def test_without_gradients_nothing_is_stored(kernels, monkeypatch):
     with torch.no_grad():
         assert not ops.vae_loss(recon, *others).loss.requires_grad
     ops.vae_loss(recon.detach(), *others)
-    assert slopes == [0, 0]
+    assert sizes == [0, 0]
     ops.vae_loss(recon, *others)
-    assert slopes[-1] == recon.numel()
+    assert sizes[-1] == recon.numel()
 
 
 def test_the_kl_term_alone_leaves_recon_without_a_gradient(backend):
@@ -278,13 +274,12 @@ def test_the_kl_may_be_overwritten_after_the_loss(backend):
 def test_the_weight_may_be_a_tensor(backend, step):
     recon, target, kl = decoder_output(torch.float32, backend), pixels(backend), divergence(backend)
     weight = torch.tensor(0.3, device=backend)
-    for functions in (ops.vae_loss, ops.vae_loss_and_grads):
-        results = [functions(recon, target, kl, kl_weight=w, step=step) for w in (weight, 0.3)]
-        for a, b in zip(*(r if isinstance(r, LossTerms) else (*r[0], *r[1:]) for r in results), strict=True):
-            torch.testing.assert_close(a, b)
-        terms = results[0] if isinstance(results[0], LossTerms) else results[0][0]
-        excess = (terms.kld - terms.capacity).abs() if step else terms.kld
-        torch.testing.assert_close(terms.loss, terms.recon + 0.3 * excess)
+    terms, by_number = (ops.vae_loss(recon, target, kl, kl_weight=w, step=step) for w in (weight, 0.3))
+    gradients = [torch.autograd.grad(t.loss, (recon, kl), retain_graph=True) for t in (terms, by_number)]
+    for a, b in zip((*terms, *gradients[0]), (*by_number, *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b)
+    excess = (terms.kld - terms.capacity).abs() if step else terms.kld
+    torch.testing.assert_close(terms.loss, terms.recon + 0.3 * excess)
 
 
 def test_a_compiled_loss_takes_a_weight_that_changes(kernels):
@@ -317,19 +312,31 @@ def test_opcheck(kernels, likelihood, dtype):
         divergence(kernels, 2),
     )
     activation = None if likelihood == "bernoulli" else "tanh"
-    for step, with_slope in ((None, True), (torch.tensor(3, device=kernels), recon.requires_grad)):
-        weight = None if step is None else torch.tensor(0.5, device=kernels)
-        options = 0.3, 25.0, 100, likelihood, activation, "mean", 0.5, -1.0, with_slope, False
-        opcheck(capacity_loss.forward, (recon, target, kl, step, weight, *options))
+    options = capacity_loss.Options(0.3, 25.0, 100, likelihood, activation, "mean", 0.5, -1.0)
+    for step, with_grad in ((None, True), (torch.tensor(3, device=kernels), recon.requires_grad)):
+        scale = None if step is None else torch.tensor(0.5, device=kernels)
+        opcheck(capacity_loss.vae_loss, (recon, target, kl, step, scale, with_grad, *options))
     one = torch.ones((), device=kernels)
-    for slope in (recon.detach(), recon.new_empty(0)):
-        opcheck(capacity_loss.backward, (slope, one, one, None, one, 0.5, 2, torch.bfloat16))
+    for grad in (recon.detach(), recon.new_empty(0)):
+        opcheck(capacity_loss.vae_loss_backward, (grad, one, one, None, one, 0.5, 2, torch.bfloat16))
 
 
-def test_a_slope_with_gaps_is_no_slope(kernels):
+def test_the_schema_has_the_options_in_order():
+    """It is written by hand: the operation gets them one by one, and puts them together again."""
+    schema = torch.ops.bvae.vae_loss.default._schema
+    options = capacity_loss.Options.__annotations__
+    kinds = {float: "float", int: "int", str: "str", str | None: "Optional[str]"}
+    last = schema.arguments[-len(options) :]
+    assert {a.name: str(a.type) for a in last} == {name: kinds[kind] for name, kind in options.items()}
+    assert [a.name for a in last] == list(options)
+    shared = [field.name for field in dataclasses.fields(Objective)]
+    assert [*shared, "pixel_low"] == list(options)
+
+
+def test_a_gradient_with_gaps_is_refused(kernels):
     one = torch.ones((), device=kernels)
     with pytest.raises(AssertionError, match="order of memory"):
-        capacity_loss.backward(
+        capacity_loss.vae_loss_backward(
             torch.ones(2, 4, device=kernels)[:, ::2], one, one, None, None, 1.0, 2, torch.float32
         )
 
@@ -355,7 +362,7 @@ def test_extremes_stand_where_the_reference_has_them(kernels, objective):
     for kl_value in (0.0, 1e4, torch.inf, torch.nan):
         for value in values:
             results = []
-            for function, device in ((ops.vae_loss, kernels), (reference.vae_loss, torch.device("cpu"))):
+            for function, device in ((ops.vae_loss, kernels), (specified, torch.device("cpu"))):
                 recon = torch.full((1, 2), value, device=device, requires_grad=True)
                 kl = torch.tensor([kl_value], device=device, requires_grad=True)
                 target = torch.tensor([[0.0, 1.0]], device=device)
@@ -506,9 +513,8 @@ def test_misuse_says_what_was_expected(args, options, error, message):
 
 def test_an_unknown_option_is_an_error(backend):
     arguments = images().to(backend), images().to(backend), KL.to(backend)
-    for function in (ops.vae_loss, ops.vae_loss_and_grads):
-        with pytest.raises(TypeError, match="foo"):
-            function(*arguments, foo=1)
+    with pytest.raises(TypeError, match="foo"):
+        ops.vae_loss(*arguments, foo=1)
 
 
 def test_pytorch_vaes_iterations_of_1e5_are_whole(backend):
@@ -517,13 +523,10 @@ def test_pytorch_vaes_iterations_of_1e5_are_whole(backend):
 
 
 def test_where_nobody_can_look_a_wrong_probability_makes_the_loss_nan(kernels):
-    arguments = None, 1.0, 25.0, 1, "bernoulli", None, "mean", 0.5, 0.0, False, False
+    options = capacity_loss.Options(1.0, 25.0, 1, "bernoulli", None, "mean", 0.5, 0.0)
     target = torch.full((2, 8), 0.5, device=kernels)
     target[1, 3] = 1.5
-    loss, *_ = capacity_loss.forward(
-        torch.zeros_like(target), target, torch.ones(2, device=kernels), None, *arguments
-    )
+    logits, kl = torch.zeros_like(target), KL.to(kernels)
+    loss, *_ = capacity_loss.vae_loss(logits, target, kl, None, None, False, *options)
     assert loss.isnan()
-    assert reference.vae_loss(
-        torch.zeros_like(target), target, KL.to(kernels), likelihood="bernoulli"
-    ).loss.isnan()
+    assert reference.vae_loss(logits, target, kl, Objective(likelihood="bernoulli")).loss.isnan()

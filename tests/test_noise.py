@@ -7,6 +7,7 @@ from scipy import stats
 
 from bvae import ops
 from bvae.kernels import noise
+from bvae.kernels.launch import Launch
 
 # Salmon et al. (2011), Random123's known-answer vectors for philox4x32-10: counter, key, result
 KNOWN = {
@@ -18,6 +19,8 @@ KNOWN = {
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 }
+
+OPTIONS = Launch(None, 1, {}, num_warps=4).options  # the product's: a product and a sum round twice
 
 
 def int64(value: int) -> torch.Tensor:
@@ -42,7 +45,7 @@ def test_philox_on_the_device_gives_equal_integers(kernels):
     words[:, :3] = torch.tensor([[*counter, *key] for counter, key, _ in KNOWN.values()]).T
     expected = torch.stack(noise.philox(tuple(words[:4]), tuple(words[4:])))
     counter, key = words[:4].to(kernels, torch.uint32), words[4:].to(kernels, torch.uint32)
-    noise_kernels.philox_kernel[(1,)](counter, key, 100, BLOCK=128)
+    noise_kernels.philox_kernel[(1,)](counter, key, 100, BLOCK=128, **OPTIONS)
     assert torch.equal(counter.cpu().long(), expected)
 
 
@@ -52,7 +55,8 @@ def test_normals_on_the_device_are_equal_to_2_ulp(kernels):
     corners = torch.tensor([0, 1, 2**29 - 1, 2**29, 2**30, 2**31 - 1, 2**31, 2**32 - 2**29, 2**32 - 1])
     words[0, :81], words[1, :81] = corners.repeat_interleave(9), corners.repeat(9)
     normals = torch.empty(2, n, device=kernels)
-    noise_kernels.normal_kernel[(n // 2048,)](words.to(kernels, torch.uint32), normals, n, BLOCK=2048)
+    words_on_device = words.to(kernels, torch.uint32)
+    noise_kernels.normal_kernel[(n // 2048,)](words_on_device, normals, n, BLOCK=2048, **OPTIONS)
     assert ulps(normals.cpu(), torch.stack(noise.normal_pair(*words))) <= 2
 
 

@@ -40,6 +40,20 @@ def data(tmp_path_factory):
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("_forward_kernel", "sample, KL, loss"),
         ("Memcpy DtoH (Device -> Pinned)", "other"),
+        # what inductor made of the step for an H100, torch 2.14; the numbered ones are several kernels in one
+        ("triton_red_fused_3", "BatchNorm, LeakyReLU"),
+        ("triton_per_fused_24", "BatchNorm, LeakyReLU"),
+        ("triton_per_fused__native_batch_norm_legit_functional_copy__17", "BatchNorm, LeakyReLU"),
+        ("triton_red_fused_convolution_backward_0", "convolution"),
+        ("triton_poi_fused__to_copy_add_convolution_permute_vae_loss_26", "convolution"),
+        ("triton_red_fused_sum_22", "linear layers"),
+        ("triton_per_fused__to_copy_sum_view_20", "linear layers"),
+        ("triton_poi_fused_cat_21", "linear layers"),
+        ("triton_poi_fused__unsafe_view_clone_18", "linear layers"),
+        ("triton_poi_fused_cat_constant_pad_nd_mul_stack_27", "sample, KL, loss"),
+        ("triton_poi_fused_0", "gather, scale, cast"),
+        ("triton_for_fused_26", "gather, scale, cast"),
+        ("triton_poi_fused_add_arange_index_mul_rsub_unsqueeze_where_0", "gather, scale, cast"),
     ],
 )
 def test_whose_time_a_kernel_is(name, label):

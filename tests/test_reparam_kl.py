@@ -11,6 +11,7 @@ from bvae import ops, reference
 from bvae.kernels import noise, reparam_kl
 
 SEED, STEP = 1265, 3
+SUMS = {"rtol": 1e-6, "atol": 1e-6}  # of two kernels: each thread's share of a row, so the order, may differ
 
 SHAPES = {
     "1x1": (1, 1),
@@ -73,7 +74,7 @@ def test_outputs_and_gradients_are_as_good_as_torchs(backend, shape, clamp, dtyp
     exact = outputs_and_gradient(lambda m, v: plain(m, v, eps.double(), clamp), exact_both, grads)
     assert [o.dtype for o in ours] == [dtype, torch.float32, torch.float32, dtype]
     for name, *triple in zip(("z", "kl", "kl_per_dim", "gradient"), ours, torchs, exact, strict=True):
-        assert_as_good_as_torch(*triple, what=name)
+        assert_as_good_as_torch(*triple, backend, what=name)
 
 
 LAYOUTS = {
@@ -167,7 +168,7 @@ def test_the_clamp_bounds_log_var_and_stops_its_gradient(backend):
     assert (log_var.grad != 0).tolist() == [[False, False, True, True, False, False]]
     bounded = ops.reparam_kl(mu, log_var.clamp(-30.0, 20.0), seed=0)
     assert torch.equal(z, bounded[0])
-    assert torch.equal(kl, bounded[1])
+    torch.testing.assert_close(kl, bounded[1], **SUMS)
 
 
 @pytest.mark.parametrize("upstream", [0.0, 2.0])
@@ -199,7 +200,7 @@ def test_the_kl_alone_is_the_kl(backend):
     (grad,) = torch.autograd.grad(kl.sum(), both)
     _, expected = ops.reparam_kl(mu, log_var, seed=0, clamp=(-0.5, 0.5))
     (expected_grad,) = torch.autograd.grad(expected.sum(), both)
-    assert torch.equal(kl, expected)
+    torch.testing.assert_close(kl, expected, **SUMS)
     assert torch.equal(grad, expected_grad)
 
 
@@ -291,11 +292,11 @@ def test_opcheck(kernels, shape, dtype):
     mu, log_var = heads(shape, dtype, kernels).chunk(2, 1)
     mu, log_var = mu.detach().requires_grad_(), log_var.detach().requires_grad_()
     seed, step = torch.tensor(SEED, device=kernels), torch.tensor(STEP, device=kernels)
-    opcheck(reparam_kl.forward, (mu, log_var, seed, step, [-1.0, 1.0], True))
-    opcheck(reparam_kl.forward, (mu, log_var, None, None, None, False))
+    opcheck(reparam_kl.reparam_kl, (mu, log_var, seed, step, [-1.0, 1.0], True))
+    opcheck(reparam_kl.reparam_kl, (mu, log_var, None, None, None, False))
     key = torch.stack((seed, step))
     grads = torch.ones_like(mu), torch.ones(shape[0], device=kernels), torch.ones(shape[1:], device=kernels)
-    opcheck(reparam_kl.backward, (mu.detach(), log_var.detach(), key, *grads, None))
+    opcheck(reparam_kl.reparam_kl_backward, (mu.detach(), log_var.detach(), key, *grads, None))
 
 
 @pytest.mark.parametrize("clamp", [None, (-1.0, 1.0)], ids=["unclamped", "clamped"])
@@ -387,7 +388,7 @@ def test_the_parts_of_a_batch_draw_what_the_whole_does(backend):
         z_part, kl_part = ops.reparam_kl(*part.chunk(2, 1), seed=SEED, step=STEP, first_sample=first)
         (z_part.sum() + kl_part.sum()).backward()
         assert torch.equal(z_part, z[first:last])
-        assert torch.equal(kl_part, kl[first:last])
+        torch.testing.assert_close(kl_part, kl[first:last], **SUMS)
         assert torch.equal(part.grad, whole.grad[first:last])
 
 

@@ -7,7 +7,10 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2.functional import resize
@@ -140,6 +143,90 @@ def test_parts_of_a_batch_give_the_whole_batchs_update(loss):
     torch.testing.assert_close(*(r[1] for r in results))
 
 
+# ---- compiled ----------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A backend for torch.compile that runs a graph as it is, and keeps those of both passes."""
+
+    def __init__(self):
+        self.forward, self.backward = [], []
+
+    def __call__(self, module, inputs):
+        def keep(graphs):
+            return lambda graph, _: graphs.append(graph) or make_boxed_func(graph.forward)
+
+        return aot_autograd(fw_compiler=keep(self.forward), bw_compiler=keep(self.backward))(module, inputs)
+
+    def calls(self, graphs: str, target) -> list[torch.fx.Node]:
+        return [
+            node for graph in getattr(self, graphs) for node in graph.graph.nodes if node.target is target
+        ]
+
+
+class Names(TorchDispatchMode):
+    """Keeps the names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def compiled_step(**options) -> tuple[TrainingStep, Recorder]:
+    step, recorder = build_step(**options), Recorder()
+    torch._dynamo.reset()
+    step._objective = torch.compile(step.objective, backend=recorder, fullgraph=True)
+    return step, recorder
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"accumulate": 4}], ids=str)
+def test_a_compiled_step_is_the_eager_step(options):
+    (compiled, recorder), eager = compiled_step(**options), build_step(**options)
+    for step in (compiled, eager):
+        for number in range(3):
+            step(batch(seed=number))
+    assert recorder.backward
+    torch.testing.assert_close(compiled.metrics_buffer.rows, eager.metrics_buffer.rows, rtol=1e-5, atol=1e-6)
+    for one, other in zip(weights(compiled), weights(eager), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert compiled.step == eager.step == compiled.loss.step == 3
+
+
+def test_leaky_relu_is_in_place_in_eager_mode_alone():
+    """In place, autograd saves its result, which BatchNorm's backward pass then reads beside its input."""
+    step, recorder = compiled_step()
+    step(batch())
+    number = sum(isinstance(module, nn.LeakyReLU) for module in step.model.modules())
+    backward = recorder.calls("backward", torch.ops.aten.leaky_relu_backward.default)
+    assert [node.args[3] for node in backward] == number * [False]
+    with Names() as eager:
+        build_step()(batch())
+    assert (eager.names.count("leaky_relu_"), eager.names.count("leaky_relu")) == (number, 0)
+
+
+def test_autocasts_weights_and_their_gradients_are_cast_together():
+    """Each by itself is a launch, for autocast casts a gradient where it arises."""
+    step, recorder = compiled_step(dtype=torch.bfloat16)
+    step(batch())
+    matrices = sum(p.dim() > 1 for p in step.model.parameters())
+    for graphs in ("forward", "backward"):
+        (together,) = recorder.calls(graphs, torch.ops.aten._foreach_mul.Scalar)
+        assert len(together.args[0]) == matrices
+    assert all(p.grad.dtype == torch.float32 for p in step.model.parameters())
+
+
+def test_parts_of_a_batch_are_compiled_twice_at_most():
+    """For the first image's number 0, and for any."""
+    step, recorder = compiled_step(accumulate=4)
+    step(batch())
+    step(batch())
+    assert len(recorder.forward) <= 2
+
+
 def test_parts_must_be_equal():
     with pytest.raises(ValueError, match="8 images cannot be cut into 3 equal parts"):
         build_step(accumulate=3)(batch())
@@ -233,9 +320,10 @@ def test_other_images_than_the_captured_are_named(images, text):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    ("source", "compile"), [("resident", True), ("resident", False), ("given", False)], ids=str
+)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("source", ["resident", "given"])
 def test_a_captured_run_is_the_uncaptured_run(source, dtype, compile):
     device = torch.device("cuda")
     data = DeviceLoader(batch(80, device=device), 8, 1, train=True, flip=True)

@@ -394,14 +394,15 @@ def test_debug_nan_names_the_module_and_writes_nothing(data, tmp_path, monkeypat
     original = step.TrainingStep._backward
 
     def poisoned(self, images):
+        number = int(self.step) + 1
         first = next(module for module in self.model.modules() if isinstance(module, torch.nn.Conv2d))
-        if int(self.step) == 9 and cause == "forward":
+        if number == 9 and cause == "forward":
             first.weight.data.mul_(1e38).mul_(1e3)
-        if int(self.step) == 9 and cause == "sample":
+        if number == 9 and cause == "sample":
             monkeypatch.setattr(
                 step, "reparam_kl", lambda *a, **k: (a[0] * float("nan"), a[0].sum(1), a[0][0])
             )
-        if int(self.step) == 9 and cause == "backward":
+        if number == 9 and cause == "backward":
             list(self.model.decoder.modules())[-1].register_full_backward_hook(
                 lambda module, inputs, outputs: tuple(g * float("nan") for g in inputs)
             )
@@ -458,14 +459,15 @@ def test_gradient_that_is_not_finite_stops_the_run_at_its_step(data, tmp_path, m
     original = step.TrainingStep._backward
 
     def poisoned(self, images):
-        if int(self.step) == 9:
+        number = int(self.step) + 1
+        if number == 9:
             hook = self.model.get_submodule(layer).register_full_backward_pre_hook(
                 lambda module, gradients: tuple(g * float("inf") for g in gradients)
             )
-        row = original(self, images)
-        if int(self.step) == 9:
+        result = original(self, images)
+        if number == 9:
             hook.remove()
-        return row
+        return result
 
     monkeypatch.setattr(step.TrainingStep, "_backward", poisoned)
     assert run(data, tmp_path / "run", "--max-steps", 40, "--loss-type", "VAE") == 1

@@ -20,7 +20,7 @@ from typing import TypeVar
 from bvae.training.checkpoint import FULL
 from bvae.training.cuda_graph import CaptureFailed, causes, is_out_of_memory
 
-if sys.platform == "linux":
+if sys.platform != "win32":
     import fcntl
 
 T = TypeVar("T")
@@ -48,8 +48,11 @@ def remove_truncated() -> None:
 
     Loading such a library may end the process (SIGBUS), so this comes before anything is compiled.
     """
+    if sys.platform != "linux":  # its libraries are not ELF files
+        return
     for folder in caches():
-        broken = filter(_is_truncated, folder.rglob("*.*"))
+        paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+        broken = filter(_is_truncated, paths)
         removed = [path for path in broken if _remove_unlocked(path, folder)]
         if removed:
             _say(f"{len(removed)} files cut short are deleted from the compiler's cache {folder}")
@@ -80,15 +83,12 @@ def _is_whole_library(header: bytes, size: int) -> bool:
 
 def _remove_unlocked(path: Path, folder: Path) -> bool:
     """Delete a file that is cut short, unless another process is writing it: inductor holds a lock then."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(FileNotFoundError):  # Triton has no locks: its files appear whole
-            lock = stack.enter_context((folder / "locks" / f"{path.name.split('.')[0]}.lock").open("rb"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
+    lock = folder / "locks" / f"{path.name.split('.')[0]}.lock"
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # locked, or another user's file
+        if lock.exists():  # Triton has none: its files appear whole
+            fcntl.flock(stack.enter_context(lock.open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_truncated(path):
-            path.unlink(missing_ok=True)
+            path.unlink()
             return True
     return False
 
@@ -170,7 +170,8 @@ def _forget(error: BaseException) -> bool:
         if path.is_file()
     ]
     for path in paths:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process was faster, or it is another user's
+            path.unlink()
     return bool(paths)
 
 

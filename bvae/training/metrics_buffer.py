@@ -22,9 +22,13 @@ class MetricsBuffer:
         """Go on as if `done` steps had been written and read."""
         self._sent = self._received = done
 
-    def write(self, step: Tensor, row: Tensor) -> None:
-        """Write the row [width] of a step, 0-d int64 on the device."""
-        self.rows.index_copy_(0, ((step - 1) % len(self.rows)).view(1), row.view(1, -1))
+    def place(self, step: Tensor) -> Tensor:
+        """Where the row of a step, 0-d int64 on the device, belongs: [1] int64."""
+        return ((step - 1) % len(self.rows)).view(1)
+
+    def write(self, place: Tensor, row: Tensor) -> None:
+        """Write a row [1, width] to its place."""
+        self.rows.index_copy_(0, place, row)
 
     def send(self, done: int) -> None:
         """Start to copy the rows of the steps up to `done`; those sent before must have been received."""

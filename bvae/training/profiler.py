@@ -13,14 +13,26 @@ SKIPPED, WARM_UP, STEPS = 5, 2, 20  # steps before, steps whose record is thrown
 TRACE = "trace.json"
 
 # The first pattern found in the name of a kernel or an operation says whose it is. Inductor names its kernels
-# after the operations that they fuse; cuDNN's convolutions are called after their matrix products.
+# after the operations that they fuse; cuDNN's convolutions are called after their matrix products. A kernel
+# that inductor makes of several independent ones has no operation in its name: the reductions among these are
+# BatchNorm's, for all others with a part in the step are named; the rest cast weights and scale images.
 PARTS = (
-    ("BatchNorm, LeakyReLU", re.compile(r"batch_?norm|bn_fw|bn_bw|leaky_?relu", re.IGNORECASE)),
+    (
+        "BatchNorm, LeakyReLU",
+        re.compile(r"batch_?norm|bn_fw|bn_bw|leaky_?relu|triton_(red|per|unk)_fused_\d+$", re.IGNORECASE),
+    ),
     ("convolution", re.compile(r"conv|fprop|dgrad|wgrad|implicit|nchw|nhwc", re.IGNORECASE)),
     ("linear layers", re.compile(r"mm$|mm_|gemm|nvjet|cublas|cutlass", re.IGNORECASE)),
     ("optimizer", re.compile(r"adam|adagrad|optimizer|multi_tensor|amp_", re.IGNORECASE)),
-    ("sample, KL, loss", re.compile(r"_(for|back)ward_kernel|tanh|exp|sigmoid|bitwise", re.IGNORECASE)),
+    (
+        "sample, KL, loss",
+        re.compile(r"_(for|back)ward_kernel|tanh|exp(?!and)|sigmoid|bitwise|stack", re.IGNORECASE),
+    ),
+    # the gradients of biases, and those of mu and log_var side by side
+    ("linear layers", re.compile(r"_fused_(\w*_)?(sum|cat|unsafe_view)_")),
+    ("gather, scale, cast", re.compile(r"_fused_")),
 )
+LABELS = tuple(dict.fromkeys(label for label, _ in PARTS))
 OTHER, IDLE = "other", "idle"
 
 
@@ -103,8 +115,7 @@ class Profile:
 def table(seconds: dict[str, float], wall: float) -> str:
     """Each part's milliseconds a step and its share of the `wall` seconds that a step takes."""
     idle = max(0.0, wall - sum(seconds.values()))
-    labels = [label for label, _ in PARTS] + [OTHER]
-    rows = [*((label, seconds.get(label, 0.0)) for label in labels), (IDLE, idle)]
+    rows = [*((label, seconds.get(label, 0.0)) for label in (*LABELS, OTHER)), (IDLE, idle)]
     lines = [f"{label:22} {1000 * value:9.3f} ms {value / wall:6.1%}" for label, value in rows]
     return "\n".join([*lines, f"{'a step':22} {1000 * wall:9.3f} ms"])
 

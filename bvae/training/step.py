@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bvae.config import TrainingConfig
@@ -76,12 +77,12 @@ def captures(device: torch.device, training: TrainingConfig) -> tuple[bool, str]
     return training.capture, "" if training.capture else "not captured"
 
 
-# What inductor is told on a GPU. Counted in the code that it generates for an H100:
+# What inductor is told on a GPU. The counts are those of `python -m bench.lowered`, torch 2.14, batch 144:
 INDUCTOR: dict[str, Any] = {
     # BatchNorm's backward reads its intermediate six times, which is more than the default of four: it would
-    # be stored, in float32. Computed anew, the backward pass of 144 images moves 415 MB instead of 858.
+    # be stored, in float32. Computed again each time, a step moves 7.9 MB per image instead of 10.9.
     "realize_reads_threshold": 16,
-    # Small independent kernels share launches, of which a step has 162 otherwise.
+    # Small independent kernels share launches, of which a step has 142 otherwise, and 126 so.
     "combo_kernels": True,
 }
 
@@ -92,6 +93,33 @@ def pixel_mse(model: BetaVAE, loss: nn.Module, terms: LossTerms, raw: Tensor, ta
         return (model.activate(raw.detach().float()) - model.scale(target)).square().mean()
     mse = terms.recon.detach() * 2 * loss.decoder_variance
     return mse if loss.reduction == "mean" else mse / raw[0].numel()
+
+
+class _Cast(torch.autograd.Function):
+    """Weights cast for autocast, all in one launch where they are compiled, and their gradients cast back.
+
+    Autocast casts each layer's weights, and each gradient where it arises: eleven launches per step that
+    inductor cannot merge. It takes a foreach operation as one kernel. The product by one changes no bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch._foreach_mul([weight.to(dtype) for weight in weights], 1.0))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *torch._foreach_mul([gradient.float() for gradient in gradients], 1.0)
+
+
+class _Call(nn.Module):
+    """A function that runs a model, as the module that `functional_call` wants, which replaces weights."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
 class TrainingStep:
@@ -128,12 +156,22 @@ class TrainingStep:
         self.clip_grad, self.accumulate, self.distributed = clip_grad, accumulate, distributed
         self.seed = torch.tensor(seed, device=self.device)
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)  # steps done
+        # Numbers on the device, which no launch has to fill in: what the first part of a step adds to its
+        # number, what the others add, and the gradient of a part's loss.
+        self._one, self._zero = self.step + 1, self.step.clone()
+        self._share = torch.full((), 1 / accumulate, device=self.device)
         self.metrics_buffer = MetricsBuffer(buffer_steps, _HEAD + model.latent_dim + 1, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors now, before a capture
         self.recompile(compile)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._call = _Call(model, self._reconstruct)
+        self._cast = {  # what autocast casts of the layers that it knows
+            f"{name}.weight": module.weight
+            for name, module in self._call.named_modules()
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.weight.requires_grad
+        }
         self._replay: Callable[[], None] | None = None
         self._images: Tensor | None = None  # where a captured step that does not gather reads
         self.gathers = False  # captured, and takes its images from the data set by itself
@@ -164,10 +202,14 @@ class TrainingStep:
         if isinstance(images, DeviceLoader):
             images.begin(0)
             per_epoch, batch = len(images), images.batch
-            gather = torch.compile(batch) if self.compile else batch
+
+            def gather(done: Tensor) -> Tensor:
+                return batch(done % per_epoch)
+
+            gather = torch.compile(gather) if self.compile else gather
 
             def step() -> None:
-                self._update(gather(self.step % per_epoch))
+                self._update(gather(self.step))
         else:
             self._images = static = images.clone()
 
@@ -224,24 +266,44 @@ class TrainingStep:
         loss, recon, kld, capacity, mse, *kl_per_dim, _ = row
         return Scalars(step, loss, recon, kld, capacity, mse, kl_per_dim)
 
-    def objective(self, images: Tensor, step: Tensor, first: int) -> tuple[LossTerms, Tensor, Tensor]:
-        """Loss terms, MSE per pixel and KL per latent of uint8 images [B, H, W, C], numbered from `first`."""
+    def objective(self, images: Tensor, first: int, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of uint8 images [B, H, W, C], numbered from `first`; adds `counts` to the step's number.
+
+        What the step needs besides is here too, since compiled it costs hardly a launch of its own.
+
+        Returns:
+            the loss 0-d; the history's row [1, width], whose last number is left to the gradient, and its
+            place [1] there.
+        """
+        self.step += counts
+        if self.accumulate > 1 and isinstance(self.loss, CapacityLoss):
+            self.loss.step += counts - 1  # it counts forward passes; the parts are one step
         target = images.permute(0, 3, 1, 2)
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+        if torch.compiler.is_compiling() and self.dtype is not None:
+            cast = _Cast.apply(self.dtype, *self._cast.values())
+            weights = dict(zip(self._cast, cast, strict=True))
+            raw, kl, kl_per_dim = torch.func.functional_call(self._call, weights, (target, first))
+        else:
+            raw, kl, kl_per_dim = self._reconstruct(target, first)
+        terms = self.loss(raw, target, kl)
+        mse = pixel_mse(self.model, self.loss, terms, raw, target)
+        row = F.pad(torch.cat([torch.stack([*terms, mse]), kl_per_dim]), (0, 1))
+        return terms.loss, row.detach().float().view(1, -1), self.metrics_buffer.place(self.step)
+
+    def _reconstruct(self, target: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The decoder's raw output for uint8 images [B, C, H, W], their KL [B] and its mean per latent."""
+        with torch.autocast(target.device.type, self.dtype, enabled=self.dtype is not None):
             x = self.model.scale(target).to(self._parameters[0].dtype)
             mu, log_var = self.model.encode_scaled(x)
             z, kl, kl_per_dim = reparam_kl(
-                mu, log_var, seed=self.seed, step=step, first_sample=first, per_dim=True
+                mu, log_var, seed=self.seed, step=self.step, first_sample=first, per_dim=True
             )
-            raw = self.model.decode_raw(z)
-        terms = self.loss(raw, target, kl)
-        return terms, pixel_mse(self.model, self.loss, terms, raw, target), kl_per_dim
+            return self.model.decode_raw(z), kl, kl_per_dim
 
     def _update(self, images: Tensor) -> None:
         """The whole step, all of it on the device."""
-        self.step += 1
         self.optimizer.zero_grad(set_to_none=True)
-        row = self._backward(images)
+        row, place = self._backward(images)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         self.distributed.all_reduce_mean([*gradients, row])
         if self.clip_grad is not None:
@@ -249,26 +311,25 @@ class TrainingStep:
             torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.metrics_buffer.write(self.step, row)
+        self.metrics_buffer.write(place, row)
 
-    def _backward(self, images: Tensor) -> Tensor:
-        """The gradients of the mean over the parts; the history's row."""
+    def _backward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of the mean over the parts; the history's row [1, width] and its place there."""
         size, rest = divmod(len(images), self.accumulate)
         if rest:
             raise ValueError(f"{len(images)} images cannot be cut into {self.accumulate} equal parts")
         rows = []
         for number, part in enumerate(images.split(size)):
-            if number and isinstance(self.loss, CapacityLoss):
-                self.loss.step -= 1  # it counts forward passes; the parts are one step
             first = (self.distributed.rank * self.accumulate + number) * size
-            terms, mse, kl_per_dim = self._objective(part, self.step, first)
-            self.scaler.scale(terms.loss / self.accumulate if self.accumulate > 1 else terms.loss).backward()
-            rows.append(torch.cat([torch.stack([*terms, mse]), kl_per_dim]).detach().float())
+            loss, row, place = self._objective(part, first, self._zero if number else self._one)
+            self.scaler.scale(loss).backward(self._share.to(loss.dtype))
+            rows.append(row)
         row = rows[0] if self.accumulate == 1 else torch.stack(rows).mean(0)
-        # What is not finite in a gradient is so in those of all layers before it, of the first above all.
+        # NaN and Inf propagate backward, so checking the first layer's gradient suffices.
         gradient = self._parameters[0].grad
         assert gradient is not None
-        return torch.cat([row, gradient.sum().float().view(1)])
+        torch.sum(gradient, dim=None, dtype=torch.float32, out=row[0, -1])
+        return row, place
 
     def _state(self) -> Iterator[Tensor]:
         """Every tensor that a step changes."""

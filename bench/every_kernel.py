@@ -1,0 +1,57 @@
+"""One pass of every kernel, forward and backward, for compute-sanitizer: `python -m bench.every_kernel`.
+
+Sizes that leave blocks partly filled, and layouts that a kernel walks by strides. A CPU runs the reference.
+"""
+
+import itertools
+import os
+import sys
+
+# Each tensor an allocation of its own: what is written past its end is seen. Read when CUDA is first used.
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+
+from bvae import ops
+
+LATENTS = ((144, 128), (3, 41), (2, 4, 9, 7), (2, 5000))
+IMAGES = ((144, 3, 64, 64), (5, 1, 33, 31))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def sample(shape: tuple[int, ...], dtype: torch.dtype, per_dim: bool, device: torch.device) -> None:
+    batch, channels, *rest = shape
+    both = torch.randn(batch, 2 * channels, *rest, device=device).to(dtype).requires_grad_()
+    outputs = ops.reparam_kl(*both.chunk(2, 1), seed=1265, step=3, per_dim=per_dim)
+    sum(output.float().sum() for output in outputs).backward()
+    ops.gaussian_kl(*both.chunk(2, 1)).sum().backward()
+
+
+def loss(shape: tuple[int, ...], dtype: torch.dtype, likelihood: str, device: torch.device) -> None:
+    batch, channels, *size = shape
+    recon = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    pixels = torch.randint(256, (batch, *size, channels), dtype=torch.uint8, device=device)
+    target = pixels.permute(0, 3, 1, 2)
+    kl = torch.rand(batch, device=device).requires_grad_()
+    activation = "tanh" if likelihood == "gaussian" else None
+    step = torch.tensor(3, device=device)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for capacity in ({}, {"step": step, "max_capacity": 25.0, "capacity_iters": 100}):
+            options = {"kl_weight": 0.03, "likelihood": likelihood, "activation": activation, **capacity}
+            ops.vae_loss(recon.contiguous(memory_format=layout), target, kl, **options).loss.backward()
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for shape, dtype, per_dim in itertools.product(LATENTS, DTYPES, (False, True)):
+        sample(shape, dtype, per_dim, device)
+    for shape, dtype, likelihood in itertools.product(IMAGES, DTYPES, ("gaussian", "bernoulli")):
+        loss(shape, dtype, likelihood, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"every kernel ran on the {device.type}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
