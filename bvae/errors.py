@@ -11,6 +11,8 @@ EXTRA = {
     *("threadpoolctl", "torchvision", "tqdm", "tyro", "yaml"),
 }
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk or a quota
+
 
 class UsageError(ValueError):
     """Input that cannot be used. The message says what was wrong, where, and what to do."""
@@ -21,9 +23,10 @@ class MissingError(UsageError, FileNotFoundError):
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
-    """Do the work, and give its own exit status (None: 0), or that of what stopped it.
+    """Do the work, and return its own exit status (None: 0), or that of what stopped it.
 
-    2: not as asked for (ValueError, OSError), or a package is missing. 1: the disk is full. 130: Ctrl-C.
+    2: input that cannot be used (UsageError, or OSError with a path), or a package that is missing. 1: the
+    disk is full. 130: Ctrl-C. Any other exception is a bug, and passes with its traceback.
     """
     try:
         return work() or 0
@@ -35,9 +38,14 @@ def exit_status(work: Callable[[], int | None]) -> int:
             raise
         print(f"error: {text}", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) and error.errno == errno.ENOSPC else 2
+        return 2
+    except OSError as error:
+        if error.errno not in FULL and error.filename is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if error.errno in FULL else 2
 
 
 def missing(error: ModuleNotFoundError) -> str | None:

@@ -243,7 +243,7 @@ def _layout(*tensors: Tensor) -> tuple[dict[str, Any], list[tuple[int, tuple[int
     Elements are visited in the first tensor's order in memory: the sum does not mind. Tensors that share it
     are one row; others have a row per image.
     """
-    order = sorted(range(tensors[0].dim()), key=lambda d: -tensors[0].stride(d))
+    order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
     in_memory_order = [t.permute(order) for t in tensors]
     sizes, strides = collapse(tuple(in_memory_order[0].shape), *(t.stride() for t in in_memory_order))
     rows, row_strides = 1, [0] * len(tensors)
@@ -401,7 +401,7 @@ def _(unscaled_grad, dloss_dkl, grad_loss, grad_recon_term, grad_kld, grad_scale
     return _backward_outputs(unscaled_grad, batch, kl_dtype)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     recon, _target, kl, _step, _kl_scale, ctx.with_grad, *options = inputs
     *_terms, capacity, dloss_dkl, unscaled_grad = output
     ctx.save_for_backward(unscaled_grad, dloss_dkl)  # not kl: its values are free to change
@@ -411,7 +411,9 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # a term that nobody used costs no zeros
 
 
-def _differentiate(ctx, grad_loss, grad_recon_term, grad_kld, *_):
+def _differentiate(
+    ctx: Any, grad_loss: Tensor | None, grad_recon_term: Tensor | None, grad_kld: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     unscaled_grad, dloss_dkl = ctx.saved_tensors
     reaches_recon = ctx.with_grad and not (grad_loss is None and grad_recon_term is None)
     if not reaches_recon:  # the KL alone: no pass over recon

@@ -84,6 +84,6 @@ def collapse(
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the tensor's elements fill their memory without a gap, in any order of dimensions."""
-    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     dense = tensor.permute(order)
     return dense.numel() < 2 or collapse(tuple(dense.shape), dense.stride())[1] == [(1,)]

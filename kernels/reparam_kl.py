@@ -399,14 +399,16 @@ def _(mu, log_var, key, grad_z, grad_kl, grad_kl_per_dim, clamp, first_sample=0)
     return torch.empty_like(mu), torch.empty_like(log_var)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     mu, log_var, seed, _, clamp, per_dim, first_sample = inputs
     ctx.save_for_backward(mu, log_var, output[3])
     ctx.sample, ctx.clamp, ctx.per_dim, ctx.first_sample = seed is not None, clamp, per_dim, first_sample
     ctx.set_materialize_grads(False)  # an output that nobody used costs no zeros
 
 
-def _differentiate(ctx, grad_z, grad_kl, grad_kl_per_dim, _):
+def _differentiate(
+    ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None, grad_kl_per_dim: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
     grads = reparam_kl_backward(
         *ctx.saved_tensors,
         grad_z if ctx.sample else None,

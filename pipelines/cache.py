@@ -268,7 +268,6 @@ def _write(entry: Path, request: Request, parts: Iterator[tuple[Tensor, list[Bad
             "decoder": request.decoder,
             "count": count,
             "files": len(request.files),
-            "files_hash": hashlib.blake2b((unfinished / "files.txt").read_bytes()).hexdigest(),
             "bad": bad,
         }
         images = _map(unfinished, manifest)

@@ -57,8 +57,6 @@ class DaliDecoder:
         hw_load: share of the JPEGs for a GPU's fixed-function decoder, if it has one.
     """
 
-    name = "dali"
-
     def __init__(
         self, picture: Picture, device: torch.device, *, roi: bool = True, hw_load: float = 0.65
     ) -> None:

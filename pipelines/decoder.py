@@ -17,10 +17,7 @@ BATCH = 256  # files handed to a decoder at once, where nothing else decides
 class Decoder(Protocol):
     """Batches of files to batches of pixels."""
 
-    name: str  # part of a cache's identity
     version: str  # for people to read
-    picture: Picture
-    device: torch.device  # where the pixels are
 
     def decode(self, batches: Iterable[Sequence[ImageFile]]) -> Iterator[Decoded]:
         """The batches in their order; works ahead."""

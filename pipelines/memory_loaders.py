@@ -58,7 +58,7 @@ class _Batch(NamedTuple):
     """A batch on its way to the device."""
 
     images: Tensor
-    index: Tensor
+    indices: Tensor
     copied: torch.cuda.Event | None
 
 
@@ -111,8 +111,8 @@ class HostLoader(Loader):
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(batch.copied)
             batch.images.record_stream(stream)
-            batch.index.record_stream(stream)
-        return batch.images, batch.index
+            batch.indices.record_stream(stream)
+        return batch.images, batch.indices
 
 
 def place(

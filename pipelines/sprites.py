@@ -30,7 +30,6 @@ from bvae.pipelines.packed_loader import pack
 
 FACTORS = ("shape", "scale", "orientation", "x", "y")
 SIZES = (3, 6, 40, 32, 32)  # values of each factor
-SHAPES = ("square", "ellipse", "heart")
 COUNT = math.prod(SIZES)  # images in the whole set
 TURN = SIZES[2] - 1  # orientations in a full turn
 SIDE = 64  # pixels of an image
@@ -49,16 +48,8 @@ BLOCK = 16 * CHUNK  # images that a worker draws at a time
 
 
 # --- Names of images --------------------------------------------------------------------------------------
-def ravel(indices: Tensor) -> Tensor:
-    """Indices [N, 5] to the images' numbers, int64 [N], in the whole set, where y runs fastest."""
-    number = torch.zeros_like(indices[:, 0], dtype=torch.int64)
-    for column, size in zip(indices.unbind(1), SIZES, strict=True):
-        number = number * size + column
-    return number
-
-
 def unravel(number: Tensor) -> Tensor:
-    """Numbers [N] in the whole set to indices [N, 5]: the inverse of `ravel`."""
+    """Numbers [N] in the whole set, where y runs fastest, to indices [N, 5]."""
     columns = []
     for size in reversed(SIZES):
         columns.append(number % size)
@@ -143,7 +134,7 @@ def _in_heart(u: Tensor, v: Tensor) -> Tensor:
 
 # --- The whole set ----------------------------------------------------------------------------------------
 def whole(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Tensor:
-    """All images in the order of `ravel`, one bit a pixel: uint8 [737 280, 512] on a device, 377 MB.
+    """All images in the order of `unravel`, one bit a pixel: uint8 [737 280, 512] on a device, 377 MB.
 
     A GPU draws them where it needs them. A CPU draws them once, and they are kept in the folder.
 

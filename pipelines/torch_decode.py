@@ -90,9 +90,7 @@ def reason(error: Exception) -> str:
 class TorchDecoder:
     """Decodes batches of files on all cores, some batches ahead."""
 
-    name = "torchvision"
     version = f"torchvision {torchvision.__version__}"
-    device = torch.device("cpu")
 
     def __init__(self, picture: Picture) -> None:
         self.picture = picture

@@ -225,7 +225,7 @@ tars = st.one_of(
     ),
 )
 
-FIELDS = ("root", "crop", "size", "channels", "decoder", "count", "files", "files_hash", "bad", "checksums")
+FIELDS = ("root", "crop", "size", "channels", "decoder", "count", "files", "bad", "checksums")
 ABSENT = "absent"
 manifests = st.one_of(
     st.dictionaries(

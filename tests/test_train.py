@@ -14,14 +14,18 @@ import subprocess
 import sys
 import tempfile
 import termios
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from pictures import write_folder
 from PIL import Image
 from safetensors.torch import load_file
 
+from bvae.errors import UsageError
 from bvae.kernels import launch
+from bvae.model import BetaVAE
 from bvae.pipelines import celeba, faces
 from bvae.train import main
 from bvae.training import checkpoint, step
@@ -617,3 +621,102 @@ def test_every_combination_of_layers_trains_the_same(data, tmp_path, monkeypatch
     assert run(data, tmp_path / "run", "--max-steps", 5, *options) == 0
     plain, layered = metrics(tmp_path / "plain")[-1], metrics(tmp_path / "run")[-1]
     assert layered["loss"] == pytest.approx(plain["loss"], rel=0.05 if on[0] else 1e-3)
+
+
+# ---- a run at any time -------------------------------------------------------------------------------------
+def test_a_run_loads_at_any_time(data, tmp_path):
+    out = tmp_path / "run"
+    assert run(data, out, "--max-steps", 21, "--lr", "1e-2") == 0
+    last, best = (BetaVAE.from_pretrained(out, which).state_dict() for which in ("last", "best"))
+    assert torch.equal(last["head.weight"], weights(out)["head.weight"])
+    found = json.loads((out / "checkpoints" / "best.json").read_text())["step"]
+    state = torch.load(out / "checkpoints" / f"step-{found:08d}.pt", weights_only=True)["model"]
+    assert torch.equal(best["head.weight"], state["head.weight"])
+    (out / "model.safetensors").unlink()  # as if it was still training
+    again = BetaVAE.from_pretrained(out).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in last.items())
+
+
+def test_a_fine_tuned_model_in_the_run_folder_is_the_newest(data, tmp_path):
+    out = tmp_path / "run"
+    assert run(data, out, "--max-steps", 3) == 0
+    model = BetaVAE.from_pretrained(out)
+    with torch.no_grad():
+        model.head.bias.fill_(7)
+    model.save_pretrained(out)
+    assert (BetaVAE.from_pretrained(out).head.bias == 7).all()
+
+
+def test_a_damaged_checkpoint_is_named_and_left_alone(data, tmp_path):
+    out = tmp_path / "run"
+    assert run(data, out, "--max-steps", 3) == 0
+    (out / "model.safetensors").unlink()
+    path = out / "checkpoints" / "step-00000003.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UsageError, match=r"step-00000003.pt is damaged"):
+        BetaVAE.from_pretrained(out)
+    assert path.is_file()
+
+
+# ---- own photographs ---------------------------------------------------------------------------------------
+def test_a_few_photographs_make_a_smaller_batch(tmp_path, capsys):
+    write_folder(tmp_path / "photos", 12)
+    options = ["--data", "folder", "--image-size", "32", "--hidden-dims", "4", "--latent-dim", "2"]
+    options += ["--data-root", str(tmp_path / "photos"), "--out", str(tmp_path / "run"), "--max-steps", "25"]
+    assert main(options) == 0  # 10 to train on, 32 in the preset's batch
+    said = capsys.readouterr().out
+    assert "the preset small gives what the command line leaves open" in said
+    assert "10 training images: the batch is 10 of them" in said
+    assert "steps 0 to 25" in said  # over as many epochs as that takes
+    assert "warning" not in said
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [25]
+    assert main(["--resume", str(tmp_path / "run"), "--max-steps", "30"]) == 0
+
+
+def test_a_short_run_is_announced_with_its_remedy(data, tmp_path, capsys):
+    assert run(data, tmp_path / "run", "--epochs", 2) == 0
+    assert "warning: 14 steps are few for a VAE" in (said := capsys.readouterr().out)
+    assert "--max-steps 5000" in said
+
+
+def test_help_shows_the_defaults_that_apply(monkeypatch, capsys):
+    shown = []
+    for options in ([], ["--data", "folder"], ["--config", "celeba_b"]):
+        with pytest.raises(SystemExit):
+            main([*options, "--help"])
+        shown.append(capsys.readouterr().out)
+    assert [re.search(r"--batch-size.*?default: (\d+)", text, re.DOTALL)[1] for text in shown] == [
+        "64",
+        "32",
+        "144",
+    ]
+    assert "preset faces_cpu" in shown[0]
+    assert "preset small" in shown[1]
+
+
+# ---- own networks ------------------------------------------------------------------------------------------
+NETWORK = """
+from torch import nn
+from bvae import register_architecture
+from bvae.architectures import Network
+
+def linear(channels, size, latent_dim, widths):
+    pixels = channels * size * size
+    head, back = nn.Linear(pixels, 2 * latent_dim), nn.Linear(latent_dim, pixels)
+    return Network(nn.Flatten(), head, back, (pixels,), nn.Unflatten(1, (channels, size, size)))
+
+register_architecture("imported-linear", linear)
+"""
+
+
+def test_a_network_of_an_imported_module(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("networks_of_mine.py").write_text(NETWORK)
+    options = ["--arch", "imported-linear", "--max-steps", 3]
+    assert run(data, tmp_path / "run", *options) == 2
+    assert "got 'imported-linear': a network of your own is known once" in capsys.readouterr().err
+    assert run(data, tmp_path / "run", *options, "--import", "no_such_module") == 2
+    assert "--import no_such_module: no such module" in capsys.readouterr().err
+    assert run(data, tmp_path / "run", *options, "--import", "networks_of_mine") == 0
+    assert len(BetaVAE.from_pretrained(tmp_path / "run").state_dict()) == 4

@@ -48,6 +48,11 @@ class Protocol:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Points to train the metrics' classifiers on, and to test them."""
+        return {"train": self.points, "test": max(1, self.points // 2)}
+
 
 class Interval(NamedTuple):
     """A score over metric seeds."""
@@ -168,9 +173,7 @@ def rate(
     codes: NDArray[np.float32], known: Truth, protocol: Protocol, seconds: dict[str, float]
 ) -> dict[str, Interval]:
     """All metrics over the seeds; adds what each group of them took."""
-    test = max(1, protocol.points // 2)
-    sample = metrics.Table(known.factors)
-    sizes = {"train": protocol.points, "test": test}
+    sample, sizes = metrics.Table(known.factors), protocol.sizes
     groups: dict[str, Callable[[int], Mapping[str, float]]] = {
         "score": lambda seed: metrics.score(
             codes, known.factors, seed=seed, points=protocol.points, boosting=protocol.boosting, **sizes
@@ -205,8 +208,7 @@ def shares(codes: NDArray[np.float32], factors: NDArray[np.int64]) -> NDArray[np
 def matrices(codes: NDArray[np.float32], known: Truth, protocol: Protocol) -> dict[str, NDArray[np.float64]]:
     """What each latent knows of each factor [D, K]: the share of its entropy, and DCI's importance."""
     drawn = some(known, protocol.points)
-    sizes = {"train": protocol.points, "test": max(1, protocol.points // 2)}
-    trees = metrics.dci(codes, known.factors, boosting=protocol.boosting, **sizes)
+    trees = metrics.dci(codes, known.factors, boosting=protocol.boosting, **protocol.sizes)
     return {
         "mutual information / entropy of the factor": shares(codes[drawn], known.factors[drawn]),
         "importance (DCI)": trees.importance,

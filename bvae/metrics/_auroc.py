@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
+from bvae.errors import UsageError
 from bvae.metrics.inputs import check_codes
 
 
@@ -30,10 +31,10 @@ def auroc(codes: ArrayLike, attributes: ArrayLike) -> np.ndarray:
     """
     codes, attributes = check_codes(codes), np.asarray(attributes)
     if attributes.ndim != 2 or len(attributes) != len(codes):
-        raise ValueError(f"attributes must be [{len(codes)}, K], got {list(attributes.shape)}")
+        raise UsageError(f"attributes must be [{len(codes)}, K], got {list(attributes.shape)}")
     for j, column in enumerate(attributes.T):
         if len(np.unique(column)) != 2:
-            raise ValueError(f"attribute {j} has {len(np.unique(column))} values: it must have two")
+            raise UsageError(f"attribute {j} has {len(np.unique(column))} values: it must have two")
     present = (attributes == attributes.max(0)).astype(np.float64)
     positive = present.sum(0)
     ranks = rankdata(codes, axis=0).T @ present  # the Mann-Whitney statistic

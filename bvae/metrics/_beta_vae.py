@@ -3,6 +3,7 @@
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
+from bvae.errors import UsageError
 from bvae.metrics.sampling import Encode, Sampler, groups
 
 
@@ -42,11 +43,11 @@ def beta_vae(
     1.0
     """
     if min(pairs, train, test, batch) < 1:
-        raise ValueError(f"pairs, train, test and batch must be positive: {pairs}, {train}, {test}, {batch}")
+        raise UsageError(f"pairs, train, test and batch must be positive: {pairs}, {train}, {test}, {batch}")
     rng = np.random.default_rng(seed)
     factor = rng.integers(sample.n_factors, size=train + test)
     if (factor[:train] == factor[0]).all():
-        raise ValueError(f"the {train} points to train on all share factor {factor[0]}: draw more of them")
+        raise UsageError(f"the {train} points to train on all share factor {factor[0]}: draw more of them")
     at_once = max(1, batch // (2 * pairs)) * 2 * pairs  # whole points: only their means are kept
     each = groups(encode, sample, np.repeat(factor, pairs), 2, rng, at_once)
     points = np.concatenate(

@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier
 from threadpoolctl import threadpool_limits
 
+from bvae.errors import UsageError
 from bvae.metrics import inputs
 
 Boosting = Literal["histogram", "exact"]
@@ -65,7 +66,7 @@ def dci(
 def dci_of(data: inputs.Split, boosting: Boosting, seed: int) -> DCI:
     """`dci` of points that are split already."""
     if boosting not in ("histogram", "exact"):
-        raise ValueError(f"boosting must be histogram or exact, got {boosting!r}")
+        raise UsageError(f"boosting must be histogram or exact, got {boosting!r}")
     fit = _histogram if boosting == "histogram" else _exact
     columns = range(data.factors.shape[1])
     fitted = [fit(data, k, seed) for k in columns]

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from bvae.errors import UsageError
 from bvae.metrics.sampling import Encode, Sampler, groups
 
 
@@ -45,7 +46,7 @@ def factor_vae(
     1.0
     """
     if min(size, variance_points) < 2 or min(train, test, batch) < 1:
-        raise ValueError(
+        raise UsageError(
             "size and variance_points must be at least 2, train, test and batch positive: "
             f"{size}, {variance_points}, {train}, {test}, {batch}"
         )

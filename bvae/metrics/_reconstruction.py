@@ -6,6 +6,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 
+from bvae.errors import UsageError
+
 
 class Reconstruction(NamedTuple):
     """Means over images."""
@@ -43,15 +45,15 @@ def reconstruction(
     [0.21, 0.01, 20.0]
     """
     if mean.shape != target.shape or not len(mean):
-        raise ValueError(f"means {list(mean.shape)} and images {list(target.shape)} must be equally many")
+        raise UsageError(f"means {list(mean.shape)} and images {list(target.shape)} must be equally many")
     mean, target = mean.double().flatten(1), target.double().flatten(1)
     if not mean.isfinite().all():
-        raise ValueError("the decoder gives values that are not finite")
+        raise UsageError("the decoder gives values that are not finite")
     squared = (mean - target).square()
     if variance is not None:
         nats = squared.sum(1) / (2 * variance)
     elif min(mean.min(), target.min()) < 0 or max(mean.max(), target.max()) > 1:
-        raise ValueError("a Bernoulli's means and pixels must be in [0, 1]: give the Gaussian's variance")
+        raise UsageError("a Bernoulli's means and pixels must be in [0, 1]: give the Gaussian's variance")
     else:
         nats = binary_cross_entropy(mean, target, reduction="none").sum(1)
     psnr = 20 * math.log10(peak) - 10 * squared.mean(1).log10()

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bvae.errors import UsageError
 from bvae.metrics import inputs
 from bvae.metrics._dci import Boosting, dci_of
 from bvae.metrics._mig import mig
@@ -52,7 +53,7 @@ def score(
      'sap': 0.5, 'modularity': 1.0}
     """
     if points < 1:
-        raise ValueError(f"points must be positive, got {points}")
+        raise UsageError(f"points must be positive, got {points}")
     codes, factors = inputs.check(codes, factors)
     drawn = np.random.default_rng(seed).permutation(len(codes))[:points]
     data = inputs.split(codes, factors, train, test, seed)

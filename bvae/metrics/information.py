@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from bvae.errors import UsageError
 from bvae.metrics.inputs import Codes, Factors
 
 ROUNDING = 1e-12  # nats; what is left of nothing when entropies are subtracted
@@ -14,9 +15,9 @@ def discretise(codes: Codes, bins: int = 20) -> Factors:
         ValueError: fewer than 2 bins, or fewer points than bins.
     """
     if bins < 2:
-        raise ValueError(f"bins must be at least 2, got {bins}")
+        raise UsageError(f"bins must be at least 2, got {bins}")
     if len(codes) < bins:
-        raise ValueError(f"{len(codes)} points are fewer than {bins} bins: give more points or fewer bins")
+        raise UsageError(f"{len(codes)} points are fewer than {bins} bins: give more points or fewer bins")
     low, high = codes.min(0), codes.max(0)
     width = np.where(high > low, high - low, 1)
     return np.minimum((codes - low) / width * bins, bins - 1).astype(np.int64)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from bvae.errors import UsageError
+
 Codes = NDArray[np.floating]  # [N, D]
 Factors = NDArray[np.int64]  # [N, K], each column 0, 1, ... without gaps
 
@@ -27,7 +29,7 @@ def check(codes: ArrayLike, factors: ArrayLike) -> tuple[Codes, Factors]:
     """
     codes, factors = check_codes(codes), check_factors(factors)
     if len(codes) != len(factors):
-        raise ValueError(f"codes hold {len(codes)} points and factors {len(factors)}: they must be the same")
+        raise UsageError(f"codes hold {len(codes)} points and factors {len(factors)}: they must be the same")
     renumbered = np.stack([np.unique(column, return_inverse=True)[1] for column in factors.T], 1)
     check_variation(renumbered)
     return codes, renumbered
@@ -41,10 +43,10 @@ def check_codes(codes: ArrayLike) -> Codes:
     """
     codes = _array(codes).astype(np.float64)
     if codes.ndim != 2 or codes.shape[1] < 2:
-        raise ValueError(f"codes must be [N, D] of at least 2 latents, got {list(codes.shape)}")
+        raise UsageError(f"codes must be [N, D] of at least 2 latents, got {list(codes.shape)}")
     if not np.isfinite(codes).all():
         row, latent = np.argwhere(~np.isfinite(codes))[0]
-        raise ValueError(f"codes[{row}, {latent}] is {codes[row, latent]}: codes must be finite")
+        raise UsageError(f"codes[{row}, {latent}] is {codes[row, latent]}: codes must be finite")
     return codes
 
 
@@ -56,7 +58,7 @@ def check_factors(factors: ArrayLike) -> NDArray[np.integer]:
     """
     factors = _array(factors)
     if factors.ndim != 2 or factors.dtype.kind not in "iu" or factors.shape[1] < 2:
-        raise ValueError(
+        raise UsageError(
             "factors must be integers [N, K] of at least 2 factors, "
             f"got {factors.dtype} {list(factors.shape)}; continuous ones need bins"
         )
@@ -67,7 +69,7 @@ def check_variation(factors: NDArray[np.integer]) -> None:
     """Raise ValueError for a factor that has one value only: nothing can be learned about it."""
     for k, column in enumerate(factors.T):
         if len(column) == 0 or column.min() == column.max():
-            raise ValueError(
+            raise UsageError(
                 f"factor {k} has no variation in {len(column)} points: leave it out or add points"
             )
 
@@ -83,7 +85,7 @@ def split(codes: Codes, factors: Factors, train: int, test: int, seed: int) -> S
         ValueError: a size that is not positive, or too few points for a factor to vary.
     """
     if train < 1 or test < 1:
-        raise ValueError(f"train and test must be positive numbers of points, got {train} and {test}")
+        raise UsageError(f"train and test must be positive numbers of points, got {train} and {test}")
     n = len(codes)
     rng = np.random.default_rng(seed)
     rng.permutation(n)  # the order in which `score` draws the points of the other metrics

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from bvae.errors import UsageError
+
 SINGULAR = 1e-12  # an eigenvalue of the correlations that rounding alone may have left
 
 
@@ -96,6 +98,6 @@ def gaussian_total_correlation(mu: Tensor) -> float:
 
 def _check(mu: Tensor, log_var: Tensor) -> None:
     if mu.dim() != 2 or mu.shape != log_var.shape:
-        raise ValueError(
+        raise UsageError(
             f"mu and log_var must both be [N, D], got {list(mu.shape)} and {list(log_var.shape)}"
         )

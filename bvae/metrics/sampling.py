@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bvae.errors import UsageError
 from bvae.metrics.inputs import Codes, check_codes, check_factors, check_variation
 
 Encode = Callable[[Any], ArrayLike]  # n observations to codes [n, D], the posterior means
@@ -23,16 +24,19 @@ class Sampler(Protocol):
 class Grid:
     """Independent, uniform factors of given sizes; an observation is its row of indices [K].
 
+    Raises:
+        ValueError: fewer than 2 factors, or a factor of fewer than 2 values.
+
     >>> import numpy as np
     >>> from bvae.metrics import Grid
-    >>> first, second = Grid((3, 40))(np.array([1]), 2, np.random.default_rng(0))  # they share factor 1
-    >>> bool(first[1] == second[1])
-    True
+    >>> drawn = Grid([3, 4])(np.array([0, 0, 1]), 5, np.random.default_rng(0))  # three groups of five
+    >>> drawn.shape, len(set(drawn[10:, 1].tolist()))  # the last group agrees in factor 1
+    ((15, 2), 1)
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         if len(sizes) < 2 or min(sizes) < 2:
-            raise ValueError(f"sizes must be 2 or more factors of 2 or more values each, got {list(sizes)}")
+            raise UsageError(f"sizes must be 2 or more factors of 2 or more values each, got {list(sizes)}")
         self._sizes = np.array(sizes)
         self.n_factors = len(sizes)
 
@@ -51,10 +55,10 @@ class Table:
 
     >>> import numpy as np
     >>> from bvae.metrics import Table
-    >>> table = Table([[0, 0], [0, 1], [1, 0], [1, 1]])
-    >>> rows = table(np.array([0]), 8, np.random.default_rng(0))  # eight rows that share factor 0
-    >>> set(rows.tolist()) in ({0, 1}, {2, 3})
-    True
+    >>> factors = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    >>> rows = Table(factors)(np.array([1]), 5, np.random.default_rng(0))  # five that agree in factor 1
+    >>> len(set(factors[rows, 1].tolist()))
+    1
     """
 
     def __init__(self, factors: ArrayLike) -> None:
@@ -93,5 +97,5 @@ def groups(
         part = shared[at : at + count]
         codes = check_codes(encode(sample(part, size, rng)))
         if len(codes) != len(part) * size:
-            raise ValueError(f"encode gave {len(codes)} codes for {len(part) * size} observations")
+            raise UsageError(f"encode gave {len(codes)} codes for {len(part) * size} observations")
         yield codes.reshape(len(part), size, -1)

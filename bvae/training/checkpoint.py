@@ -1,7 +1,6 @@
 """A run's state on disk: written whole or not at all, verified when it is read, without pickle."""
 
 import contextlib
-import errno
 import io
 import json
 import math
@@ -16,12 +15,11 @@ from typing import Any
 import torch
 
 from bvae import __version__
-from bvae.errors import MissingError, UsageError
+from bvae.errors import FULL, MissingError, UsageError
 
 FOLDER = "checkpoints"  # in the run folder
 KEPT = 2  # the newest, and the one before it; the best one too
 BEST = "best.json"  # which one that is
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Damaged(Exception):

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from bvae.errors import UsageError, missing
+from bvae.errors import FULL, UsageError, missing
 from bvae.training import checkpoint
 from bvae.training.cuda_graph import is_out_of_memory
 from bvae.training.distributed import lost_connection, rank_suffix
@@ -37,9 +37,9 @@ def explain(error: BaseException, run: Run | None, resumed: Path | None) -> int 
     if isinstance(error, ModuleNotFoundError) and (text := missing(error)):
         _complain(text)
         return 2
-    if isinstance(error, OSError) and (error.filename or error.errno in checkpoint.FULL):
+    if isinstance(error, OSError) and (error.filename or error.errno in FULL):
         _complain(f"{error}{_room(error, out)}. {continue_with(out)}" if out else str(error))
-        return 2 if out is None and error.errno not in checkpoint.FULL else 1
+        return 2 if out is None and error.errno not in FULL else 1
     if is_out_of_memory(error):
         _complain(f"out of memory: {str(error).splitlines()[0]}")
         print("a smaller --batch-size or --hidden-dims needs less", file=sys.stderr)
@@ -61,7 +61,7 @@ def continue_with(out: Path | None) -> str:
 
 def _room(error: OSError, out: Path) -> str:
     """What is left of a disk that is full, unless the error says so."""
-    if error.errno not in checkpoint.FULL or "are free" in str(error):
+    if error.errno not in FULL or "are free" in str(error):
         return ""
     return f": {shutil.disk_usage(out).free:,} bytes are free"
 

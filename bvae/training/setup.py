@@ -238,9 +238,10 @@ def _compile_and_capture(run: Run) -> str:
     captured, how = captures(step.device, training)
     if run.done < run.steps and (step.compile or step.device.type == "cuda"):
         compiler.remove_truncated()
-        gathers = captured and isinstance(run.train, DeviceLoader)
-        images = run.train if gathers else run.train.head(run.train.batch_size)
-        begin = partial(step.capture if captured else step.rehearse, images)
+        images = run.train.head(run.train.batch_size)
+        begin: Callable[[], bool | None] = partial(step.rehearse, images)
+        if captured:
+            begin = partial(step.capture, run.train if isinstance(run.train, DeviceLoader) else images)
         compiled = step.compile
         fits = compiler.first_step(begin, step.recompile, compile=compiled)
         if captured:
