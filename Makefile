@@ -1,16 +1,17 @@
 # `make train` and `make test` set up what they need; the second run starts at once.
 PYTHON ?= python3
 BIN := .venv/bin
+DOCUMENTED := bvae bvae.metrics bvae.reference bvae.kernels bvae.pipelines
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench gpu lint types clean
+.PHONY: help train test bench gpu docs lint types clean
 
 help:             ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 .venv/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train,dev]"
 	@touch $@
 
 train: .venv/installed  ## train on drawn faces; more options: make train ARGS="--amp --max-steps 500"
@@ -19,12 +20,20 @@ train: .venv/installed  ## train on drawn faces; more options: make train ARGS="
 test: .venv/installed   ## the fast tests; the slow ones too, as CI: make test ARGS='-n 2 -m "not gpu"'
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: .venv/installed  ## measure everything on this machine, keep the record, rewrite the README's table
+bench: .venv/installed  ## measure everything on this machine, keep the record, rewrite the tables of README and docs
 	$(BIN)/python -m pytest bench -v --record bench/results $(ARGS)
 	$(BIN)/python -m bench.report
 
 gpu: .venv/installed    ## everything that only a GPU can tell, stage by stage; some: make gpu ARGS="step-144 loader"
 	$(BIN)/python -m bench.gpu $(ARGS)
+
+docs: .venv/docs        ## the API reference, from the docstrings, as pages in build/docs
+	$(BIN)/pdoc --docformat google --output-directory build/docs $(DOCUMENTED) $(ARGS)
+	@echo "pages: $(CURDIR)/build/docs/index.html"
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train,dev,docs]"
+	@touch $@
 
 lint: .venv/installed types  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,13 +1,53 @@
 """Install bvae. `kernels/` and `pipelines/` are plain folders, installed inside the package as
 `bvae.kernels` and `bvae.pipelines`, so that the project never shadows other packages of those names."""
 
+import re
+from pathlib import Path
+
 from setuptools import setup
+from setuptools.command.editable_wheel import editable_wheel
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "bvae/__init__.py").read_text("utf-8"), re.MULTILINE)
+
+
+class EditableWheel(editable_wheel):
+    """Install a source tree as one line in a .pth file: the tree's root.
+
+    bvae/__init__.py finds `kernels/` and `pipelines/` there itself. With them in the list, setuptools would
+    install an import hook, which Python asks last: a folder named bvae in the current folder, such as the
+    clone seen from its parent, would come before it.
+    """
+
+    def finalize_options(self):
+        packages, elsewhere = self.distribution.packages, self.distribution.package_dir
+        self.distribution.packages = [name for name in packages if name not in elsewhere]
+        self.distribution.package_dir = {"": "."}
+        super().finalize_options()
+
 
 setup(
     name="bvae",
-    version="0.1.0",
+    version=VERSION[1],
     description="A fast beta-VAE trainer with fused Triton losses",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    author="The bvae authors",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["variational autoencoder", "VAE", "beta-VAE", "disentanglement", "PyTorch", "Triton"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[
         "bvae",
@@ -19,28 +59,33 @@ setup(
         "bvae.training",
     ],
     package_dir={"bvae.kernels": "kernels", "bvae.pipelines": "pipelines"},
-    package_data={"bvae": ["presets/*.yaml"]},
-    install_requires=[
+    package_data={"bvae": ["presets/*.yaml", "py.typed"]},
+    entry_points={"console_scripts": ["bvae = bvae.__main__:main"]},
+    cmdclass={"editable_wheel": EditableWheel},
+    install_requires=[  # the model, the losses and their kernels
         "torch>=2.11",  # the model, autograd and torch.compile; 2.11 is the oldest release tested
-        "torchvision>=0.26",  # decodes JPEG and PNG, antialiased resizing; goes with torch 2.11
         "triton>=3.6; sys_platform == 'linux'",  # the fused kernels; goes with torch 2.11
-        "numpy>=1.26",  # TensorBoard and Pillow speak it
-        "pillow>=10",  # writes the pictures: grids with labels, GIFs
-        "pyyaml>=6",  # run configurations and the PyTorch-VAE dialect
-        "tyro>=1.0",  # one dataclass gives the command line, its types and its help
-        "tensorboard>=2.16",  # the event writer behind torch.utils.tensorboard
+        "numpy>=1.26",  # arrays in and out
         "safetensors>=0.4",  # weights without pickle
-        "tqdm>=4.66",  # progress bars with rate and ETA
-        "scikit-learn>=1.4",  # the metrics' classifiers
-        "scipy>=1.11",  # ranks and intervals for the metrics; comes with scikit-learn
-        "matplotlib>=3.8",  # the plot of a sweep, and those of the benchmarks
-        "threadpoolctl>=3",  # one thread for trees that are too small for more; comes with scikit-learn
     ],
     extras_require={
+        "train": [  # the commands, and training from Python
+            "torchvision>=0.26",  # decodes JPEG and PNG, antialiased resizing; goes with torch 2.11
+            "pillow>=10",  # writes the pictures: grids with labels, GIFs
+            "pyyaml>=6",  # run configurations and the PyTorch-VAE dialect
+            "tyro>=1.0",  # one dataclass gives the command line, its types and its help
+            "tensorboard>=2.16",  # the event writer behind torch.utils.tensorboard
+            "tqdm>=4.66",  # progress bars with rate and ETA
+            "scikit-learn>=1.4",  # the metrics' classifiers
+            "scipy>=1.11",  # ranks and intervals for the metrics; comes with scikit-learn
+            "matplotlib>=3.8",  # the plot of a sweep, and those of the benchmarks
+            "threadpoolctl>=3",  # one thread for trees that are too small for more; comes with scikit-learn
+        ],
         # NVIDIA DALI decodes JPEGs, on a GPU if there is one; without it torchvision does. Its builds install
         # the same files, so that only one of them can be there, and none is a requirement.
         "cuda13": ["nvidia-dali-cuda130>=2.0"],
         "cuda12": ["nvidia-dali-cuda120>=2.0"],
+        "docs": ["pdoc>=15"],  # the pages of `make docs`
         "dev": [
             "pytest>=8",  # the tests
             "pytest-xdist>=3.5",  # CI runs the tests on both of its cores

@@ -1,8 +1,9 @@
 """Records to Markdown and plots: `python -m bench.report`.
 
 Takes the newest measurement of each benchmark on each device, over all its records; writes them in full, with
-plots, to a README.md beside the records; and rewrites the table of the README between its two markers, with a
-column for each device. What is older than a column's head says from where it is.
+plots, to a README.md beside the records; and rewrites two tables between their markers, with a column per
+device: the README's has one benchmark of each group, that of docs/performance.md all that the records call a
+headline. What is older than a column's head says from where it is.
 """
 
 import re
@@ -14,7 +15,7 @@ from typing import Any
 from bench.record import RESULTS, ROOT, latest, rows, slug
 from bench.roofline import busy_seconds, cost, share
 
-README = ROOT / "README.md"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NOT_MEASURED = "not measured yet"
 GROUPS = "step", "training", "kernels", "loader", "scaling"
@@ -152,46 +153,50 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _headline(result: Result) -> str:
+def _headline(result: Result, brief: bool) -> str:
     """The hero's rate, and how many times as fast it is as others.
 
-    These are all for a step, ours without its layers among them; else the first contender and the fastest.
+    Brief: the first contender alone. Else all of a step, among them ours without its layers; of other groups
+    the first contender and the fastest.
     """
     timings, hero = result["timings"], result["hero"]
     cell = quantity(timings[hero]["seconds"][0], result["facts"].get("images"))
     if result["missing"]:
         cell = f"{result['missing']}: {NOT_MEASURED}; {hero}: {cell}"
     others = [name for name in timings if name != hero]
-    if result["group"] != "step":
+    if brief:
+        others = others[:1]
+    elif result["group"] != "step":
         first, *peers = [name for name in others if not name.startswith("ours")]
         others = [first, *sorted(peers, key=lambda name: timings[name]["seconds"][0])[:1]]
     return "<br>".join([cell, *(f"{times(timings[name]['ratio'])} as fast as {name}" for name in others)])
 
 
-def readme_table(records: Sequence[Record]) -> str:
-    """The README's table: what the devices' records call a headline; a column each, and an empty one of a
-    kind of device that has no record.
+def headline_table(records: Sequence[Record], *, brief: bool) -> str:
+    """What the records call a headline; a column for each device, CPUs first.
+
+    Args:
+        brief: of each group the first benchmark that was measured, beside what people have today.
     """
-    columns: list[tuple[str, str, dict[str, str]]] = []  # its head, what stands where nothing is, its cells
-    for kind, name in (("cpu", "CPU"), ("cuda", "GPU")):
-        of_kind = [record for record in records if record["machine"]["kind"] == kind]
-        for record in of_kind:
-            told = [r for r in _results(record) if r["facts"].get("headline")]
-            cells = {r["facts"]["headline"]: _headline(r) + _origin(r, record) for r in told}
-            columns.append((_conditions(record), "", cells))
-        if not of_kind:
-            columns.append((name, NOT_MEASURED, {}))
-    lines = [_row(["", *(head for head, _, _ in columns)]), "|---" * (len(columns) + 1) + "|"]
-    for label in dict.fromkeys(label for _, _, cells in columns for label in cells):
-        lines.append(_row([label, *(cells.get(label, empty) for _, empty, cells in columns)]))
+    columns: list[tuple[str, dict[str, str]]] = []  # a head, and the cells by their label
+    for record in sorted(records, key=lambda record: record["machine"]["kind"] != "cpu"):
+        shown = [result for result in _results(record) if result["facts"].get("headline")]
+        if brief:
+            measured = [result for result in shown if not result["missing"]]
+            shown = list({result["group"]: result for result in reversed(measured)}.values())[::-1]
+        cells = {r["facts"]["headline"]: _headline(r, brief) + _origin(r, record) for r in shown}
+        columns.append((_conditions(record), cells))
+    lines = [_row(["", *(head for head, _ in columns)]), "|---" * (len(columns) + 1) + "|"]
+    for label in dict.fromkeys(label for _, cells in columns for label in cells):
+        lines.append(_row([label, *(cells.get(label, "") for _, cells in columns)]))
     remark = "".join(_remarks(record) for record in records)
     return "\n".join(lines) + (f"\n\n{remark.strip()}" if remark else "")
 
 
 def rewrite(text: str, table: str) -> str:
-    """A README with `table` between its markers."""
+    """A page with `table` between its markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the README needs each of the lines {BEGIN} and {END} once")
+        raise ValueError(f"a page with a table needs each of the lines {BEGIN} and {END} once")
     return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL)
 
 
@@ -286,11 +291,14 @@ def draw(record: Record, folder: Path) -> list[Path]:
     return written
 
 
-def main(readme: Path = README, results: Path = RESULTS) -> int:
-    """Exit status: 0 done, 1 there is no record, a file is none, or the README has no markers."""
+def main(readme: Path = README, performance: Path = PERFORMANCE, results: Path = RESULTS) -> int:
+    """Exit status: 0 done, 1 there is no record, a file is none, or a page has no markers."""
     try:
         records = latest(results)
-        text = rewrite(readme.read_text(), readme_table(records))
+        pages = {
+            path: rewrite(path.read_text(), headline_table(records, brief=path is readme))
+            for path in (readme, performance)
+        }
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -304,8 +312,9 @@ def main(readme: Path = README, results: Path = RESULTS) -> int:
         page = folder / "README.md"
         page.write_text(markdown(record) + "".join(f"\n![{p.stem}]({p.name})\n" for p in pictures))
         print(markdown(record), *(f"wrote {written}" for written in (page, *pictures)), sep="\n")
-    readme.write_text(text)
-    print(f"wrote {readme}")
+    for path, text in pages.items():
+        path.write_text(text)
+        print(f"wrote {path}")
     return 0
 
 

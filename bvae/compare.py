@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
-import torch
-import tyro
-from torch import Tensor
+from bvae.errors import UsageError, exit_status, needs_train_extra
 
-from bvae.config import Config, ObjectiveConfig
-from bvae.device import choose_device
-from bvae.errors import UsageError, exit_status
-from bvae.evaluation import measure
-from bvae.metrics.inputs import Factors
-from bvae.model import BetaVAE
-from bvae.plots import save_traversal, traverse
+with needs_train_extra(__name__):
+    import numpy as np
+    import torch
+    import tyro
+    from torch import Tensor
+
+    from bvae.config import Config, ObjectiveConfig
+    from bvae.device import choose_device
+    from bvae.evaluation import measure
+    from bvae.metrics.inputs import Factors
+    from bvae.model import BetaVAE
+    from bvae.plots import save_traversal, traverse
 
 
 @dataclass(frozen=True)

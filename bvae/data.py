@@ -15,15 +15,17 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-import torch
+from bvae.errors import UsageError, exit_status, needs_train_extra
 
-from bvae.config import Config, DataConfig
-from bvae.datasets import complaint, find, ingest
-from bvae.device import choose_device
-from bvae.errors import UsageError, exit_status
-from bvae.pipelines import cache, celeba, decoder, faces, folder
-from bvae.pipelines.picture import Picture
-from bvae.pipelines.webdataset import ImageFile
+with needs_train_extra(__name__):
+    import torch
+
+    from bvae.config import Config, DataConfig
+    from bvae.datasets import complaint, find, ingest
+    from bvae.device import choose_device
+    from bvae.pipelines import cache, celeba, decoder, faces, folder
+    from bvae.pipelines.picture import Picture
+    from bvae.pipelines.webdataset import ImageFile
 
 SURVEYED = Picture(crop=None, size=32, channels=3)  # small: a check decodes and looks at no pixel
 

@@ -1,8 +1,15 @@
 """What is wrong with a user's input, and how a command then ends: one line on stderr, no traceback."""
 
+import contextlib
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+# The modules of the packages of the extra `train` in setup.py.
+EXTRA = {
+    *("PIL", "matplotlib", "scipy", "sklearn", "tensorboard"),
+    *("threadpoolctl", "torchvision", "tqdm", "tyro", "yaml"),
+}
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk or a quota
 
@@ -18,14 +25,19 @@ class MissingError(UsageError, FileNotFoundError):
 def exit_status(work: Callable[[], int | None]) -> int:
     """Do the work, and return its own exit status (None: 0), or that of what stopped it.
 
-    2: input that cannot be used (UsageError, or OSError with a path). 1: the disk is full. 130: Ctrl-C. Any
-    other exception is a bug, and passes with its traceback.
+    2: input that cannot be used (UsageError, or OSError with a path), or a package that is missing. 1: the
+    disk is full. 130: Ctrl-C. Any other exception is a bug, and passes with its traceback.
     """
     try:
         return work() or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if not (text := missing(error)):
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        return 2
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -34,3 +46,34 @@ def exit_status(work: Callable[[], int | None]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1 if error.errno in FULL else 2
+
+
+def missing(error: ModuleNotFoundError) -> str | None:
+    """What to install, if it is a package of the extra `train` that is missing."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRA:
+        return None
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    command = spec.name if spec and spec.name.startswith("bvae.") else "bvae"
+    return f"{command} needs {package}: pip install 'bvae[train]'"
+
+
+@contextlib.contextmanager
+def needs_train_extra(module: str) -> Iterator[None]:
+    """Around a command's imports, some of which come with the extra `train`.
+
+    If one is missing, the command that is run ends with one line and status 2. A command that is imported
+    raises ModuleNotFoundError with that line.
+
+    Args:
+        module: the command's `__name__`.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if not (text := missing(error)):
+            raise
+        if module != "__main__":
+            raise ModuleNotFoundError(text, name=error.name) from None
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)

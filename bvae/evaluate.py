@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import tyro
+from bvae.errors import exit_status, needs_train_extra
 
-from bvae.errors import exit_status
-from bvae.evaluation.measure import Protocol
-from bvae.evaluation.run_folder import evaluate
+with needs_train_extra(__name__):
+    import tyro
+
+    from bvae.evaluation.measure import Protocol
+    from bvae.evaluation.run_folder import evaluate
 
 
 @dataclass(frozen=True)

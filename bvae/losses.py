@@ -144,6 +144,13 @@ class BetaLoss(_Loss):
 
     One launch forward and one backward; with (mu, log_var) another of each, for the KL, which
     `bvae.ops.reparam_kl` gives with the sample at no cost.
+
+    >>> import torch
+    >>> from bvae import BetaLoss
+    >>> objective = BetaLoss(beta=4.0, kl_weight=0.5)
+    >>> recon, images = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
+    >>> objective(recon, images, torch.tensor([2.0])).loss  # 1 + 4 * 0.5 * 2
+    tensor(5.)
     """
 
     def __init__(
@@ -199,6 +206,15 @@ class CapacityLoss(_Loss):
         max_capacity: C's last value in nats, reached at step `capacity_iters`.
         kl_weight: see `BetaLoss`.
         likelihood, activation, reduction, decoder_variance: see `bvae.ops.vae_loss`.
+
+    >>> import torch
+    >>> from bvae import CapacityLoss
+    >>> objective = CapacityLoss(gamma=10.0, max_capacity=25.0, capacity_iters=25, kl_weight=1.0)
+    >>> recon = images = torch.zeros(1, 3, 8, 8)
+    >>> [objective(recon, images, torch.tensor([2.0])).loss.item() for step in range(3)]  # C is 1, 2, 3 nats
+    [10.0, 0.0, 10.0]
+    >>> objective.step
+    tensor(3)
     """
 
     step: Tensor

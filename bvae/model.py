@@ -46,6 +46,21 @@ class BetaVAE(nn.Module):
 
     Raises:
         ValueError: an argument out of its range.
+
+    >>> import torch
+    >>> from bvae import BetaVAE
+    >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32).eval()
+    >>> images = model.sample(5)
+    >>> images.shape, bool(images.abs().max() <= 1)
+    (torch.Size([5, 3, 32, 32]), True)
+    >>> mu, log_var = model.encode(images)
+    >>> mu.shape, log_var.shape
+    (torch.Size([5, 10]), torch.Size([5, 10]))
+    >>> torch.equal(model.decode(mu), model.reconstruct(images))
+    True
+    >>> recon, images, mu, log_var = model(images)  # as PyTorch-VAE's list
+    >>> recon.shape
+    torch.Size([5, 3, 32, 32])
     """
 
     def __init__(
@@ -185,7 +200,17 @@ class BetaVAE(nn.Module):
         return self.decode(self.encode(x)[0])
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, which is made if need be."""
+        """Write `config.json` and `model.safetensors` into a folder, which is made if need be.
+
+        >>> import tempfile
+        >>> from bvae import BetaVAE
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     again = BetaVAE.from_pretrained(folder)
+        >>> again.config == model.config
+        True
+        """
         folder = Path(folder)
         self.save_config(folder)
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
@@ -207,6 +232,17 @@ class BetaVAE(nn.Module):
         Raises:
             MissingError: the folder holds no model, or no best checkpoint.
             UsageError: its files are damaged, or they are not of one model.
+
+        >>> import tempfile
+        >>> import torch
+        >>> from bvae import BetaVAE
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     again = BetaVAE.from_pretrained(folder)
+        >>> z = torch.zeros(1, 10)
+        >>> torch.equal(again.decode(z), model.eval().decode(z))
+        True
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():

@@ -105,6 +105,15 @@ def reparam_kl(
 
     Raises:
         TypeError, ValueError: naming the argument, its shape and what was expected.
+
+    >>> import torch
+    >>> from bvae import reparam_kl
+    >>> mu, log_var = torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.zeros(2, 2)
+    >>> z, kl = reparam_kl(mu, log_var, seed=0)
+    >>> z.shape, kl
+    (torch.Size([2, 2]), tensor([0.0000, 2.5000]))
+    >>> torch.equal(z, reparam_kl(mu, log_var, seed=0)[0])
+    True
     """
     _check_pair(mu, log_var)
     _check_clamp(clamp)
@@ -128,7 +137,13 @@ def reparam_kl(
 
 
 def gaussian_kl(mu: Tensor, log_var: Tensor, *, clamp: tuple[float, float] | None = None) -> Tensor:
-    """The KL of `reparam_kl` without the sample: `[B]` float32, nats."""
+    """The KL of `reparam_kl` without the sample: `[B]` float32, nats.
+
+    >>> import torch
+    >>> from bvae import gaussian_kl
+    >>> gaussian_kl(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
+    tensor([2.5000])
+    """
     _check_pair(mu, log_var)
     _check_clamp(clamp)
     if launch.runs_triton(mu, log_var):
@@ -253,6 +268,13 @@ def vae_loss(
         gradient has none to get and raises. A float target outside
         [0, 1] for `bernoulli` raises on a CPU in eager mode; elsewhere, where looking would stop the device,
         the loss is NaN.
+
+    >>> import torch
+    >>> from bvae import vae_loss
+    >>> recon, images = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
+    >>> terms = vae_loss(recon, images, torch.tensor([2.0]), kl_weight=0.5)
+    >>> terms.loss, terms.recon, terms.kld
+    (tensor(2.), tensor(1.), tensor(2.))
     """
     kl_scale = kl_weight if isinstance(kl_weight, Tensor) else None
     objective = Objective(

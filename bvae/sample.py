@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-import tyro
+from bvae.errors import UsageError, exit_status, needs_train_extra
 
-from bvae.device import choose_device
-from bvae.errors import UsageError, exit_status
-from bvae.images import to_uint8
-from bvae.model import BetaVAE
-from bvae.plots import grid
+with needs_train_extra(__name__):
+    import torch
+    import tyro
+
+    from bvae.device import choose_device
+    from bvae.images import to_uint8
+    from bvae.model import BetaVAE
+    from bvae.plots import grid
 
 BATCH = 256  # images decoded at a time
 

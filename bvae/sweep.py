@@ -20,16 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import tyro
+from bvae.errors import UsageError, exit_status, needs_train_extra
 
-from bvae import config, train
-from bvae.config import SHAPES, Config
-from bvae.device import choose_device
-from bvae.errors import UsageError, exit_status
-from bvae.evaluation import baselines, run_folder, sweep_report
-from bvae.evaluation.measure import Protocol
-from bvae.training import checkpoint
-from bvae.training.cli import parse
+with needs_train_extra(__name__):
+    import tyro
+
+    from bvae import config, train
+    from bvae.config import SHAPES, Config
+    from bvae.device import choose_device
+    from bvae.evaluation import baselines, run_folder, sweep_report
+    from bvae.evaluation.measure import Protocol
+    from bvae.training import checkpoint
+    from bvae.training.cli import parse
 
 BASELINES = "baselines.json"
 BINS = 20  # of the metrics: fewer points than that cannot be measured

@@ -12,16 +12,19 @@ Results are in runs/NAME: traversals.gif, model.safetensors, metrics.jsonl and m
 
 import sys
 
-from bvae.training import nan_debug, results
-from bvae.training.cli import Arguments, parse
-from bvae.training.distributed import exit_process, silence_other_ranks
-from bvae.training.failures import continue_with, explain
-from bvae.training.loop import train
-from bvae.training.monitor import Monitor
-from bvae.training.profiler import Profile, name_kernels
-from bvae.training.run import Run
-from bvae.training.setup import open_run
-from bvae.training.signals import StopRequest
+from bvae.errors import needs_train_extra
+
+with needs_train_extra(__name__):
+    from bvae.training import nan_debug, results
+    from bvae.training.cli import Arguments, parse
+    from bvae.training.distributed import exit_process, silence_other_ranks
+    from bvae.training.failures import continue_with, explain
+    from bvae.training.loop import train
+    from bvae.training.monitor import Monitor
+    from bvae.training.profiler import Profile, name_kernels
+    from bvae.training.run import Run
+    from bvae.training.setup import open_run
+    from bvae.training.signals import StopRequest
 
 
 def main(argv: list[str] | None = None) -> int:

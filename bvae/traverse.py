@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-import torch
-import tyro
+from bvae.errors import UsageError, exit_status, needs_train_extra
 
-from bvae.device import choose_device
-from bvae.errors import UsageError, exit_status
-from bvae.images import read_image
-from bvae.model import BetaVAE
-from bvae.plots import most_visible, save_traversal, traverse
+with needs_train_extra(__name__):
+    import numpy as np
+    import torch
+    import tyro
+
+    from bvae.device import choose_device
+    from bvae.images import read_image
+    from bvae.model import BetaVAE
+    from bvae.plots import most_visible, save_traversal, traverse
 
 SHOWN = 10  # latents, unless they are named
 

@@ -405,8 +405,8 @@ def test_the_newest_of_each_benchmark_of_each_device(tmp_path):
     assert [row["name"] for row in cpu["results"]] == ["seed's network, batch 64", "loss", "batch 16"]
     assert [row.get("commit") for row in cpu["results"]] == ["aaaaaaa", None, "aaaaaaa"]
     assert cpu["results"][1]["timings"]["compiled"]["seconds"][0] == 0.5
-    header, _, step, loss = report.readme_table([cpu]).splitlines()
-    assert "2026-03-02, commit bbbbbbb | GPU |" in header
+    header, _, step, loss = report.headline_table([cpu], brief=False).splitlines()
+    assert "2026-03-02, commit bbbbbbb |" in header
     assert "as fast as ours, no amp (2026-03-01, commit aaaaaaa) |" in step
     assert "aaaaaaa" not in loss
     text = report.markdown(cpu)
@@ -433,39 +433,49 @@ def test_records_of_before_still_load(tmp_path):
     assert report.markdown(record) == report.markdown(made())
 
 
-def test_the_readmes_table():
-    table = report.readme_table([made()])
-    header, _, step, kernel = table.splitlines()
-    assert header == "|  | Some CPU, 2 CPU threads, 2026-01-02, commit abc1234 | GPU |"
+def test_the_table_of_headlines():
+    header, _, step, kernel = report.headline_table([made()], brief=False).splitlines()
+    assert header == "|  | Some CPU, 2 CPU threads, 2026-01-02, commit abc1234 |"
     assert (
         step == "| Training step | 400 images/s<br>4.00 x (3.90 to 4.20) as fast as the seed's code<br>"
-        "1.25 x (1.20 to 1.30) as fast as ours, no amp | not measured yet |"
+        "1.25 x (1.20 to 1.30) as fast as ours, no amp |"
     )
     assert kernel == (
-        "| Loss | ours: not measured yet; compiled: 1 ms<br>2.00 x (1.90 to 2.10) as fast as eager "
-        "| not measured yet |"
+        "| Loss | ours: not measured yet; compiled: 1 ms<br>2.00 x (1.90 to 2.10) as fast as eager |"
     )
+
+
+def test_the_brief_table():
+    """One measured benchmark of each group, beside what people have."""
+    record = made()
+    kernel = {**record["results"][1], "missing": None, "facts": {"headline": "Another loss"}}
+    record["results"] += [kernel, {**kernel, "facts": {"headline": "A third"}}]
+    _, _, step, loss = report.headline_table([record], brief=True).splitlines()
+    assert step == "| Training step | 400 images/s<br>4.00 x (3.90 to 4.20) as fast as the seed's code |"
+    assert loss.startswith("| Another loss | 1 ms<br>2.00 x")
+    assert len(report.headline_table([made()], brief=True).splitlines()) == 3
 
 
 def test_steps_come_first():
     record = made()
     record["results"].reverse()
-    assert report.readme_table([record]) == report.readme_table([made()])
+    for brief in (False, True):
+        table = report.headline_table([record], brief=brief)
+        assert table == report.headline_table([made()], brief=brief)
     assert report.markdown(record) == report.markdown(made())
 
 
 def test_each_device_has_its_own_column():
-    table = report.readme_table([made(), made("cuda", device="A"), made("cuda", device="B")])
-    header, _, step, _ = table.splitlines()
+    devices = [made("cuda", device="A"), made(), made("cuda", device="B")]
+    header, _, step, _ = report.headline_table(devices, brief=False).splitlines()
     assert [cell.split(",")[0].strip() for cell in header.split("|")[2:-1]] == ["Some CPU", "A", "B"]
     assert step.count("400 images/s") == 3
-    header, _, step, _ = report.readme_table([made("cuda", device="A")]).splitlines()
-    assert header.split("|")[2] == " CPU "
-    assert step.split("|")[2] == " not measured yet "
+    header, *_ = report.headline_table(devices[:1], brief=False).splitlines()
+    assert [cell.split(",")[0].strip() for cell in header.split("|")[1:-1]] == ["", "A"]
 
 
 def test_a_busy_machine_is_said_to_be_one():
-    assert "shared: load 1.7" in report.readme_table([{**made(), "load_before": 1.71}])
+    assert "shared: load 1.7" in report.headline_table([{**made(), "load_before": 1.71}], brief=True)
 
 
 def test_the_whole_record_as_markdown():
@@ -496,19 +506,26 @@ def test_only_the_table_between_the_markers_is_rewritten():
         report.rewrite("no markers", "")
 
 
-def test_the_report_rewrites_the_readme_and_draws(tmp_path, capsys):
-    readme, folder = tmp_path / "README.md", tmp_path / "results" / "some-cpu-2-cpu-threads"
+def test_the_report_rewrites_both_tables_and_draws(tmp_path, capsys):
+    pages, folder = (
+        [tmp_path / "README.md", tmp_path / "full.md"],
+        tmp_path / "results" / "some-cpu-2-cpu-threads",
+    )
     folder.mkdir(parents=True)
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    assert report.main(readme, tmp_path / "results") == 1
+    for page in pages:
+        page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main(*pages, tmp_path / "results") == 1
     assert "make one with `make bench`" in capsys.readouterr().err
     (folder / "r.json").write_text(json.dumps(made()))
-    assert report.main(readme, tmp_path / "results") == 0
-    assert report.readme_table([made()]) in readme.read_text()
+    assert report.main(*pages, tmp_path / "results") == 0
+    for page, brief in zip(pages, (True, False), strict=True):
+        assert report.headline_table([made()], brief=brief) in page.read_text()
     for name in ("ratios", "roofline", "scaling"):
         assert (folder / f"{name}.png").stat().st_size > 1000
-    readme.write_text("no markers")
-    assert report.main(readme, tmp_path / "results") == 1
+    before = pages[0].read_text()
+    pages[1].write_text("no markers")
+    assert report.main(*pages, tmp_path / "results") == 1
+    assert pages[0].read_text() == before
 
 
 def slower(factor):
@@ -552,12 +569,13 @@ def test_a_commit_is_compared_with_the_tree(capfd):
     assert after.stdout == trees.stdout
 
 
-def test_the_readme_tells_the_newest_records():
+def test_the_pages_show_the_newest_records():
     """`python -m bench.report` was run after the last record was made."""
     latest = records.latest()
     assert latest
-    text = report.README.read_text()
-    assert report.rewrite(text, report.readme_table(latest)) == text
+    for page, brief in ((report.README, True), (report.PERFORMANCE, False)):
+        text = page.read_text()
+        assert report.rewrite(text, report.headline_table(latest, brief=brief)) == text
     for record in latest:
         page = records.RESULTS / records.slug(record) / "README.md"
         assert page.read_text().startswith(report.markdown(record))

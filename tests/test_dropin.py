@@ -1,23 +1,16 @@
-"""The README's drop-in snippets: they run, and their gradients are those of the code they replace."""
-
-import re
-from pathlib import Path
+"""The snippets of docs/drop-in.md run, and their gradients are those of the code they replace."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from documents import snippet
 from torch import Tensor, nn
 
 from bvae.kernels import noise
 
-README = Path(__file__).resolve().parent.parent / "README.md"
 
-
-def snippet(name: str) -> str:
-    """The code block of the README after the comment `<!-- test: name -->`, of at most ten lines of code."""
-    match = re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert match, f"README.md has no snippet {name}"
-    code = match[1]
+def short(code: str) -> str:
+    """Code of at most ten lines: what a drop-in may take."""
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     return code
 
@@ -57,7 +50,7 @@ class BetaVAE(nn.Module):
 
 def test_pytorch_vae(backend):
     namespace = {"BetaVAE": BetaVAE}
-    exec(snippet("pytorch-vae"), namespace)
+    exec(short(snippet("pytorch-vae")), namespace)
     params = {"latent_dim": 4, "gamma": 10.0, "max_capacity": 25, "Capacity_max_iter": 20}
     torch.manual_seed(0)
     original, ours = BetaVAE(**params).to(backend), namespace["FastBetaVAE"](**params).to(backend)
@@ -85,7 +78,7 @@ def test_diffusers(backend):
     images = torch.rand(2, 3, 8, 8, device=backend)
     eps = next_noise((2, 4, 8, 8), backend)
     namespace = {"vae": vae, "images": images}
-    exec(snippet("diffusers"), namespace)
+    exec(short(snippet("diffusers")), namespace)
     z, kl = namespace["z"], namespace["kl"]
     posterior = vae.encode(images).latent_dist
     expected_z, expected_kl = posterior.mean + posterior.std * eps.to(backend), posterior.kl()
@@ -120,7 +113,7 @@ class VAE(nn.Module):
 
 def test_plain_vae(backend):
     namespace = {"VAE": VAE, "torch": torch}
-    exec(snippet("plain-vae"), namespace)
+    exec(short(snippet("plain-vae")), namespace)
     torch.manual_seed(0)
     model = namespace["FastVAE"]().to(backend)
     x = torch.rand(7, 1, 28, 28, device=backend)

@@ -1,6 +1,8 @@
 """Installed or not, the project takes no name but its own: `kernels` on PyPI belongs to others."""
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,22 +11,58 @@ from pathlib import Path
 
 import pytest
 
+import bvae
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_wheel_holds_nothing_but_bvae(tmp_path):
-    source = tmp_path / "source"
+def build(source, kind):
+    """A copy of what a package is built from, and its wheel, "wheel" or "editable"."""
     source.mkdir()
     for name in ("bvae", "kernels", "pipelines"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    code = f"from setuptools import build_meta; build_meta.build_{kind}('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
     (wheel,) = source.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    return zipfile.ZipFile(wheel)
+
+
+def test_the_wheel_holds_nothing_but_bvae(tmp_path):
+    wheel = build(tmp_path / "source", "wheel")
+    names = wheel.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"bvae"}
-    assert {"bvae/kernels/reparam_kl.py", "bvae/kernels/noise.py"} <= set(names)
+    assert {"bvae/kernels/reparam_kl.py", "bvae/kernels/noise.py", "bvae/py.typed"} <= set(names)
+    assert sorted(name for name in names if name.endswith(".py")) == sorted(
+        file if file.startswith("bvae/") else f"bvae/{file}"
+        for folder in ("bvae", "kernels", "pipelines")
+        for file in (str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py"))
+    )
+    (about,) = (name for name in names if name.endswith("/METADATA"))
+    metadata = email.message_from_bytes(wheel.read(about))
+    assert metadata["Version"] == bvae.__version__
+    assert f"\nversion: {bvae.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {bvae.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert metadata.get_payload().strip().startswith("# bvae")
+    base = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert [re.match(r"\w+", line)[0] for line in base] == ["torch", "triton", "numpy", "safetensors"]
+
+
+def test_a_clone_is_found_from_its_parent_folder(tmp_path):
+    """The folder named bvae there is no package; the installed one must come before it."""
+    build(tmp_path / "bvae", "editable").extractall(tmp_path / "site")
+    code = (
+        "import site; site.addsitedir('site')\n"
+        "import bvae, importlib.util\n"
+        "parts = 'bvae.kernels.noise', 'bvae.pipelines.cache', 'bvae.train'\n"
+        "print(bvae.__file__, *(importlib.util.find_spec(part).origin for part in parts), sep='\\n')\n"
+    )
+    found = subprocess.run(  # -S: without what is installed beside Python, this project perhaps
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    files = "bvae/__init__.py", "kernels/noise.py", "pipelines/cache.py", "bvae/train.py"
+    assert found.stdout.split() == [str(tmp_path / "bvae" / file) for file in files], found.stderr
 
 
 @pytest.mark.parametrize("folder", ["kernels", "pipelines"])

@@ -1,4 +1,4 @@
-"""Every command and snippet of the README runs, on small data and for few steps."""
+"""Every command and snippet of the README and of docs/ runs, on small data and for few steps."""
 
 import importlib
 import re
@@ -6,33 +6,26 @@ import shlex
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from documents import COMMANDS, PAGES, ROOT, SNIPPETS, snippet
 from test_dsprites import archive
+from torch import nn
 
+import bvae
 from bvae import evaluate, sweep
 from bvae.compat.pytorch_vae_weights import export_state
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
 from bvae.train import main
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
-]
+README = ROOT / "README.md"
 PYTHON = ".venv/bin/python -m "
 TRAIN = PYTHON + "bvae.train "
 SHORT = "--max-steps 2 --no-compile --image-size 32 --hidden-dims 4 8 --latent-dim 3 --batch-size 8"
 SHORT_SHAPES = "--max-steps 2 --no-compile --batch-size 8"
-
-
-def snippet(name: str) -> str:
-    """The code block that follows <!-- test: name -->."""
-    found = re.search(rf"<!-- test: {re.escape(name)} -->\n```\w+\n(.*?)```", README, re.DOTALL)
-    assert found, f"README.md has no snippet {name}"
-    return found[1]
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +83,13 @@ def test_make_target(command, data, tmp_path):
         "test": "ARGS=tests/test_model.py",
         "bench": "ARGS=--collect-only",
         "lint": "ARGS=",
+        "docs": "ARGS=",
     }
     subprocess.run(["make", target, short[target]], cwd=ROOT, check=True)
     assert target != "train" or (tmp_path / "run" / "traversals.gif").is_file()
+    if target == "docs":
+        page = (ROOT / "build" / "docs" / "bvae.html").read_text()
+        assert [name for name in bvae.__all__ if f'<section id="{name}">' not in page] == []
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(PYTHON) and not c.startswith(TRAIN)])
@@ -123,10 +120,49 @@ def test_every_command_is_run_by_a_test():
     assert [c for c in COMMANDS if not c.startswith((PYTHON, TORCHRUN, "make "))] == []
 
 
+def test_every_snippet_is_run_by_a_test():
+    """Here, or in test_dropin.py."""
+    code = "".join((ROOT / "tests" / name).read_text() for name in ("test_readme.py", "test_dropin.py"))
+    for name, language, text in SNIPPETS:
+        assert name, f"no <!-- test: name --> before this {language} snippet:\n{text}"
+        assert f'snippet("{name}")' in code, f"no test runs the snippet {name}"
+
+
+@pytest.fixture
+def fitting(tmp_path, monkeypatch):
+    """What the snippets of `bvae.fit` use: images, and a `fit` of few steps of a small network."""
+    monkeypatch.chdir(tmp_path)
+    small = {"hidden_dims": (4, 8), "latent_dim": 3, "batch_size": 8, "max_steps": 3, "compile": False}
+    fit = bvae.fit
+    monkeypatch.setattr(bvae, "fit", lambda *data, **options: fit(*data, **{**options, **small}))
+    images = torch.randint(256, (40, 64, 64, 3), dtype=torch.uint8)
+    return {"bvae": bvae, "images": images, "held_out": images[:5]}
+
+
+def test_fit_snippet(fitting, capsys):
+    exec(snippet("fit"), fitting)
+    assert fitting["new"].shape == (8, 3, 64, 64)
+    weights = fitting["model"].state_dict()
+    assert all(torch.equal(weights[k], v.cpu()) for k, v in fitting["fitted"].model.state_dict().items())
+    shown = [float(word) for word in capsys.readouterr().out.splitlines()[-1].split()]
+    assert shown == [fitting["fitted"].validation.mse, fitting["fitted"].validation.kld]
+
+
+def test_fit_snippet_with_options(fitting, tmp_path):
+    exec(snippet("fit-options"), fitting)
+    assert fitting["config"].data.image_size == 32
+    assert (tmp_path / "runs" / "mine" / "model.safetensors").is_file()
+
+
+def test_fit_snippets_with_a_callback_and_a_loss(fitting, capsys):
+    exec(snippet("fit-callback"), fitting)
+    assert capsys.readouterr().out.splitlines()[-1] == f"3 {fitting['fitted'].validation.mse}"
+    exec(snippet("fit-loss"), fitting)
+    assert fitting["fitted"].validation.mse > 0
+
+
 def test_model_snippet(run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    import torch
-
     torch.save(export_state(BetaVAE(hidden_dims=[4, 8]).state_dict()), "last.ckpt")
     names: dict = {}
     exec(snippet("model").replace("runs/NAME", str(run_folder)), names)
@@ -135,9 +171,71 @@ def test_model_snippet(run_folder, tmp_path, monkeypatch):
     assert isinstance(names["old"], BetaVAE)
 
 
-def test_pictures_are_there():
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
+def test_score_snippet(capsys):
+    factors = np.indices((2, 2)).reshape(2, 4).T.repeat(50, 0)
+    exec(snippet("score"), {"codes": factors.astype(float), "factors": factors})
+    mig, disentanglement = map(float, capsys.readouterr().out.split())
+    assert mig == pytest.approx(1)
+    assert disentanglement > 0.9
+
+
+def test_drop_in_snippet():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    decoder = nn.Sequential(nn.Linear(2, 48), nn.Unflatten(1, (3, 4, 4)))
+    images = torch.rand(5, 3, 4, 4) * 2 - 1
+    names = {"encoder": encoder, "decoder": decoder, "images": images}
+    exec(snippet("drop-in"), names)
+    squared = (decoder(names["z"]).tanh() - images).square().flatten(1).sum(1).mean()
+    mu, log_var = names["mu"], names["log_var"]
+    kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(1).mean()
+    torch.testing.assert_close(names["loss"], squared + 4 * kl)
+    assert all(p.grad.abs().sum() > 0 for net in (encoder, decoder) for p in net.parameters())
+
+
+def test_pictures_and_linked_pages_are_there():
+    for page in [*PAGES, ROOT / "docs" / "evidence.md", ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            if "://" not in target:
+                path, _, heading = target.partition("#")
+                linked = page.parent / path
+                assert linked.exists(), f"{page.name} links to {path}"
+                if heading:
+                    slugs = re.findall(r"^#+ (.*)", linked.read_text(), re.MULTILINE)
+                    assert heading in [slug.lower().replace(" ", "-") for slug in slugs], f"{path}: {heading}"
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().split()) <= 900
+
+
+def test_every_file_has_its_reason_in_the_tree():
+    """docs/development.md names each file of the package, one line each, and no other."""
+    listed: list[str] = []
+    folders: list[str] = []
+    for line in snippet("tree").splitlines():
+        if line.lstrip().startswith("--"):
+            continue
+        name, reason = re.fullmatch(r"( *\S+) *(.*)", line).groups()
+        del folders[(len(name) - len(name.lstrip())) // 2 :]
+        path = "".join(folders) + name.strip()
+        if path.endswith("/"):
+            folders.append(name.strip())
+        else:
+            assert reason, f"docs/development.md: say what {path} is for"
+            listed.append(path)
+    files = {
+        str(path.relative_to(ROOT))
+        for folder in ("bvae", "kernels", "pipelines")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    matched = {pattern: {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)} for pattern in listed}
+    missing = sorted(files.difference(*matched.values()))
+    gone = [pattern for pattern, found in matched.items() if not found]
+    assert not missing, "docs/development.md: add a line to the tree for\n" + "\n".join(missing)
+    assert not gone, "docs/development.md: remove from the tree\n" + "\n".join(gone)
+    assert len(set(listed)) == len(listed)
 
 
 def test_module_runs_without_an_install(tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from bvae.errors import FULL, UsageError
+from bvae.errors import FULL, UsageError, missing
 from bvae.training import checkpoint
 from bvae.training.cuda_graph import is_out_of_memory
 from bvae.training.distributed import lost_connection, rank_suffix
@@ -33,6 +33,9 @@ def explain(error: BaseException, run: Run | None, resumed: Path | None) -> int 
         return 1
     if isinstance(error, UsageError) and not run:
         _complain(str(error))
+        return 2
+    if isinstance(error, ModuleNotFoundError) and (text := missing(error)):
+        _complain(text)
         return 2
     if isinstance(error, OSError) and (error.filename or error.errno in FULL):
         _complain(f"{error}{_room(error, out)}. {continue_with(out)}" if out else str(error))
