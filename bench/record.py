@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.race import Result, clock, now
-from bvae.training import checkpoint
+from bvae import files
 from bvae.training.step import autocast_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,7 +149,7 @@ class Record:
         """Write what is measured so far, atomically. Raises OSError."""
         if self.path and self.results:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(self.path, dumps(assemble([*self._before, *rows(self.measured())])))
+            files.write_text(self.path, dumps(assemble([*self._before, *rows(self.measured())])))
 
     def finish(self) -> None:
         """Let the rates be the better of before and after, and write."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+from bvae import files
 from bvae.errors import UsageError, exit_status, needs_train_extra
 
 with needs_train_extra(__name__):
@@ -171,7 +172,7 @@ def compare(arguments: Arguments) -> str:
     for end in (".png", ".gif"):
         save_traversal(images, labels, arguments.out.with_name(arguments.out.name + end))
     table = markdown(rows, arguments.factor)
-    arguments.out.with_name(arguments.out.name + ".md").write_text(table)
+    files.write_text(arguments.out.with_name(arguments.out.name + ".md"), table)
     return table
 
 

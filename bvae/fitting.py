@@ -112,7 +112,7 @@ def fit(
                 results.write(run, validation)
             monitor.end(validation)
             run.close()
-        return Fitted(run.model.eval(), run.config, monitor.metrics_buffer, validation)
+        return Fitted(run.model.eval(), run.config, monitor.history, validation)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from bvae import files
 from bvae.architectures import ARCHITECTURES, check_size
 from bvae.compat import pytorch_vae_weights
 from bvae.errors import MissingError, UsageError
@@ -214,12 +215,12 @@ class BetaVAE(nn.Module):
         folder = Path(folder)
         self.save_config(folder)
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        (folder / "model.safetensors").write_bytes(save(weights))
+        files.write_bytes(folder / "model.safetensors", save(weights))
 
     def save_config(self, folder: str | Path) -> None:
         """Write `config.json`, from which `from_pretrained` builds the network."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        files.write_text(Path(folder) / "config.json", json.dumps(self.config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, which: Literal["last", "best"] = "last") -> "BetaVAE":
@@ -247,12 +248,12 @@ class BetaVAE(nn.Module):
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise MissingError(f"{folder} holds no config.json: it is not a folder of a saved model or a run")
-        weights = _read_weights(folder, which)
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             model = cls(**config)
         except (TypeError, ValueError) as error:
             raise UsageError(f"{folder / 'config.json'} does not describe a BetaVAE: {error}") from None
+        weights = _read_weights(folder, which)
         if difference := _difference(weights, model.state_dict()):
             raise UsageError(
                 f"{folder} holds the weights of another model than the {model.config['arch']} that its "

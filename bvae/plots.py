@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from bvae import files
 from bvae.images import to_uint8
 from bvae.model import BetaVAE
 
@@ -72,13 +73,13 @@ def save_traversal(images: Tensor, labels: Sequence[str], path: Path) -> None:
     A PNG shows the first of the N images, a GIF all of them.
     """
     if path.suffix.lower() == ".png":
-        grid(list(images[:, :, 0]), labels).save(path)
+        files.write_image(path, grid(list(images[:, :, 0]), labels))
         return
     there_and_back = [*range(images.shape[1]), *range(images.shape[1] - 2, 0, -1)]
     frames = [
         grid(list(images[:, t]), labels).quantize(COLOURS, dither=Image.Dither.NONE) for t in there_and_back
     ]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+    files.write_image(path, frames[0], save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
 @torch.no_grad()
@@ -95,10 +96,11 @@ def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: P
     model.eval()
     parts = [part for x8 in x[:32].split(8) for part in (x8, model.reconstruct(x8))]
     pairs = [to_uint8(part, model.pixel_range) for part in parts]
-    grid(pairs, ["input", "reconstruction"] * (len(pairs) // 2)).save(out / "reconstructions.png")
+    labels = ["input", "reconstruction"] * (len(pairs) // 2)
+    files.write_image(out / "reconstructions.png", grid(pairs, labels))
     generator = torch.Generator(x.device).manual_seed(0)
     samples = to_uint8(model.sample(64, generator), model.pixel_range)
-    grid(samples.split(8)).save(out / "samples.png")
+    files.write_image(out / "samples.png", grid(samples.split(8)))
 
     latents = sorted(range(model.latent_dim), key=lambda i: -kl_per_dim[i])[:rows]
     labels = [f"latent {i}\nKL {kl_per_dim[i]:.2f} nats" for i in latents]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from bvae import files
 from bvae.errors import UsageError, exit_status, needs_train_extra
 
 with needs_train_extra(__name__):
@@ -53,11 +54,11 @@ def sample(arguments: Arguments) -> Path:
     if out.suffix.lower() == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
         across = max(1, round(arguments.n**0.5))
-        grid(torch.cat(images).split(across)).save(out)
+        files.write_image(out, grid(torch.cat(images).split(across)))
         return out
     out.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(picture for part in images for picture in part):
-        grid([image[None]]).save(out / f"{number:05}.png")
+        files.write_image(out / f"{number:05}.png", grid([image[None]]))
     return out
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+from bvae import files
 from bvae.errors import UsageError, exit_status, needs_train_extra
 
 with needs_train_extra(__name__):
@@ -202,7 +203,7 @@ def sweep(arguments: Arguments, others: Sequence[str]) -> int:
         out = arguments.out or Path("runs/baselines")
         out.mkdir(parents=True, exist_ok=True)
         text = sweep_report.paper_table(measure_baselines(arguments, out), {})
-        (out / "baselines.md").write_text(text)
+        files.write_text(out / "baselines.md", text)
         print(text, end="")
         return 0
 
@@ -211,7 +212,7 @@ def sweep(arguments: Arguments, others: Sequence[str]) -> int:
     common = _settings(["--config", str(arguments.preset), *others])
     check_same(out / SETTINGS, common)
     out.mkdir(parents=True, exist_ok=True)
-    (out / SETTINGS).write_text(common.to_yaml())
+    files.write_text(out / SETTINGS, common.to_yaml())
     failed = []
     for number, job in enumerate(jobs, 1):
         if is_trained(job.out) and read_evaluation(job.out, arguments):
@@ -230,7 +231,7 @@ def sweep(arguments: Arguments, others: Sequence[str]) -> int:
             measure_baselines(arguments, out), found if key == "beta" else {}
         )
     if found:
-        (out / "sweep.md").write_text(text)
+        files.write_text(out / "sweep.md", text)
         sweep_report.draw(key, found).savefig(out / "sweep.png", dpi=120)
         print(f"{text}\nresults: {out}/ (see sweep.png, sweep.md)")
     if failed:
@@ -246,7 +247,8 @@ def measure_baselines(arguments: Arguments, out: Path) -> sweep_report.Baselines
         if kept["points"] == arguments.points:
             return kept["scores"]
     scores = baselines.measure(arguments.points, device=choose_device(arguments.device))
-    (out / BASELINES).write_text(json.dumps({"points": arguments.points, "scores": scores}, indent=1) + "\n")
+    text = json.dumps({"points": arguments.points, "scores": scores}, indent=1) + "\n"
+    files.write_text(out / BASELINES, text)
     return scores
 
 

@@ -12,19 +12,10 @@ Results are in runs/NAME: traversals.gif, model.safetensors, metrics.jsonl and m
 
 import sys
 
-from bvae.errors import needs_train_extra
+from bvae.errors import exit_status, needs_train_extra
 
 with needs_train_extra(__name__):
-    from bvae.training import nan_debug, results
-    from bvae.training.cli import Arguments, parse
-    from bvae.training.distributed import exit_process, silence_other_ranks
-    from bvae.training.failures import continue_with, explain
-    from bvae.training.loop import train
-    from bvae.training.monitor import Monitor
-    from bvae.training.profiler import Profile, name_kernels
-    from bvae.training.run import Run
-    from bvae.training.setup import open_run
-    from bvae.training.signals import StopRequest
+    from bvae.training.cli import parse
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,35 +23,18 @@ def main(argv: list[str] | None = None) -> int:
 
     130: stopped on request before there was a checkpoint.
     """
-    silence_other_ranks()
-    arguments: Arguments | None = None
-    run: Run | None = None
-    with StopRequest() as stop:
-        try:
-            arguments = parse(sys.argv[1:] if argv is None else argv, __doc__)
-            if arguments.profile:
-                name_kernels()
-            with open_run(arguments) as run:
-                if arguments.debug_nan:
-                    print(nan_debug.find(run) or f"every number up to step {run.done} is finite")
-                    return 0
-                profiled = arguments.profile and run.distributed.is_main
-                profile = Profile(run.out, run.step.device) if profiled and run.out else None
-                with Monitor(run, profile=profile) as monitor:
-                    result = train(run, monitor, stop)
-                if not result:
-                    print(f"stopped at step {run.done} of {run.steps}. {continue_with(run.out)}")
-                elif run.distributed.is_main:
-                    results.write(run, result)
-                    results.show(run, result, monitor.throughput.images_per_s)
-                run.close()
-                return 0
-        except (Exception, KeyboardInterrupt) as error:
-            status = explain(error, run, arguments.resume if arguments else None)
-            if status is None:
-                raise
-            return status
+    argv = sys.argv[1:] if argv is None else argv
+    if not {"-h", "--help"}.isdisjoint(argv):
+        # This shows the options and exits. What follows imports torch, which takes seconds.
+        return exit_status(lambda: print(parse(argv, __doc__)))
+    from bvae.training.command import execute
+
+    return execute(argv, __doc__)
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    with needs_train_extra(__name__):
+        status = main()
+    from bvae.training.distributed import exit_process
+
+    exit_process(status)

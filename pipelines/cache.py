@@ -30,9 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bvae.errors import MissingError
-from bvae.pipelines.decoder import BATCH, Decoder
+from bvae.pipelines.decoder import BATCH, Decoder, cores
 from bvae.pipelines.picture import Picture
-from bvae.pipelines.torch_decode import cores
 from bvae.pipelines.webdataset import ImageFile
 
 try:

@@ -12,8 +12,9 @@ from nvidia import dali
 from nvidia.dali import fn, types
 from torch import Tensor
 
+from bvae.pipelines.decoder import AHEAD, Decoded, cores, reason
 from bvae.pipelines.picture import Picture, inspect
-from bvae.pipelines.torch_decode import AHEAD, Decoded, cores, decode_into, reason, resize
+from bvae.pipelines.torch_decode import decode_into, resize
 from bvae.pipelines.webdataset import ImageFile, read
 
 MAX_BATCH = 1 << 16  # files; DALI wants a limit, and takes no memory for it

@@ -1,17 +1,27 @@
-"""Which decoder reads the image files."""
+"""Which decoder reads the image files, and what all decoders share."""
 
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from bvae.errors import UsageError
 from bvae.pipelines.picture import Picture
-from bvae.pipelines.torch_decode import Decoded, TorchDecoder
 from bvae.pipelines.webdataset import ImageFile
 
+AHEAD = 2  # batches in work while one is used
 BATCH = 256  # files handed to a decoder at once, where nothing else decides
+
+
+class Decoded(NamedTuple):
+    """A batch."""
+
+    images: Tensor  # uint8 [B, size, size, channels] on the decoder's device; those of bad files are zero
+    bad: dict[int, str]  # place in the batch: what is wrong with the file
 
 
 class Decoder(Protocol):
@@ -22,6 +32,18 @@ class Decoder(Protocol):
     def decode(self, batches: Iterable[Sequence[ImageFile]]) -> Iterator[Decoded]:
         """The batches in their order; works ahead."""
         ...
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def reason(error: Exception) -> str:
+    """An error's cause in one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    first = text.splitlines()[0] if text else type(error).__name__
+    return re.sub(r"^\w+, \S+:\d+, ", "", first)  # torchvision's function, source file and line
 
 
 def choose(name: str) -> str:
@@ -46,6 +68,8 @@ def build(name: str, picture: Picture, device: torch.device) -> Decoder:
         ValueError: DALI is installed but does not load.
     """
     if name == "torchvision":
+        from bvae.pipelines.torch_decode import TorchDecoder  # torchvision takes seconds
+
         return TorchDecoder(picture)
     try:
         from bvae.pipelines.dali import DaliDecoder  # takes a second and the GPU's libraries

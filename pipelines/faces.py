@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
+from bvae.errors import UsageError
 from bvae.pipelines.portrait import CHUNK, FACTORS, render
 
 
@@ -49,7 +49,7 @@ def write(
     root = Path(root)
     target = root / "celeba"
     if target.exists():
-        raise FileExistsError(f"{target} exists already: train on it, remove it, or choose another root")
+        raise UsageError(f"{target} exists already: train on it, remove it, or choose another root")
     factors, names = sample_factors(n, seed), [f"{i:06d}.jpg" for i in range(1, n + 1)]
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".celeba-") as scratch:
@@ -78,6 +78,8 @@ def _write_tables(folder: Path, names: list[str], factors: Tensor) -> None:
 
 
 def _write_images(folder: Path, names: list[str], factors: Tensor, quality: int, progress: bool) -> None:
+    from torchvision.io import encode_jpeg  # takes seconds
+
     def draw(start: int) -> int:
         chunk = slice(start, start + CHUNK)
         images = render(factors[chunk]).permute(0, 3, 1, 2)

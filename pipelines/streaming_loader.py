@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bvae.pipelines.decoder import Decoder
+from bvae.errors import UsageError
+from bvae.pipelines.decoder import Decoder, cores, reason
 from bvae.pipelines.loader import Loader
 from bvae.pipelines.picture import inspect
-from bvae.pipelines.torch_decode import cores, reason
 from bvae.pipelines.webdataset import ImageFile, read
 
 
@@ -36,7 +36,7 @@ class StreamingLoader(Loader):
         return torch.device("cpu")
 
     def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Raises OSError for a file that cannot be decoded."""
+        """Raises UsageError for a file that cannot be decoded."""
         taken: deque[Tensor] = deque()
 
         def batches() -> Iterator[list[ImageFile]]:
@@ -47,9 +47,9 @@ class StreamingLoader(Loader):
         for images, bad in self.decoder.decode(batches()):
             index = taken.popleft()
             for place, text in bad.items():
-                raise OSError(
+                raise UsageError(
                     f"{self.files[int(index[place])]} cannot be decoded: {text}. "
-                    "`python -m bvae.data check` finds all such files; mend or remove them"
+                    "`python -m bvae.data check` finds all such files; repair or remove them"
                 )
             yield images.to(self.device), index.to(self.device)
 

@@ -1,12 +1,9 @@
 """Image files to uint8 batches with torchvision and Pillow, on the CPU's cores."""
 
 import io
-import os
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 import torchvision
@@ -16,23 +13,10 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from bvae.errors import UsageError
+from bvae.pipelines.decoder import AHEAD, Decoded, cores, reason
 from bvae.pipelines.picture import Header, Picture, inspect
 from bvae.pipelines.pillow import pixels
 from bvae.pipelines.webdataset import ImageFile, read
-
-AHEAD = 2  # batches in work while one is used
-
-
-class Decoded(NamedTuple):
-    """A batch."""
-
-    images: Tensor  # uint8 [B, size, size, channels] on the decoder's device; those of bad files are zero
-    bad: dict[int, str]  # place in the batch: what is wrong with the file
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decode_bytes(data: bytes, picture: Picture) -> Tensor:
@@ -78,13 +62,6 @@ def decode_into(out: Tensor, file: ImageFile, picture: Picture) -> str | None:
     except (RuntimeError, ValueError, OSError) as error:
         return reason(error)
     return None
-
-
-def reason(error: Exception) -> str:
-    """An error's cause in one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    first = text.splitlines()[0] if text else type(error).__name__
-    return re.sub(r"^\w+, \S+:\d+, ", "", first)  # torchvision's function, source file and line
 
 
 class TorchDecoder:

@@ -123,7 +123,7 @@ def test_no_bit_flips_unseen(tmp_path):
 def test_all_damaged(tmp_path):
     for path in write(tmp_path, 1, 2):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="holds no checkpoint that is not damaged: start the run anew"):
+    with pytest.raises(ValueError, match="holds no checkpoint that is not damaged: start the run again"):
         checkpoint.load_newest(tmp_path, CPU)
 
 
@@ -135,7 +135,7 @@ def test_none(tmp_path):
 def test_checkpoint_under_another_steps_name(tmp_path):
     (path,) = write(tmp_path, 1)
     path.rename(tmp_path / "step-00000002.pt")
-    with pytest.raises(ValueError, match="start the run anew"):
+    with pytest.raises(ValueError, match="start the run again"):
         checkpoint.load_newest(tmp_path, CPU)
 
 
@@ -256,12 +256,12 @@ def test_name_comes_after_the_bytes_and_is_on_the_disk_too(tmp_path, monkeypatch
     )
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
     write(tmp_path, 1)
-    assert calls == [str(tmp_path / "step-00000001.tmp"), "replace", str(tmp_path)]
+    assert calls == [str(tmp_path / "step-00000001.pt.tmp"), "replace", str(tmp_path)]
 
 
 def test_what_a_killed_process_left(tmp_path):
     write(tmp_path, 1)
-    (tmp_path / "step-00000002.tmp").write_bytes(b"half")
+    (tmp_path / "step-00000002.pt.tmp").write_bytes(b"half")
     assert_holds(tmp_path, 1)
     write(tmp_path, 3)
     assert names(tmp_path) == ["step-00000001.pt", "step-00000003.pt"]

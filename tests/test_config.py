@@ -7,6 +7,7 @@ import pytest
 
 from bvae import config
 from bvae.config import Config
+from bvae.errors import UsageError
 
 OLD_DIALECT = """
 model_params: {name: BetaVAE, in_channels: 3, latent_dim: 128, loss_type: B, gamma: 10.0, max_capacity: 25,
@@ -78,7 +79,7 @@ def test_a_base_gives_what_the_file_leaves_open(tmp_path):
         objective = dataclasses.replace(base.objective, beta=float(beta))
         expected = dataclasses.replace(base, objective=objective)
         assert config.read(f"locatello_sprites_beta{beta}")[0] == expected
-    with pytest.raises(FileNotFoundError, match="no configuration at .*nothing.yaml; presets: .*faces_cpu"):
+    with pytest.raises(UsageError, match="no configuration at .*nothing.yaml; presets: .*faces_cpu"):
         read(tmp_path, "base: nothing")
 
 
@@ -143,7 +144,7 @@ def test_capacity_fits_the_run():
         ("data: {name: sprites}", "sprites are grey, .* --channels 1 --no-flip"),
         ("data: {name: dsprites, channels: 1, flip: false, image_size: 32}", "dsprites are grey, of 64 x 64"),
         ("data: {image_size: 100}\nmodel: {arch: burgess}", "arch burgess takes images .* got 100"),
-        ("model: {arch: resnet}", "model.arch must be .*burgess.*, got 'resnet'"),
+        ("model: {arch: resnet}", "arch must be one of .*burgess.*, got 'resnet'"),
         ("training: {optimizer: sgd}", "training.optimizer must be .*, got 'sgd'"),
     ],
 )

@@ -120,7 +120,7 @@ def test_trial_that_fails(tmp_path, monkeypatch, body, said):
 def test_failing_trial_says_why_in_one_line():
     works, text = doctor.attempt("cuda no-compile")
     assert not works
-    assert text.startswith("ValueError: --device cuda: PyTorch sees no GPU")
+    assert text.startswith("UsageError: --device cuda: PyTorch sees no GPU")
 
 
 def test_nothing_works(monkeypatch, capsys):

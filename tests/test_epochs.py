@@ -5,6 +5,7 @@ import torch
 from pictures import write_folder
 from torch.overrides import TorchFunctionMode
 
+from bvae.errors import UsageError
 from bvae.pipelines.decoder import build
 from bvae.pipelines.memory_loaders import DeviceLoader, HostLoader
 from bvae.pipelines.picture import Picture
@@ -116,7 +117,7 @@ def test_streaming_names_the_file_that_cannot_be_decoded(files, decoder, tmp_pat
     page = tmp_path / "page.jpg"
     page.write_text("<html>")
     data = StreamingLoader([*files[:5], str(page)], decoder, 2, 0, CPU, train=False, flip=False)
-    with pytest.raises(OSError, match="page.jpg cannot be decoded: a web page .* bvae.data check"):
+    with pytest.raises(UsageError, match="page.jpg cannot be decoded: a web page .* bvae.data check"):
         list(data.epoch(0))
 
 

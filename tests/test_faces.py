@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.io import decode_jpeg, read_file
 
+from bvae.errors import UsageError
 from bvae.pipelines import faces
 from bvae.pipelines.faces import FACTORS, render, sample_factors, write
 
@@ -99,7 +100,7 @@ def test_same_seed_same_bytes_and_another_seed_others(folder, tmp_path):
 
 def test_existing_folder_is_refused_and_kept(folder):
     before = (folder / "factors.csv").read_bytes()
-    with pytest.raises(FileExistsError, match=r"exists already.*remove it"):
+    with pytest.raises(UsageError, match=r"exists already.*remove it"):
         write(folder.parent, n=1, progress=False)
     assert (folder / "factors.csv").read_bytes() == before
 

@@ -40,7 +40,7 @@ def images():
 
 
 def losses(fitted):
-    return [record["loss"] for record in fitted.metrics_buffer if record["split"] == "train"]
+    return [record["loss"] for record in fitted.history if record["split"] == "train"]
 
 
 # ---- images ------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_a_loss_of_ones_own(images):
     fitted = fit(images, loss=L1(), lr=1e-2, **{**TINY, "max_steps": 60, "log_every": 1})
     found = losses(fitted)
     assert found[-1] < 0.8 * found[0]
-    record = fitted.metrics_buffer[0]
+    record = fitted.history[0]
     assert record["loss"] == pytest.approx(record["recon"] + 1e-3 * record["kld"])
     assert "beta_norm" not in record
     assert 0 < fitted.validation.mse < 4

@@ -161,7 +161,7 @@ def test_a_resumed_run_is_captured(device, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
 def test_warming_up_leaves_no_trace(device, dtype):
     """Weights, statistics, counters, scaler: bit for bit what they were; the optimizer's state: zeros."""
-    data, options = resident(device), {"dtype": dtype, "history": 20, "clip_grad": 1.0}
+    data, options = resident(device), {"dtype": dtype, "buffer_steps": 20, "clip_grad": 1.0}
     plain, captured = build_step(device, **options), build_step(device, **options)
     before = state(plain)
     addresses = [tensor.data_ptr() for tensor in captured._state()]

@@ -105,7 +105,7 @@ def test_a_process_that_dies_ends_the_job_with_a_message(data, tmp_path):
 
 
 def test_more_processes_than_a_batch_can_feed_are_named(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bvae.training.run.init_distributed", lambda device: Distributed(0, 3))
+    monkeypatch.setattr("bvae.training.setup.init_distributed", lambda device: Distributed(0, 3))
     monkeypatch.setattr("bvae.training.distributed.Distributed.broadcast", lambda self, value: value)
     assert main(["--data-root", str(data), "--out", str(tmp_path / "run"), *TINY]) == 2
     assert "--batch-size 16 cannot be cut into 3 equal parts" in capsys.readouterr().err

@@ -22,7 +22,10 @@ class Oracle(nn.Module):
         super().__init__()
         self.answer = answer
 
-    def encode(self, x):
+    def scale(self, pixels):
+        return scale_pixels(pixels)
+
+    def encode_scaled(self, x):
         self.x = x
         return torch.ones(len(x), 2), torch.zeros(len(x), 2)
 

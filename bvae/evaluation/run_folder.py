@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bvae import files
 from bvae.config import Config
 from bvae.device import choose_device
 from bvae.errors import UsageError
@@ -104,12 +105,12 @@ def evaluate(run: Path, protocol: Protocol) -> str:
         "seconds": seconds,
     }
     table = markdown(result)
-    (run / "evaluation.md").write_text(table)
-    picture.save(run / "evaluation.png")
+    files.write_text(run / "evaluation.md", table)
+    files.write_image(run / "evaluation.png", picture)
     typical = torch.from_numpy(codes[[np.linalg.norm(codes, axis=1).argmin()]]).to(device)
     images = traverse(model, typical, shown, torch.linspace(-3, 3, 11))
     labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
     save_traversal(images, labels, run / "evaluation_traversals.png")
     # Last, because a sweep takes it for the sign that nothing is missing.
-    (run / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    files.write_text(run / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return table

@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import math
-import os
-import shutil
 import sys
 import zipfile
 from importlib import metadata
@@ -14,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bvae import __version__
-from bvae.errors import FULL, MissingError, UsageError
+from bvae import __version__, files
+from bvae.errors import MissingError, UsageError
 
 FOLDER = "checkpoints"  # in the run folder
 KEPT = 2  # the newest, and the one before it; the best one too
@@ -37,12 +35,12 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    _write(path, lambda file: torch.save({**state, "versions": versions()}, file), _bytes(state))
+    files.write(path, lambda file: torch.save({**state, "versions": versions()}, file), _bytes(state))
     best = _best(folder)
     for old in checkpoints(folder)[:-KEPT]:
         if best is None or _step(old) != best["step"]:
             old.unlink()
-    for left in folder.glob("*.tmp"):  # by a process that was killed
+    for left in folder.glob(f"*{files.UNFINISHED}"):  # by a process that was killed
         left.unlink()
     return path
 
@@ -55,13 +53,7 @@ def rate(folder: Path, step: int, score: float) -> None:
     """
     best = _best(folder)
     if score > (best["score"] if best else -math.inf):
-        write_text(folder / BEST, json.dumps({"step": step, "score": score}))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically. Raises OSError."""
-    data = text.encode("utf-8", "surrogateescape")
-    _write(path, lambda file: file.write(data), len(data))
+        files.write_text(folder / BEST, json.dumps({"step": step, "score": score}))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -118,37 +110,6 @@ def versions() -> dict[str, str]:
     with contextlib.suppress(metadata.PackageNotFoundError):
         found["triton"] = metadata.version("triton")
     return found
-
-
-def _write(path: Path, write: Any, needed: int) -> None:
-    """Give a file its name once it is complete and on the disk, and the name too."""
-    unfinished = path.with_suffix(".tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        _sync(path.parent)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        # torch.save hides ENOSPC behind a RuntimeError of its own
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError) and cause.errno in FULL:
-            free = shutil.disk_usage(path.parent).free
-            text = f"{cause.strerror}: {path.name} needs {needed:,} bytes, and {free:,} are free"
-            raise OSError(cause.errno, text, str(path.parent)) from None
-        if isinstance(cause, OSError):
-            raise cause from None
-        raise
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _load(path: Path, device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from bvae.training.checkpoint import FULL
+from bvae.errors import FULL
 from bvae.training.cuda_graph import CaptureFailed, causes, is_out_of_memory
 
 if sys.platform != "win32":

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from bvae import files
 from bvae.errors import FULL, UsageError, missing
 from bvae.training import checkpoint
 from bvae.training.cuda_graph import is_out_of_memory
@@ -31,9 +32,9 @@ def explain(error: BaseException, run: Run | None, resumed: Path | None) -> int 
     if isinstance(error, NotFinite) and run:
         _complain(f"{error}{_batch(run, error.step)}. A lower --lr may help. {continue_with(out)}")
         return 1
-    if isinstance(error, UsageError) and not run:
-        _complain(str(error))
-        return 2
+    if isinstance(error, UsageError):
+        _complain(f"{error}. {continue_with(out)}" if run else str(error))
+        return 1 if run else 2
     if isinstance(error, ModuleNotFoundError) and (text := missing(error)):
         _complain(text)
         return 2
@@ -71,7 +72,7 @@ def _batch(run: Run, step: int) -> str:
     assert run.out
     images, path = run.images(step), run.out / f"batch-{step}.txt"
     with contextlib.suppress(OSError):
-        path.write_text("\n".join([*images, ""]), encoding="utf-8", errors="surrogateescape")
+        files.write_text(path, "\n".join([*images, ""]))
     return f", on {', '.join(images[:SHOWN])} and {len(images) - SHOWN} more (all are in {path})"
 
 

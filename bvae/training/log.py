@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bvae.training.checkpoint import write_text
+from bvae import files
 from bvae.training.validation import Validation
 
 METRICS = "metrics.jsonl"
@@ -155,4 +155,4 @@ def _drop_lines_after(path: Path, step: int, validate_again: bool) -> None:
             last = step - 1 if validate_again and record["split"] == "valid" else step
             if record["step"] <= last:
                 kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    files.write_text(path, "".join(kept))

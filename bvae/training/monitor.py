@@ -39,7 +39,7 @@ class Monitor:
         self._first = run.done
         self._log = RunLog(run.out, run.steps, run.done) if run.distributed.is_main else NullLog()
         self.throughput = Throughput(run.config.training.batch_size)
-        self.metrics_buffer: list[dict[str, Any]] = []  # every record of training and validation so far
+        self.history: list[dict[str, Any]] = []  # every record of training and validation so far
         self.stop = False  # whether a callback asks for it
 
     def __enter__(self) -> "Monitor":
@@ -79,7 +79,7 @@ class Monitor:
         """Log a validation."""
         run = self._run
         self._log.validation(run.done, run.epoch(run.done), result)
-        self.metrics_buffer.append({"split": "valid", "step": run.done, **result._asdict()})
+        self.history.append({"split": "valid", "step": run.done, **result._asdict()})
         self._call("on_validation", run.done, result)
 
     def resume(self) -> None:
@@ -99,7 +99,7 @@ class Monitor:
         values = run.metrics(scalars)
         speed = self.throughput.images_per_s
         self._log.log(step, run.epoch(step), values, speed, run.config.training.batch_size)
-        self.metrics_buffer.append({"split": "train", "step": step, **values})
+        self.history.append({"split": "train", "step": step, **values})
         self._call("on_log", step, values)
 
     def _call(self, method: str, *arguments: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bvae import files
 from bvae.config import Config, ObjectiveConfig, TrainingConfig
 from bvae.datasets import Data, find, open_data
 from bvae.device import choose_device
@@ -119,11 +120,11 @@ def prepare(
     distributed.barrier()  # nobody writes before all are ready
     if out and write and distributed.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(out / "config.yaml", config.to_yaml())
+        files.write_text(out / "config.yaml", config.to_yaml())
         run.model.save_config(out)
         if opened.bad:
             lines = "".join(f"{file}\t{text}\n" for file, text in opened.bad)
-            checkpoint.write_text(out / "bad_files.txt", lines)
+            files.write_text(out / "bad_files.txt", lines)
     _announce(run, execution)
     return run
 
@@ -236,7 +237,7 @@ def _compile_and_capture(run: Run) -> str:
     step, training = run.step, run.config.training
     execution = compiles(step.device, training.compile)[1]
     captured, how = captures(step.device, training)
-    if run.done < run.steps and (step.compile or step.device.type == "cuda"):
+    if run.done < run.steps and (captured or step.compile or step.device.type == "cuda"):
         compiler.remove_truncated()
         images = run.train.head(run.train.batch_size)
         begin: Callable[[], bool | None] = partial(step.rehearse, images)

@@ -1,0 +1,74 @@
+"""Files that are written whole, down to the disk, or not at all."""
+
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from bvae.errors import FULL
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+UNFINISHED = ".tmp"  # ends the name of a file while it is written
+
+
+def write(path: Path, writer: Callable[[IO[bytes]], Any], size: int) -> None:
+    """Give a file its name once its bytes are on the disk, and then the name too.
+
+    A crash or a full disk leaves the file that was there before.
+
+    Args:
+        writer: writes into the open file.
+        size: bytes that it needs, for the message of a full disk.
+
+    Raises:
+        OSError: it cannot be written; of a full disk it says how many bytes are needed and free.
+    """
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        with open(unfinished, "wb") as file:
+            writer(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        # torch.save hides ENOSPC behind a RuntimeError of its own
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            free = shutil.disk_usage(path.parent).free
+            text = f"{cause.strerror}: {path.name} needs {size:,} bytes, and {free:,} are free"
+            raise OSError(cause.errno, text, str(path.parent)) from None
+        if isinstance(cause, OSError):
+            raise cause from None
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`write` of bytes. Raises OSError."""
+    write(path, lambda file: file.write(data), len(data))
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write` of text as UTF-8. Raises OSError."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def write_image(path: Path, image: "Image", **options: Any) -> None:
+    """`write` of a Pillow image, in the format of the name's suffix. Raises OSError."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=path.suffix[1:].upper(), **options)
+    write_bytes(path, buffer.getvalue())
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
