@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bvae import files
 from bvae.training import checkpoint
 
 CPU = torch.device("cpu")
@@ -206,7 +207,7 @@ class Filling(io.FileIO):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    monkeypatch.setattr(checkpoint, "open", Filling, raising=False)
+    monkeypatch.setattr(files, "open", Filling, raising=False)
 
 
 def test_disk_full_at_every_write(tmp_path, full_disk):

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 from torchvision.io import decode_jpeg, read_file
 
@@ -107,7 +108,7 @@ def test_existing_folder_is_refused_and_kept(folder):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
-    encode, seen = faces.encode_jpeg, []
+    encode, seen = torchvision.io.encode_jpeg, []
 
     def fail_on_the_tenth(image, quality):
         seen.append((tmp_path / "celeba").exists())
@@ -115,7 +116,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
             raise error
         return encode(image, quality)
 
-    monkeypatch.setattr(faces, "encode_jpeg", fail_on_the_tenth)
+    monkeypatch.setattr(torchvision.io, "encode_jpeg", fail_on_the_tenth)
     with pytest.raises(type(error)):
         write(tmp_path, n=400, progress=False)
     assert not any(seen)  # nor did it look complete while it was being written

@@ -58,18 +58,22 @@ def test_a_model_needs_no_extra():
 
 
 @pytest.mark.parametrize(
-    ("command", "package"),
+    ("command", "package", "options"),
     [
-        *(("train", package) for package in ("tyro", "tqdm")),
-        *((command, "tyro") for command in ("evaluate", "sample", "traverse", "compare", "sweep")),
-        ("data", "torchvision"),
+        *(
+            (name, "tyro", ["--help"])
+            for name in ("train", "evaluate", "sample", "traverse", "compare", "sweep")
+        ),
+        ("train", "tqdm", ["--max-steps", "1"]),
+        ("data", "torchvision", ["faces", "OUT", "--n", "1"]),
     ],
 )
-def test_a_command_says_which_package_it_needs(command, package, tmp_path):
+def test_a_command_says_which_package_it_needs(command, package, options, tmp_path):
+    options = [str(tmp_path / "out") if option == "OUT" else option for option in options]
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('none', name={package!r})\n")
     start = ["-m", "bvae", command] if package == "tqdm" else ["-m", f"bvae.{command}"]
     done = subprocess.run(
-        [sys.executable, *start, "--help"],
+        [sys.executable, *start, *options],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
@@ -92,6 +96,13 @@ def test_a_missing_package_of_another_kind_is_a_bug(tmp_path):
     first, second = python(code, without={"tyro"}).splitlines()
     assert first == "No module named 'nothing_of_this_name'"
     assert second == "bvae needs tyro: pip install 'bvae[train]'"
+
+
+def test_help_needs_no_torch(tmp_path):
+    """torch takes seconds, and torchvision more."""
+    python(
+        "import bvae.train; bvae.train.main(['--data', 'folder', '--help'])", without={"torch", "torchvision"}
+    )
 
 
 # --- The command `bvae` -----------------------------------------------------------------------------------

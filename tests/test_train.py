@@ -552,7 +552,7 @@ def test_read_only_run_folder_is_found_before_the_data_are_opened(
 def test_full_disk_keeps_the_last_checkpoint(data, tmp_path, capsys):
     assert run(data, tmp_path / "run", "--max-steps", 7) == 0
     folder = tmp_path / "run" / "checkpoints"
-    (folder / "step-00000014.tmp").symlink_to("/dev/full")  # every write to it fails with ENOSPC
+    (folder / "step-00000014.pt.tmp").symlink_to("/dev/full")  # every write to it fails with ENOSPC
     assert main(["--resume", str(tmp_path / "run"), "--max-steps", "14"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name for path in folder.iterdir()} == {"step-00000007.pt", "best.json"}
