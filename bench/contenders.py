@@ -1,4 +1,4 @@
-"""Both sides of a training step, from the same weights: the seed's code with its options, and ours."""
+"""Both sides of a training step, from the same weights: PyTorch-VAE with its options, and ours."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ import torch._dynamo
 from torch import Tensor
 
 from bench.race import clock
-from bench.reference_step import SeedStep, SeedVAE
+from bench.reference_step import PyTorchVAE, PyTorchVAEStep
 from bvae.config import TrainingConfig
 from bvae.kernels import launch
 from bvae.losses import CapacityLoss
@@ -40,7 +40,7 @@ class Network:
 
     @property
     def kl_weight(self) -> float:
-        """The seed's M_N."""
+        """PyTorch-VAE's M_N."""
         return self.latent_dim / self.image_size**2
 
 
@@ -58,16 +58,16 @@ def dtype_name(device: torch.device, amp: bool) -> str:
     return str(autocast_dtype(device, amp)[0] or torch.float32).removeprefix("torch.")
 
 
-def seed(network: Network, images: Tensor, *, tuned: bool = False, compile: bool = False) -> Contender:
-    """The seed's step on uint8 `images` [B, H, W, C], which its loader has scaled and laid out beforehand.
+def pytorch_vae(network: Network, images: Tensor, *, tuned: bool = False, compile: bool = False) -> Contender:
+    """PyTorch-VAE's step on uint8 `images` [B, H, W, C], which its loader has scaled and laid out beforehand.
 
     Tuned, it has what its users could switch on: channels_last, fused Adam, cuDNN's choice of algorithms and
     bfloat16 where the device has it.
     """
     device = images.device
     scaled = (images.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
-    model = SeedVAE(network.latent_dim, network.hidden_dims, network.image_size).to(device)
-    step = SeedStep(
+    model = PyTorchVAE(network.latent_dim, network.hidden_dims, network.image_size).to(device)
+    step = PyTorchVAEStep(
         model,
         kl_weight=network.kl_weight,
         gamma=GAMMA,
@@ -150,7 +150,7 @@ def check(network: Network, contenders: dict[str, Contender], device: torch.devi
         AssertionError: an MSE or KL differs from the first contender's by more than rounding explains.
     """
     torch._dynamo.reset()  # how often a function may be compiled is limited, over all benchmarks together
-    start = SeedVAE(network.latent_dim, network.hidden_dims, network.image_size).state_dict()
+    start = PyTorchVAE(network.latent_dim, network.hidden_dims, network.image_size).state_dict()
     weights = {name: value.clone() for name, value in start.items()}
     weights["fc_var.weight"].zero_()
     weights["fc_var.bias"].fill_(LOG_VAR)

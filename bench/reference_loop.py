@@ -1,4 +1,4 @@
-"""The seed's way from JPEG files to a trained model: PIL, torchvision's transforms, a DataLoader, a loop."""
+"""PyTorch-VAE's way from JPEG files to a trained model: PIL, torchvision's transforms, DataLoader, loop."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from bench.reference_step import SeedStep, SeedVAE
+from bench.reference_step import PyTorchVAE, PyTorchVAEStep
 from bvae.config import Config
 
 
@@ -48,9 +48,9 @@ def train(files: Sequence[str], config: Config, device: torch.device, crop: int 
         num_workers=os.cpu_count() or 1,
         pin_memory=device.type == "cuda",
     )
-    model = SeedVAE(config.model.latent_dim, config.model.hidden_dims, config.data.image_size).to(device)
+    model = PyTorchVAE(config.model.latent_dim, config.model.hidden_dims, config.data.image_size).to(device)
     numbers: dict[str, Any] = {"kl_weight": objective.kl_weight, "capacity_iters": objective.capacity_iters}
-    step = SeedStep(
+    step = PyTorchVAEStep(
         model, gamma=objective.gamma, max_capacity=objective.max_capacity, lr=training.lr, **numbers
     )
     schedule = torch.optim.lr_scheduler.ExponentialLR(step.optimizer, training.lr_gamma)

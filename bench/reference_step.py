@@ -1,4 +1,4 @@
-"""The seed's training step as people write it: the peer in every table.
+"""PyTorch-VAE's training step as people write it: the peer in every table.
 
 The network and objective of PyTorch-VAE's BetaVAE, written anew from their description: float32, contiguous,
 a bias before every BatchNorm, two linear heads, Adam with its defaults, three numbers read back every step.
@@ -21,7 +21,7 @@ def _up(in_channels: int, out_channels: int) -> nn.Module:
     return nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
 
 
-class SeedVAE(nn.Module):
+class PyTorchVAE(nn.Module):
     """PyTorch-VAE's BetaVAE, under its parameters' names.
 
     Args:
@@ -74,7 +74,7 @@ class SeedVAE(nn.Module):
         return [self.decode(self.reparameterize(mu, log_var)), x, mu, log_var]
 
 
-class SeedStep:
+class PyTorchVAEStep:
     """One update by loss B: mse + gamma * kl_weight * |KL - C|, C rising by each step.
 
     Args:
@@ -85,7 +85,7 @@ class SeedStep:
 
     def __init__(
         self,
-        model: SeedVAE,
+        model: PyTorchVAE,
         *,
         kl_weight: float,
         gamma: float = 10.0,

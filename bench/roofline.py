@@ -1,6 +1,6 @@
 """The least that a training step costs, from the model's own modules, and how near a record comes to it.
 
-    python -m bench.roofline                                    the seed's network, and the records
+    python -m bench.roofline                                    PyTorch-VAE's network, and the records
     python -m bench.roofline --latent-dim 10 --hidden-dims 32 64 --image-size 128 --batch 64 --itemsize 4
 
 Arithmetic is counted by running the model on meta tensors. Memory traffic is counted in passes over each

@@ -1,8 +1,8 @@
-"""Images a second over the batch, the image's size and the number of latents: the seed's step, and ours.
+"""Images per second over the batch, the image's size and the number of latents: PyTorch-VAE's step, and ours.
 
-One of the three varies at a time, about the seed's network in mixed precision on a GPU, and about the preset
-faces_cpu, in float32 and eager as it trains, on a CPU. On a GPU each point takes some 50 s, most of them to
-compile the step: these few keep this file under ten minutes.
+One of the three varies at a time, about PyTorch-VAE's network in mixed precision on a GPU, and about the
+preset faces_cpu, in float32 and eager as it trains, on a CPU. On a GPU each point takes some 50 s, most of
+them to compile the step: these few keep this file under ten minutes.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.contenders import Network, check, dtype_name, ours, seed
+from bench.contenders import Network, check, dtype_name, ours, pytorch_vae
 from bvae.config import TrainingConfig, read
 
 GPU = torch.cuda.is_available()
@@ -37,7 +37,7 @@ def test_scaling(
     size = network.image_size
     images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8, device=device)
     contenders = {
-        "the seed's code": seed(network, images),
+        "PyTorch-VAE": pytorch_vae(network, images),
         "ours": ours(network, images, tmp_path, TRAINING),
     }
     race(

@@ -1,8 +1,8 @@
-"""A training step: the seed's code, the same tuned and compiled, ours, and ours with each layer switched off.
+"""A training step: PyTorch-VAE, the same tuned and compiled, ours, and ours with each layer switched off.
 
-All start from the same weights and, without noise, must train alike before anything is timed. The seed's code
+All start from the same weights and, without noise, must train alike before anything is timed. PyTorch-VAE
 gets its images scaled and in float32, as its loader would hand them over; ours gets uint8 and scales it.
-"tuned" is the seed's code with channels_last, fused Adam, cuDNN's choice of algorithms and mixed precision;
+"tuned" is PyTorch-VAE with channels_last, fused Adam, cuDNN's choice of algorithms and mixed precision;
 "compiled" has torch.compile besides.
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.contenders import Contender, Network, check, dtype_name, ours, seed
+from bench.contenders import Contender, Network, check, dtype_name, ours, pytorch_vae
 from bench.race import Bar
 from bvae.config import TrainingConfig, read
 
 GPU = torch.cuda.is_available()
-SEEDS = Network()
+FULL_SIZE = Network()
 SMALL = Network(10, (16, 32, 64, 128, 256))  # the preset faces_cpu's
 
 
@@ -41,32 +41,32 @@ def _layers(device: torch.device, batch: int) -> dict[str, TrainingConfig]:
 def test_step(batch: int, device: torch.device, race: Callable[..., Any], tmp_path: Path) -> None:
     images = torch.randint(256, (batch, 64, 64, 3), dtype=torch.uint8, device=device)
     contenders: dict[str, Contender] = {
-        "the seed's code": seed(SEEDS, images),
-        "tuned": seed(SEEDS, images, tuned=True),
-        "compiled": seed(SEEDS, images, tuned=True, compile=True),
+        "PyTorch-VAE": pytorch_vae(FULL_SIZE, images),
+        "tuned": pytorch_vae(FULL_SIZE, images, tuned=True),
+        "compiled": pytorch_vae(FULL_SIZE, images, tuned=True, compile=True),
     }
     for name, training in _layers(device, batch).items():
-        contenders[name] = ours(SEEDS, images, tmp_path, training)
+        contenders[name] = ours(FULL_SIZE, images, tmp_path, training)
     bars = []
     if not GPU:  # float32 against float32, the same network, eager and contiguous
         plain = replace(TrainingConfig(), amp=False, compile=False)
         contenders["ours, float32, eager, contiguous"] = ours(
-            SEEDS, images, tmp_path, plain, channels_last=False
+            FULL_SIZE, images, tmp_path, plain, channels_last=False
         )
         whole = next(name for name in ("ours, no amp", "ours") if name in contenders)
         claim = "a CPU's step in float32: channels_last and torch.compile, over eager and contiguous"
         bars.append(Bar(claim, "ours, float32, eager, contiguous", whole, 1.3))
     race(
         "step",
-        f"seed's network, batch {batch}",
-        gate=lambda: check(SEEDS, contenders, device),
+        f"PyTorch-VAE's network, batch {batch}",
+        gate=lambda: check(FULL_SIZE, contenders, device),
         prepare=lambda: {name: contender.step for name, contender in contenders.items()},
         rounds=7,
         bars=bars,
         images=batch,
-        model=SEEDS.config,
+        model=FULL_SIZE.config,
         dtype=dtype_name(device, amp=True),
-        headline=f"Training step, seed's network, batch {batch}",
+        headline=f"Training step, PyTorch-VAE's network, batch {batch}",
     )
 
 
@@ -76,8 +76,8 @@ def test_step_of_the_cpu_preset(device: torch.device, race: Callable[..., Any], 
     images = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8, device=device)
     preset = read("faces_cpu")[0].training
     contenders = {
-        "the seed's code": seed(SMALL, images),
-        "tuned": seed(SMALL, images, tuned=True),
+        "PyTorch-VAE": pytorch_vae(SMALL, images),
+        "tuned": pytorch_vae(SMALL, images, tuned=True),
         "ours": ours(SMALL, images, tmp_path, preset),
     }
     if dtype_name(device, amp=True) != dtype_name(device, amp=False):

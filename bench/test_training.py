@@ -1,7 +1,7 @@
-"""End to end: from JPEG files on disk to the last step of a short run, against the seed's loop.
+"""End to end: from JPEG files on disk to the last step of a short run, against PyTorch-VAE's loop.
 
 Ours decodes the files once, into a cache that checks itself; with a warm cache it finds them decoded. Its
-time includes what the seed's loop does not do: a validation after each epoch, and checkpoints. Neither's
+time includes what PyTorch-VAE's loop does not do: a validation after each epoch, and checkpoints. Neither's
 includes starting Python. Where ours is compiled, the compiler's cache has the code, as in a user's second
 run.
 """
@@ -46,8 +46,8 @@ def test_training(root: Path, device: torch.device, race: Callable[..., Any], tm
     config = settings.resolve(len(files) // settings.training.batch_size)
     errors: dict[str, float] = {}
 
-    def seeds_loop() -> None:
-        errors["the seed's loop"] = sum(reference_loop.train(files, config, device)[-3:]) / 3
+    def baseline_loop() -> None:
+        errors["PyTorch-VAE's loop"] = sum(reference_loop.train(files, config, device)[-3:]) / 3
 
     def ours(cache: Path) -> None:
         torch._dynamo.reset()  # a run compiles its own
@@ -60,9 +60,9 @@ def test_training(root: Path, device: torch.device, race: Callable[..., Any], tm
         errors["ours"] = [line["mse"] for line in lines if "mse" in line][-1]
 
     def gate() -> dict[str, float]:
-        first_calls = {"the seed's loop": clock(seeds_loop, device), "ours": clock(warm, device)}
-        theirs, mine = errors["the seed's loop"], errors["ours"]
-        assert abs(mine - theirs) <= AGREEMENT * theirs, f"our MSE ends at {mine}, the seed's at {theirs}"
+        first_calls = {"PyTorch-VAE's loop": clock(baseline_loop, device), "ours": clock(warm, device)}
+        theirs, mine = errors["PyTorch-VAE's loop"], errors["ours"]
+        assert abs(mine - theirs) <= AGREEMENT * theirs, f"our MSE ends at {mine}, PyTorch-VAE's at {theirs}"
         return first_calls
 
     def warm() -> None:
@@ -73,7 +73,7 @@ def test_training(root: Path, device: torch.device, race: Callable[..., Any], tm
         f"{EPOCHS} epochs of {len(files)} JPEGs",
         gate=gate,
         prepare=lambda: {
-            "the seed's loop": seeds_loop,
+            "PyTorch-VAE's loop": baseline_loop,
             "ours": lambda: ours(tmp_path / f"cache-{next(numbers)}"),
             "ours, warm cache": warm,
         },

@@ -31,7 +31,7 @@ class Network(NamedTuple):
 
 # --- PyTorch-VAE ------------------------------------------------------------------------------------------
 def pytorch_vae(channels: int, size: int, latent_dim: int, widths: Sequence[int]) -> Network:
-    """The network of the seed, 3 937 635 parameters there with its dead biases."""
+    """PyTorch-VAE's network, 3 937 635 parameters there with its dead biases."""
     # Each stage halves the size, rounding up; the decoder goes back through the same sizes.
     sizes = [size]
     for _ in widths:

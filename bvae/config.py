@@ -92,7 +92,7 @@ class ObjectiveConfig:
     capacity_iters: int | Literal["auto"] = "auto"
     """Training steps until C is max_capacity. auto: half the run."""
     recon: Literal["mean", "sum"] = "mean"
-    """mean: over pixels (the seed's mean-squared error). sum: over pixels, as in the papers."""
+    """mean: over pixels (PyTorch-VAE's mean-squared error). sum: over pixels, as in the papers."""
     kl_weight: float | Literal["m_over_n"] | None = None
     """M_N, a factor on the KL. m_over_n: latent dimensions over pixels, M / (H W).
     None: m_over_n with recon mean, 1 with recon sum."""

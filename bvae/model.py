@@ -35,7 +35,7 @@ class VAEOutput(NamedTuple):
 
 
 class BetaVAE(nn.Module):
-    """A variational autoencoder; by default the seed's network, PyTorch-VAE's `BetaVAE`.
+    """A variational autoencoder; by default PyTorch-VAE's network, PyTorch-VAE's `BetaVAE`.
 
     Args:
         in_channels: channels of the image, 1 (grey) or 3 (RGB).

@@ -15,7 +15,7 @@ import torch
 from bench import compare, contenders, report, roofline
 from bench import race as racing
 from bench import record as records
-from bench.reference_step import SeedStep, SeedVAE
+from bench.reference_step import PyTorchVAE, PyTorchVAEStep
 from bench.test_kernels import CASES
 from bvae.config import TrainingConfig
 from bvae.model import BetaVAE
@@ -113,10 +113,10 @@ def test_the_kernels_gate_sees_noise_that_is_not_normal():
         )
 
 
-def test_the_seeds_network_and_step():
-    model = SeedVAE()
+def test_pytorch_vaes_network_and_step():
+    model = PyTorchVAE()
     assert sum(p.numel() for p in model.parameters()) == 3_937_635
-    step = SeedStep(SeedVAE(4, (4, 8), 16), kl_weight=4 / 256, max_capacity=2.0, capacity_iters=4)
+    step = PyTorchVAEStep(PyTorchVAE(4, (4, 8), 16), kl_weight=4 / 256, max_capacity=2.0, capacity_iters=4)
     images = torch.rand(8, 3, 16, 16) * 2 - 1
     losses = [step(images) for _ in range(60)]
     loss, mse, kld = losses[0]
@@ -126,10 +126,10 @@ def test_the_seeds_network_and_step():
 
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_the_steps_gate(tmp_path, monkeypatch, factor):
-    """Ours trains as the seed's code does; with half as much again for a learning rate it does not."""
+    """Ours trains as PyTorch-VAE does; with half as much again for a learning rate it does not."""
     network = contenders.Network(10, (16, 32, 64, 128, 256))
     images = torch.randint(256, (16, 64, 64, 3), dtype=torch.uint8)
-    there = contenders.seed(network, images)
+    there = contenders.pytorch_vae(network, images)
     monkeypatch.setattr(contenders, "LR", factor * contenders.LR)
     here = contenders.ours(network, images, tmp_path, TrainingConfig(compile=False))
     if factor == 1.0:
@@ -160,7 +160,7 @@ def test_a_contiguous_contender_is_contiguous(tmp_path, monkeypatch):
     assert not any(here)
 
 
-def test_the_floor_of_the_seeds_network():
+def test_the_floor_of_pytorch_vaes_network():
     """Its published arithmetic, and the passes over its tensors that were counted by hand."""
     cost = roofline.cost({}, itemsize=2)
     assert cost.forward_flop == pytest.approx(104.8e6, rel=1e-3)
@@ -191,9 +191,9 @@ def made(kind="cpu", date="2026-01-02T03:04:05+00:00", device="Some CPU, 2 CPU t
     even = (1.0, 1.0, 1.0)
     step = racing.Result(
         "step",
-        "seed's network, batch 64",
+        "PyTorch-VAE's network, batch 64",
         {
-            "the seed's code": timing(0.64, (4.0, 3.9, 4.2)),
+            "PyTorch-VAE": timing(0.64, (4.0, 3.9, 4.2)),
             "ours": timing(0.16, even),
             "ours, no amp": timing(0.2, (1.25, 1.2, 1.3)),
         },
@@ -202,8 +202,8 @@ def made(kind="cpu", date="2026-01-02T03:04:05+00:00", device="Some CPU, 2 CPU t
         9,
         {"images": 64, "model": {}, "dtype": "float32", "headline": "Training step"},
         [
-            (racing.Bar("fast", "the seed's code", "ours", 3.5), (4.0, 3.9, 4.2)),
-            (racing.Bar("faster", "the seed's code", "ours", 4.5), (4.0, 3.9, 4.2)),
+            (racing.Bar("fast", "PyTorch-VAE", "ours", 3.5), (4.0, 3.9, 4.2)),
+            (racing.Bar("faster", "PyTorch-VAE", "ours", 4.5), (4.0, 3.9, 4.2)),
         ],
     )
     kernel = racing.Result(
@@ -402,7 +402,7 @@ def test_the_newest_of_each_benchmark_of_each_device(tmp_path):
     cpu, *gpus = records.latest(tmp_path)
     assert [record["machine"]["device"] for record in gpus] == ["Other GPU", "Some GPU"]
     assert cpu["commit"] == "bbbbbbb"
-    assert [row["name"] for row in cpu["results"]] == ["seed's network, batch 64", "loss", "batch 16"]
+    assert [row["name"] for row in cpu["results"]] == ["PyTorch-VAE's network, batch 64", "loss", "batch 16"]
     assert [row.get("commit") for row in cpu["results"]] == ["aaaaaaa", None, "aaaaaaa"]
     assert cpu["results"][1]["timings"]["compiled"]["seconds"][0] == 0.5
     header, _, step, loss = report.headline_table([cpu], brief=False).splitlines()
@@ -410,7 +410,7 @@ def test_the_newest_of_each_benchmark_of_each_device(tmp_path):
     assert "as fast as ours, no amp (2026-03-01, commit aaaaaaa) |" in step
     assert "aaaaaaa" not in loss
     text = report.markdown(cpu)
-    assert "| seed's network, batch 64 (2026-03-01, commit aaaaaaa) |" in text
+    assert "| PyTorch-VAE's network, batch 64 (2026-03-01, commit aaaaaaa) |" in text
     assert "| loss |" in text
 
 
@@ -437,7 +437,7 @@ def test_the_table_of_headlines():
     header, _, step, kernel = report.headline_table([made()], brief=False).splitlines()
     assert header == "|  | Some CPU, 2 CPU threads, 2026-01-02, commit abc1234 |"
     assert (
-        step == "| Training step | 400 images/s<br>4.00 x (3.90 to 4.20) as fast as the seed's code<br>"
+        step == "| Training step | 400 images/s<br>4.00 x (3.90 to 4.20) as fast as PyTorch-VAE<br>"
         "1.25 x (1.20 to 1.30) as fast as ours, no amp |"
     )
     assert kernel == (
@@ -451,7 +451,7 @@ def test_the_brief_table():
     kernel = {**record["results"][1], "missing": None, "facts": {"headline": "Another loss"}}
     record["results"] += [kernel, {**kernel, "facts": {"headline": "A third"}}]
     _, _, step, loss = report.headline_table([record], brief=True).splitlines()
-    assert step == "| Training step | 400 images/s<br>4.00 x (3.90 to 4.20) as fast as the seed's code |"
+    assert step == "| Training step | 400 images/s<br>4.00 x (3.90 to 4.20) as fast as PyTorch-VAE |"
     assert loss.startswith("| Another loss | 1 ms<br>2.00 x")
     assert len(report.headline_table([made()], brief=True).splitlines()) == 3
 
@@ -480,7 +480,7 @@ def test_a_busy_machine_is_said_to_be_one():
 
 def test_the_whole_record_as_markdown():
     text = report.markdown(made())
-    assert "| step | the seed's code | ours | ours, no amp | first call | of the floor |" in text
+    assert "| step | PyTorch-VAE | ours | ours, no amp | first call | of the floor |" in text
     assert "| 100 images/s (ours: 4.00 x (3.90 to 4.20)) | 400 images/s |" in text
     assert "| 12 s | 125% |" in text  # 64 x 312.6 MFLOP
     assert "| 2 ms (compiled: 2.00 x (1.90 to 2.10)) | 1 ms | not measured yet |" in text
@@ -538,7 +538,7 @@ def slower(factor):
 
 def test_a_regression_beyond_the_spread_is_seen():
     moved = compare.moves([made(), made()], [slower(1.3), slower(1.3)])
-    assert [move.name for move in moved] == ["step: seed's network, batch 64: ours"]
+    assert [move.name for move in moved] == ["step: PyTorch-VAE's network, batch 64: ours"]
     assert moved[0].speedup == pytest.approx(1 / 1.3)
     shown = compare.table([made()], [slower(1.3)])
     assert "1 of 8 timings moved" in shown

@@ -11,7 +11,7 @@ from bvae.compat.pytorch_vae_weights import export_state
 from bvae.model import BetaVAE
 
 
-class Seed(nn.Module):
+class PyTorchVAE(nn.Module):
     """PyTorch-VAE's network as reference.md's table of its layers states it, under its parameter names."""
 
     def __init__(self, channels=3, latent_dim=128, hidden_dims=(32, 64, 128, 256, 512)):
@@ -48,28 +48,28 @@ class Seed(nn.Module):
         return self.final_layer(self.decoder(self.decoder_input(z).view(-1, self.width, 2, 2)))
 
 
-def trained_seed(**kwargs):
+def trained_baseline(**kwargs):
     """Weights with every part away from its initial value: biases and running statistics too."""
     torch.manual_seed(0)
-    seed = Seed(**kwargs)
-    for parameter in seed.parameters():
+    baseline = PyTorchVAE(**kwargs)
+    for parameter in baseline.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    for module in seed.modules():
+    for module in baseline.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 2)
             module.num_batches_tracked.fill_(7)
-    return seed.eval()
+    return baseline.eval()
 
 
-def test_parameters_are_the_seeds_less_the_dead_biases():
-    dead = sum(module.bias.numel() for module in _before_batchnorm(Seed()))
-    assert sum(p.numel() for p in Seed().parameters()) == 3_937_635
+def test_parameters_are_pytorch_vaes_less_the_dead_biases():
+    dead = sum(module.bias.numel() for module in _before_batchnorm(PyTorchVAE()))
+    assert sum(p.numel() for p in PyTorchVAE().parameters()) == 3_937_635
     assert sum(p.numel() for p in BetaVAE().parameters()) == 3_937_635 - dead
 
 
-def _before_batchnorm(seed):
-    for block in [*seed.encoder, *seed.decoder, seed.final_layer]:
+def _before_batchnorm(baseline):
+    for block in [*baseline.encoder, *baseline.decoder, baseline.final_layer]:
         yield block[0]
 
 
@@ -164,30 +164,32 @@ def test_folders_from_before_there_were_architectures(tmp_path):
 
 @pytest.mark.parametrize("form", ["bare", "lightning"])
 def test_pytorch_vae_checkpoint_gives_the_same_outputs(tmp_path, form):
-    seed = trained_seed(latent_dim=12, hidden_dims=(8, 16, 24, 32, 40))
-    state = seed.state_dict()
+    baseline = trained_baseline(latent_dim=12, hidden_dims=(8, 16, 24, 32, 40))
+    state = baseline.state_dict()
     if form == "lightning":
         state = {"epoch": 3, "state_dict": {f"model.{name}": value for name, value in state.items()}}
     torch.save(state, tmp_path / "last.ckpt")
     model = BetaVAE.from_pytorch_vae(tmp_path / "last.ckpt")
     x = torch.rand(3, 3, 64, 64) * 2 - 1
     with torch.no_grad():
-        for ours, theirs in zip(model.encode(x), seed.encode(x), strict=True):
+        for ours, theirs in zip(model.encode(x), baseline.encode(x), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
         z = torch.randn(3, 12)
-        torch.testing.assert_close(model.decode(z), seed.decode(z), atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.decode(z), baseline.decode(z), atol=1e-5, rtol=0)
 
 
 def test_pytorch_vae_export_gives_the_same_outputs():
     torch.manual_seed(0)
     model = BetaVAE(1, 12, (8, 16, 24, 32, 40))
     model(torch.rand(8, 1, 64, 64))  # moves the running statistics
-    seed = Seed(1, 12, (8, 16, 24, 32, 40))
-    seed.load_state_dict(export_state(model.state_dict()))
-    model.eval(), seed.eval()
+    baseline = PyTorchVAE(1, 12, (8, 16, 24, 32, 40))
+    baseline.load_state_dict(export_state(model.state_dict()))
+    model.eval(), baseline.eval()
     x = torch.rand(3, 1, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(model.reconstruct(x), seed.decode(seed.encode(x)[0]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model.reconstruct(x), baseline.decode(baseline.encode(x)[0]), atol=1e-5, rtol=0
+        )
 
 
 def test_files_that_are_no_pytorch_vae_checkpoints(tmp_path):

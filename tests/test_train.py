@@ -171,7 +171,7 @@ def test_every_objective_trains(data, tmp_path, options):
 
 
 def test_conventions_agree(data, tmp_path):
-    """The seed's mean with weight w is the papers' sum with weight w D: the same objective, other units."""
+    """PyTorch-VAE's mean with weight w is the papers' sum with weight w D: one objective, other units."""
     weight, pixels = 0.01, 3 * 32 * 32
     first_step = ("--max-steps", 1, "--loss-type", "VAE")
     run(data, tmp_path / "mean", *first_step, "--kl-weight", weight)
@@ -198,7 +198,7 @@ logging_params: {save_dir: SAVE, name: BetaVAE_B, manual_seed: 1265}
 """
 
 
-def test_the_seeds_configuration_runs_as_written(data, tmp_path, capsys):
+def test_pytorch_vaes_configuration_runs_as_written(data, tmp_path, capsys):
     text = SEED_YAML.replace("DATA", str(data)).replace("SAVE", str(tmp_path / "logs"))
     (tmp_path / "bbvae.yaml").write_text(text)
     assert main(["--config", str(tmp_path / "bbvae.yaml"), "--max-steps", "2", "--no-compile"]) == 0
