@@ -12,8 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
-torch.set_num_threads(1)  # the tests' tensors are small: threads cost more than they bring
+# The tests' tensors are small: threads cost more than they bring, in NumPy's libraries too.
+torch.set_num_threads(1)
+LIMITS = threadpool_limits(1)
 
 ON_GPU = pytest.StashKey[bool]()
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
