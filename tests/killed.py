@@ -10,21 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+from tiny import NETWORK
+
 from bvae.pipelines import faces
 
 TINY = [
-    *(
-        "--image-size",
-        "32",
-        "--hidden-dims",
-        "4",
-        "8",
-        "--latent-dim",
-        "3",
-        "--batch-size",
-        "16",
-        "--no-compile",
-    ),
+    *NETWORK,
+    "--no-compile",
     *("--decoder", "torchvision", "--epochs", "100", "--max-steps", "30", "--log-every", "2"),
     *("--checkpoint-every", "3", "--device", "cpu"),
 ]

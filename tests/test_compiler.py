@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import NETWORK
 
 from bvae.pipelines import faces
 from bvae.training import compiler
@@ -22,7 +23,7 @@ from bvae.training.setup import open_run
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "c" + "a2" * 25 + "b"
 TINY = [
-    *("--image-size", "32", "--hidden-dims", "4", "8", "--latent-dim", "3", "--batch-size", "16"),
+    *NETWORK,
     *("--decoder", "torchvision", "--max-steps", "2", "--log-every", "1", "--device", "cpu"),
 ]
 

@@ -8,24 +8,15 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import NETWORK
 
 from bvae.pipelines import faces
 from bvae.train import main
 from bvae.training import checkpoint
 
 OPTIONS = [
-    *(
-        "--image-size",
-        "32",
-        "--hidden-dims",
-        "4",
-        "8",
-        "--latent-dim",
-        "3",
-        "--batch-size",
-        "16",
-        "--no-compile",
-    ),
+    *NETWORK,
+    "--no-compile",
     *("--decoder", "torchvision", "--max-steps", "6", "--log-every", "2", "--checkpoint-every", "2"),
 ]
 

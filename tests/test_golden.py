@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tiny import NETWORK
 
 from bvae.train import main
 
@@ -26,7 +27,7 @@ OPTIONS = [
         "--max-steps",
         "200",
     ),
-    *("--image-size", "32", "--hidden-dims", "4", "8", "8", "--latent-dim", "3", "--batch-size", "16"),
+    *NETWORK,
     *("--gamma", "10", "--max-capacity", "25"),
     *("--epochs", "100", "--log-every", "1", "--lr", "2e-3", "--lr-gamma", "0.9", "--capacity-iters", "100"),
 ]

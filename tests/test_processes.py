@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import NETWORK
 
 from bvae.pipelines import faces
 from bvae.train import main
 from bvae.training.distributed import Distributed, init_distributed
 
 TINY = [
-    *("--image-size", "32", "--hidden-dims", "4", "8", "8", "--latent-dim", "3", "--batch-size", "16"),
+    *NETWORK,
     *("--log-every", "5", "--checkpoint-every", "7", "--no-compile"),
 ]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")

@@ -22,6 +22,7 @@ import yaml
 from pictures import write_folder
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import NETWORK
 
 from bvae.errors import UsageError
 from bvae.kernels import launch
@@ -33,8 +34,8 @@ from bvae.training.cli import parse
 from bvae.training.setup import open_run
 
 TINY = [
-    *("--image-size", "32", "--hidden-dims", "4", "8", "8", "--latent-dim", "3"),
-    *("--batch-size", "16", "--log-every", "5", "--checkpoint-every", "7", "--no-compile"),
+    *NETWORK,
+    *("--log-every", "5", "--checkpoint-every", "7", "--no-compile"),
 ]
 
 
