@@ -17,8 +17,8 @@ help:             ## list the targets
 train: .venv/installed  ## train on drawn faces; more options: make train ARGS="--amp --max-steps 500"
 	$(BIN)/python -m bvae.train $(ARGS)
 
-test: .venv/installed   ## the fast tests; the slow ones too, as CI: make test ARGS='-n 2 -m "not gpu"'
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/installed   ## the fast tests, on all cores; the slow ones too, as CI: make test ARGS='-m "not gpu"'
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 bench: .venv/installed  ## measure everything on this machine, keep the record, rewrite the tables of README and docs
 	$(BIN)/python -m pytest bench -v --record bench/results $(ARGS)

@@ -25,6 +25,7 @@ TINY = [
 WORKER = """
 import os, shlex, sys
 from bvae import train
+import bvae.training.command  # so that all is imported before the clock starts
 print("ready", flush=True)
 os.dup2(2, 1)
 sys.exit(train.main(shlex.split(input())))
