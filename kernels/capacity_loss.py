@@ -12,12 +12,12 @@ recon's gradient does not depend on the sum, so the pass that reads recon and ta
 
     d loss / d recon = unscaled_grad * grad_scale     grad_scale = 2 * error_scale; bernoulli: error_scale
 
-and each element is read once: 5 bytes of traffic for bfloat16 and uint8, and a tensor like recon kept for
-the backward pass. The gradient is stored without its scale, which for a mean is below float16's smallest
-number; the backward pass multiplies by it and by the incoming gradient: 4 bytes more.
+Each element is read once: 5 bytes of traffic for bfloat16 and uint8. A tensor like recon is kept for the
+backward pass. The gradient is stored without its scale, because the scale of a mean is below float16's
+smallest number. The backward pass multiplies by the scale and by the incoming gradient: 4 bytes more.
 
 float16 holds the gradient of a saturated tanh coarsely: beyond |x| = 6, 1 - tanh(x)^2 is below 3e-5, where
-float16's numbers lie 6e-8 apart, and by |x| = 7 a gradient may be 40% off. bfloat16 has no such place.
+float16's numbers lie 6e-8 apart, and at |x| = 7 a gradient may be 40% off. bfloat16 has no such range.
 
 Programs leave partial sums; the last one to finish adds them in a fixed order, so equal inputs give equal
 bits.
@@ -59,7 +59,7 @@ def _sigmoid(x):
 def _error_and_grad(x, y, BERNOULLI: tl.constexpr, ACTIVATION: tl.constexpr):
     """An element's reconstruction error and its `unscaled_grad`, as in the module's docstring."""
     if BERNOULLI:
-        e = tl.exp(-tl.abs(x))  # never overflows; one serves both
+        e = tl.exp(-tl.abs(x))  # never overflows; used for error and gradient
         log_sigmoid = tl.where(x < 0, x, 0.0) - _log1p(e)
         error = (1.0 - y) * x - log_sigmoid
         unscaled_grad = tl.where(x < 0, e, 1.0) / (1.0 + e) - y
@@ -122,7 +122,7 @@ def _forward_kernel(
         start = (block % blocks_per_row).to(tl.int64) * BLOCK
         column = start + tl.arange(0, BLOCK)
         mask = column < row_length
-        if DIMS > 1:  # a row of an image: spare the divisions 64 bits
+        if DIMS > 1:  # a row of an image: 32-bit divisions are enough, and faster
             column = column.to(tl.int32)
         recon_ptrs = recon + row * recon_row_stride + offsets(column, sizes, recon_strides, DIMS)
         target_ptrs = target + row * target_row_stride + offsets(column, sizes, target_strides, DIMS)
@@ -130,7 +130,7 @@ def _forward_kernel(
         y = tl.load(target_ptrs, mask=mask, other=0).to(tl.float32)
         if target.dtype.element_ty == tl.uint8:
             y = (y - pixel_shift) * pixel_scale
-        elif BERNOULLI:  # not a probability: make the loss say so
+        elif BERNOULLI:  # not a probability: the loss becomes NaN
             y = tl.where((y < 0.0) | (y > 1.0), float("nan"), y)
         error, element_grad = _error_and_grad(x, y, BERNOULLI, ACTIVATION)
         error_sum += tl.where(mask, error, 0.0)
@@ -206,7 +206,7 @@ def _backward_kernel(
         tl.store(grad_kl + index, tl.zeros((BLOCK,), tl.float32) + d_kl, mask=index < batch)
 
 
-_BLOCK, _WARPS = 2048, 8  # 8 elements a thread: 16 bytes of bfloat16, 8 of uint8
+_BLOCK, _WARPS = 2048, 8  # 8 elements per thread: 16 bytes of bfloat16, 8 of uint8
 _PROGRAMS = 1024  # enough to fill the largest GPU; each loops over its share. A power of two
 
 
@@ -232,7 +232,7 @@ def _error_scale(recon: Tensor, options: Options) -> float:
 
 
 def _grad_scale(recon: Tensor, options: Options) -> float:
-    """The factor that makes the unscaled gradient that of the loss."""
+    """The factor that turns the unscaled gradient into the loss's gradient."""
     scale = _error_scale(recon, options)
     return scale if options.likelihood == "bernoulli" else 2.0 * scale
 
@@ -240,8 +240,8 @@ def _grad_scale(recon: Tensor, options: Options) -> float:
 def _layout(*tensors: Tensor) -> tuple[dict[str, Any], list[tuple[int, tuple[int, ...]]]]:
     """The kernel arguments that describe the rows, and each tensor's row stride and strides within a row.
 
-    Elements are visited in the first tensor's order in memory: the sum does not mind. Tensors that share it
-    are one row; others have a row per image.
+    Elements are visited in the first tensor's order in memory, because a sum allows any order. If all tensors
+    share that order, everything is one row; otherwise there is one row per image.
     """
     order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
     in_memory_order = [t.permute(order) for t in tensors]
@@ -361,11 +361,11 @@ def vae_loss(
     with_grad: bool,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    """loss, recon, kld, capacity; the loss's gradient by each kl; the unscaled one by recon, or empty.
+    """loss, recon, kld, capacity, dloss_dkl (one number for all of kl), unscaled_grad (or an empty tensor).
 
-    The arguments are those of `bvae.ops.vae_loss`, checked there; a schema has no type for `Options`, so they
-    come one by one. The KL's weight is the option `kl_weight`, which torch.compile and a captured graph
-    freeze, times `kl_scale`, which the kernel loads. `with_grad` asks for the last output.
+    The arguments are those of `bvae.ops.vae_loss`, which checks them. A schema has no type for `Options`, so
+    they are passed one by one. The KL's weight is the option `kl_weight`, which torch.compile and a captured
+    graph freeze, times `kl_scale`, which the kernel loads. `with_grad`: whether to fill the last output.
     """
     launch, outputs = plan_forward(recon, target, kl, step, kl_scale, with_grad, Options(*options))
     launch.run(recon.device)
@@ -388,7 +388,7 @@ def vae_loss_backward(
     batch: int,
     kl_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of recon, like unscaled_grad or as empty, and of kl `[batch]`, in kl_dtype."""
+    """The gradients of recon (like unscaled_grad, which may be empty) and of kl (`[batch]` in kl_dtype)."""
     launch, outputs = plan_backward(
         unscaled_grad, dloss_dkl, grad_loss, grad_recon_term, grad_kld, grad_scale, batch, kl_dtype
     )
@@ -404,11 +404,11 @@ def _(unscaled_grad, dloss_dkl, grad_loss, grad_recon_term, grad_kld, grad_scale
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     recon, _target, kl, _step, _kl_scale, ctx.with_grad, *options = inputs
     *_terms, capacity, dloss_dkl, unscaled_grad = output
-    ctx.save_for_backward(unscaled_grad, dloss_dkl)  # not kl: its values are free to change
+    ctx.save_for_backward(unscaled_grad, dloss_dkl)  # not kl: its values may change before the backward pass
     ctx.batch, ctx.kl_dtype, ctx.arguments = kl.shape[0], kl.dtype, len(inputs)
     ctx.grad_scale = _grad_scale(recon, Options(*options))
     ctx.mark_non_differentiable(capacity, dloss_dkl, unscaled_grad)
-    ctx.set_materialize_grads(False)  # a term that nobody used costs no zeros
+    ctx.set_materialize_grads(False)  # no zeros are filled in for terms that nobody used
 
 
 def _differentiate(

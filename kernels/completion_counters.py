@@ -1,4 +1,4 @@
-"""Counters that tell the last program of a launch that it is the last, and are safe to replay."""
+"""Counters by which the last program of a launch finds out that it is the last; safe to replay."""
 
 import threading
 from collections.abc import Hashable
@@ -14,18 +14,18 @@ class CounterPool:
 
     Two launches that may overlap must not share a counter. Launches on one stream follow each other, so a
     stream keeps its counters, and a launch that needs fewer takes the first of them. A captured launch
-    replays on any stream at any time, so it gets counters of its own, for good. All lie in one block per
-    device, allocated by a thread of its own: a CUDA graph's private pool, which the caller may have entered,
-    is recycled without asking. Where the block is spent, or would have to be allocated inside a capture, the
-    counters are fresh zeros, which costs a launch.
+    replays on any stream at any time, so it gets its own counters, which no other launch ever uses. All
+    counters lie in one block per device. A separate thread allocates the block, because the caller may have
+    entered a CUDA graph's private pool, whose memory is recycled. If the block is full, or would have to be
+    allocated inside a capture, the counters are new zeros, which costs one more launch.
 
-    Every slice starts at a multiple of 16 bytes. Triton compiles one kernel for pointers that do and another
-    for those that do not: a captured launch must find the kernel that its warm-up compiled, because a module
+    Every slice starts at a multiple of 16 bytes. Triton compiles one kernel for aligned pointers and another
+    for unaligned ones. A captured launch must find the kernel that its warm-up compiled, because a module
     cannot be loaded inside a capture.
     """
 
     SLOTS = 1 << 16
-    ALIGNED = 4  # counters in 16 bytes
+    ALIGNED = 4  # slices are multiples of this many counters: 16 bytes
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,8 +40,8 @@ class CounterPool:
             if not capturing and kept is not None and len(kept) >= count:
                 return kept[:count]
             if self._block is None and not capturing:
-                self._block = _allocate_aside(self.SLOTS, device)
-            # a stream that asks for more and more doubles its slice, and so leaves no more behind than it has
+                self._block = _allocate_in_thread(self.SLOTS, device)
+            # a growing stream doubles its slice, so those it leaves behind are no larger together
             slots = count + -count % self.ALIGNED if capturing else max(power_of_two(count), self.ALIGNED)
             if self._block is None or self._used + slots > self.SLOTS:
                 return torch.zeros(count, dtype=torch.int32, device=device)
@@ -52,7 +52,7 @@ class CounterPool:
             return counters[:count]
 
 
-def _allocate_aside(count: int, device: torch.device) -> Tensor:
+def _allocate_in_thread(count: int, device: torch.device) -> Tensor:
     """int32 zeros, allocated and filled outside of any memory pool or stream that this thread has entered."""
     result: list[Tensor] = []
 
@@ -71,7 +71,7 @@ _pools: dict[int, CounterPool] = {}
 
 
 def completion_counters(count: int, device: torch.device) -> Tensor:
-    """`count` zeroed int32 counters on `device` that the launch under way must leave at zero."""
+    """`count` zeroed int32 counters on `device`; the launch that uses them must reset them to zero."""
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     index = device.index if device.index is not None else torch.cuda.current_device()

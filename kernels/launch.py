@@ -1,4 +1,4 @@
-"""Launching a kernel: which backend runs, how few dimensions describe its tensors, the device guard."""
+"""Launch a kernel: choose the backend, describe tensors in the fewest dimensions, set the device."""
 
 import os
 from contextlib import nullcontext
@@ -12,18 +12,18 @@ try:
     import triton  # noqa: F401
 
     AVAILABLE = True
-except ImportError:  # no build for this platform, or a broken one: the reference serves
+except ImportError:  # no build for this platform, or a broken one: the reference runs
     AVAILABLE = False
 
-ENABLED = True  # False sends everything to the reference: for debugging, and to measure what the kernels give
+ENABLED = True  # False: always the reference, for debugging and to measure the kernels' gain
 
 
 def runs_triton(*tensors: Tensor) -> bool:
     """Whether an operation on `tensors` goes to the Triton kernels, not to the reference.
 
     It does on CUDA and ROCm, and on a CPU in Triton's interpreter: TRITON_INTERPRET=1, set before the kernels
-    are imported. Where a tensor is float64 or empty it does not: the kernels compute in float32, and no grid
-    is empty. Nor does it while `ENABLED` is false.
+    are imported. The reference runs if `ENABLED` is false, if a tensor is float64 (the kernels compute in
+    float32) or if a tensor is empty (a grid cannot be empty).
     """
     if not (AVAILABLE and ENABLED) or any(t.dtype == torch.float64 or t.numel() == 0 for t in tensors):
         return False
@@ -34,10 +34,10 @@ def runs_triton(*tensors: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, as data: what `run` does on a device, a compiler can look at without one.
+    """One kernel launch, as data: `run` performs it on a device; a compiler can examine it without one.
 
-    `fuse` lets the compiler round a product and a sum once instead of twice. It is off where numbers must be
-    those of the torch half to the last bits, which is the noise, with every Triton release.
+    `fuse` lets the compiler round a product and a sum once instead of twice. It is off for the noise, which
+    must equal the torch functions' noise up to the last bits with every Triton release.
     """
 
     kernel: Any
@@ -66,7 +66,7 @@ def collapse(
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """The fewest dimensions that visit the same elements in the same order, for several tensors at once.
 
-    Neighbours that are contiguous in every tensor become one; sizes of 1 go. At least one dimension stays.
+    Neighbours that are contiguous in every tensor become one; sizes of 1 are dropped; one dimension stays.
     """
     merged = [(1, (0,) * len(strides))]
     for size, steps in zip(sizes, zip(*strides, strict=True), strict=True):

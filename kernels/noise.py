@@ -6,13 +6,13 @@ Philox is the counter-based generator of Salmon et al., "Parallel random numbers
     key     = (low, high) 32 bits of seed
     counter = (j // 4, b, low 32 bits of step, high 32 bits of step)
 
-so that the noise depends on logical indices alone: not on strides, block sizes, devices or dtypes, nor on
-how many samples stand beside this one. `j` counts the elements of one sample in row-major order.
+so the noise depends on logical indices alone: not on strides, block sizes, devices, dtypes or the number of
+samples in the batch. `j` counts the elements of one sample in row-major order.
 
-Every function stands here twice, once for torch and once for Triton, line by line the same arithmetic:
-integers, then float32 multiplications and additions, and one square root. Logarithm, cosine and sine are
-polynomials, so no library's enters. The integers are equal. The normals are equal to 2 ulp, and not to the
-bit, because torch's square root on a CPU is not exactly rounded, as the kernels' is.
+Every function exists twice, for torch and for Triton, with the same arithmetic line by line: integers, then
+float32 multiplications and additions, and one square root. Logarithm, cosine and sine are polynomials, so no
+library function is used for them. The integers are equal. The normals are equal to 2 ulp, but not bit by bit:
+the kernels' square root is exactly rounded, torch's on a CPU is not.
 """
 
 import math
@@ -101,7 +101,7 @@ def normal(
 ) -> Tensor:
     """Standard normal noise of `shape` `[B, ...]`, float32, on the seed's device.
 
-    `seed` and `step` are 0-d int64 tensors; no step is step 0. The samples' numbers begin at `first_sample`.
+    `seed` and `step` are 0-d int64 tensors; None is step 0. The first sample has the number `first_sample`.
     """
     samples, elements = shape[0], math.prod(shape[1:])
     if step is None:
@@ -116,7 +116,7 @@ def normal(
 
 
 if AVAILABLE:
-    # the torch half's constants, as a kernel may read them
+    # the constants above, in the form that a kernel may read
     ROUNDS = tl.constexpr(_ROUNDS)
     MULTIPLIER_0 = tl.constexpr(_MULTIPLIER_0)
     MULTIPLIER_1 = tl.constexpr(_MULTIPLIER_1)

@@ -3,17 +3,17 @@
     z  = mu + exp(log_var / 2) * eps
     KL = 0.5 * (mu^2 + exp(log_var) - 1 - log_var)            summed over a sample
 
-with eps from `noise`, drawn in the forward pass, and again, not stored, in the backward pass:
+The noise eps comes from `noise`. The forward pass does not store it; the backward pass draws it again:
 
     d_mu      = d_z + d_KL * mu
-    d_log_var = d_z * eps * exp(log_var / 2) / 2 + d_KL * (exp(log_var) - 1) / 2     (0 at, outside the clamp)
+    d_log_var = d_z * eps * exp(log_var / 2) / 2 + d_KL * (exp(log_var) - 1) / 2     (0 at or past a bound)
 
-A sample is a row. Many short rows share a program; a long row is split among programs, whose partial sums the
-last one to finish adds in a fixed order, so equal inputs give equal bits.
+A sample is a row. Many short rows share a program. A long row is split among programs; the last one to finish
+adds their partial sums in a fixed order, so equal inputs give equal bits.
 
-A row is walked in its logical order, which numbers the noise. Where that is the order of memory too, loads
-and stores are 16 bytes wide. Latents in channels_last are loaded and stored one element at a time: the same
-bytes in more instructions.
+A row is visited in its logical order, because that order numbers the noise. If it is also the order in
+memory, loads and stores are 16 bytes wide. Latents in channels_last are loaded and stored one element at a
+time: the same bytes in more instructions.
 """
 
 from typing import Any
@@ -66,10 +66,10 @@ def _forward_kernel(
     first_sample,  # row 0's number, which keys its noise
     row_sums,  # [batch, splits] float32, or None if splits is 1
     column_sums,  # [row blocks, row_length] float32, or None
-    counters,  # int32 zeros, one per row block, then one per column block; None without either of the sums
+    counters,  # int32 zeros, one per row block, then one per column block; None if both sums are None
     batch,
     row_length,
-    splits,  # programs per row block; more than 1 only where a row block is one row
+    splits,  # programs per row block; more than 1 only if a row block is one row
     low,  # clamp's bounds
     high,
     sizes,
@@ -216,10 +216,10 @@ _PROGRAMS = 1024  # enough to fill the largest GPU; long rows are split up to th
 
 
 def _tile_size(batch: int, row_length: int, per_dim: bool = False) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and warps: 8 elements a thread, which is 16 bytes of bfloat16.
+    """Rows and columns of a tile, and warps: 8 elements per thread, which is 16 bytes of bfloat16.
 
-    One warp a tile until there are tiles for every SM, then four; one where the tile's column sums, a block,
-    are announced to another program (`last_to_arrive`).
+    One warp per tile until there are tiles for every SM, then four. With `per_dim` always one, because
+    another program reads the tile's column sums, which are a block (see `last_to_arrive`).
     """
     size, warps = (1024, 4) if batch * row_length >= 2**19 and not per_dim else (256, 1)
     columns = min(power_of_two(max(row_length, 4)), size)  # 4: the normals of one Philox block
@@ -251,13 +251,13 @@ def plan_forward(
     per_dim: bool,
     first_sample: int = 0,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The forward launch, and the outputs it fills: z, kl, kl_per_dim and key, empty where not asked for."""
+    """The forward launch, and the outputs it fills: z, kl, kl_per_dim and key; empty if not requested."""
     outputs = z, kl, kl_per_dim, key = _outputs(mu, seed, per_dim)
     batch, row_length = mu.shape[0], mu[0].numel()
     rows, columns, warps = _tile_size(batch, row_length, per_dim)
     row_blocks, column_blocks = triton.cdiv(batch, rows), triton.cdiv(row_length, columns)
     splits = min(column_blocks, max(1, _PROGRAMS // row_blocks))
-    needed = row_blocks + (column_blocks if per_dim else 0) if splits > 1 or per_dim else 0
+    counter_count = row_blocks + (column_blocks if per_dim else 0) if splits > 1 or per_dim else 0
     sample = seed is not None
     layout, strides = _layout(mu, log_var, z if sample else mu)
     args = {
@@ -272,7 +272,7 @@ def plan_forward(
         "first_sample": first_sample,
         "row_sums": kl.new_empty(batch, splits) if splits > 1 else None,
         "column_sums": kl.new_empty(row_blocks, row_length) if per_dim else None,
-        "counters": completion_counters(needed, mu.device) if needed else None,
+        "counters": completion_counters(counter_count, mu.device) if counter_count else None,
         "batch": batch,
         "row_length": row_length,
         "splits": splits,
@@ -282,7 +282,7 @@ def plan_forward(
         "log_var_strides": strides[1],
         "z_row_stride": z.stride(0),
         "z_strides": strides[2],
-        "SPLITS_PADDED": min(power_of_two(column_blocks), _PROGRAMS),  # not of the batch's size
+        "SPLITS_PADDED": min(power_of_two(column_blocks), _PROGRAMS),  # the same for every batch size
         "ROWS": rows,
         "COLUMNS": columns,
         "PARTS": max(1024 // columns, 1),
@@ -343,7 +343,7 @@ def plan_backward(
 
 
 def _outputs(mu: Tensor, seed: Tensor | None, per_dim: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unfilled z, kl, kl_per_dim and key; empty where not asked for."""
+    """Unfilled z, kl, kl_per_dim and key; empty if not requested."""
     sample = seed is not None
     return (
         torch.empty_like(mu) if sample else mu.new_empty((0,) * mu.dim()),
@@ -363,7 +363,7 @@ def reparam_kl(
     per_dim: bool,
     first_sample: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z, kl, kl_per_dim and the (seed, step) they were drawn with; without a seed, kl alone is filled.
+    """z, kl, kl_per_dim and the (seed, step) of the noise; without a seed, z and the last are empty.
 
     The key is an output because the caller may advance its step before the backward pass reads it.
     """
@@ -403,7 +403,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     mu, log_var, seed, _, clamp, per_dim, first_sample = inputs
     ctx.save_for_backward(mu, log_var, output[3])
     ctx.sample, ctx.clamp, ctx.per_dim, ctx.first_sample = seed is not None, clamp, per_dim, first_sample
-    ctx.set_materialize_grads(False)  # an output that nobody used costs no zeros
+    ctx.set_materialize_grads(False)  # no zeros are filled in for outputs that nobody used
 
 
 def _differentiate(

@@ -1,4 +1,4 @@
-"""What the kernels share on the device: where a position lies in memory, and who is the last to finish."""
+"""What the kernels share on the device: addresses of positions, and which program finishes last."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def offsets(index, sizes, strides, DIMS: tl.constexpr):
-    """The int64 offsets of positions `index` in dimensions of `sizes`, the last running fastest."""
+    """The int64 offsets of positions `index` in dimensions of `sizes`; the last varies fastest."""
     rest = index
     offsets = tl.zeros_like(index).to(tl.int64)
     for d in tl.static_range(DIMS - 1, 0, -1):
@@ -19,10 +19,10 @@ def offsets(index, sizes, strides, DIMS: tl.constexpr):
 def last_to_arrive(counter, arrivals):
     """Whether this program is the last of `arrivals` at `counter`, whose stores it can then read.
 
-    The barriers put this program's stores before the release, and its loads after the acquire: all stores on
-    NVIDIA; on AMD, whose barrier does not wait for stores under way, those of the first warp, which performs
-    the atomic. So a program of several warps may announce a scalar that it stored, but a block only if it has
-    one warp. The last one resets the counter.
+    The barriers order this program's stores before the release, and its loads after the acquire. On NVIDIA
+    this holds for all stores. AMD's barrier does not wait for stores in flight, so there it holds only for
+    the stores of the first warp, which performs the atomic. Therefore a program of several warps may pass on
+    a scalar that it stored; only a program of one warp may pass on a block. The last one resets the counter.
     """
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel") == arrivals - 1
