@@ -31,7 +31,7 @@ class Objective:
     """The options of an objective, whose meaning `bvae.ops.vae_loss` has.
 
     Raises:
-        TypeError: kl_weight is no number.
+        TypeError: an option that must be a number is not.
         ValueError: an option out of its range, or a combination that no objective has.
     """
 
@@ -54,6 +54,11 @@ class Objective:
             )
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}")
+        for name in ("max_capacity", "capacity_iters", "decoder_variance"):
+            if isinstance(getattr(self, name), Tensor):  # whose gradient would be lost without a word
+                raise TypeError(
+                    f"{name} must be a number, got a tensor: it is not learned; give float({name})"
+                )
         if not 0 < self.decoder_variance < math.inf:
             raise ValueError(f"decoder_variance must be positive, got {self.decoder_variance}")
         if not 0 <= self.max_capacity < math.inf:

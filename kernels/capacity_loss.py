@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bvae.kernels.completion_counters import completion_counters
-from bvae.kernels.launch import Launch, collapse, is_dense, power_of_two
+from bvae.kernels.launch import Launch, check_single_backward, collapse, is_dense, power_of_two
 from bvae.kernels.tile import last_to_arrive, offsets
 
 
@@ -414,6 +414,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(
     ctx: Any, grad_loss: Tensor | None, grad_recon_term: Tensor | None, grad_kld: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
+    check_single_backward("bvae::vae_loss")
     unscaled_grad, dloss_dkl = ctx.saved_tensors
     reaches_recon = ctx.with_grad and not (grad_loss is None and grad_recon_term is None)
     if not reaches_recon:  # the KL alone: no pass over recon

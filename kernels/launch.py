@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     import triton  # noqa: F401
@@ -23,13 +24,34 @@ def runs_triton(*tensors: Tensor) -> bool:
 
     It does on CUDA and ROCm, and on a CPU in Triton's interpreter: TRITON_INTERPRET=1, set before the kernels
     are imported. The reference runs if `ENABLED` is false, if a tensor is float64 (the kernels compute in
-    float32) or if a tensor is empty (a grid cannot be empty).
+    float32), if a tensor is empty (a grid cannot be empty), and inside `torch.func`'s transforms and
+    forward-mode AD, for which a kernel has no rule: its tangents would be zero.
     """
     if not (AVAILABLE and ENABLED) or any(t.dtype == torch.float64 or t.numel() == 0 for t in tensors):
+        return False
+    if _is_transformed():
         return False
     if tensors[0].device.type == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1"
     return tensors[0].device.type == "cuda"
+
+
+@torch.compiler.assume_constant_result  # dynamo guards on both: it compiles again where they change
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode AD is active."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def check_single_backward(op: str) -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated again (`create_graph=True`).
+
+    A kernel's gradient carries no graph: what follows from it would be missing without a word.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op} has no second derivative on the Triton kernels (create_graph=True): use torch.func.grad, "
+            "or set bvae.kernels.launch.ENABLED = False before the forward pass: plain PyTorch then runs"
+        )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bvae.kernels.completion_counters import completion_counters
-from bvae.kernels.launch import Launch, collapse, power_of_two
+from bvae.kernels.launch import Launch, check_single_backward, collapse, power_of_two
 from bvae.kernels.noise import four_normals
 from bvae.kernels.tile import last_to_arrive, offsets
 
@@ -409,6 +409,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(
     ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None, grad_kl_per_dim: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
+    check_single_backward("bvae::reparam_kl")
     grads = reparam_kl_backward(
         *ctx.saved_tensors,
         grad_z if ctx.sample else None,

@@ -495,6 +495,15 @@ MISUSE = {
         ValueError,
         "decoder_variance must be positive",
     ),
+    **{
+        f"a learned {name}": (
+            (images(), images(), KL),
+            {name: torch.nn.Parameter(torch.tensor(0.5))},
+            TypeError,
+            f"{name} must be a number, got a tensor: it is not learned",
+        )
+        for name in ("decoder_variance", "max_capacity", "capacity_iters")
+    },
     "step": ((images(), images(), KL), {"step": torch.tensor(1.0)}, TypeError, "step must be an int64"),
     "iterations": (
         (images(), images(), KL),
