@@ -1,9 +1,9 @@
 """From a configuration to a run that is ready to train: open the data, build the parts, start or resume."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from bvae.kernels import launch
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE, build
 from bvae.pipelines.memory_loaders import DeviceLoader
-from bvae.training import checkpoint, compiler
+from bvae.training import checkpoint, compiler, malloc
 from bvae.training.cli import Arguments
 from bvae.training.distributed import Distributed, init_distributed
 from bvae.training.optimizer import build_optimizer
@@ -43,7 +43,7 @@ def connect(name: str) -> tuple[torch.device, Distributed]:
     return device, distributed
 
 
-@contextmanager
+@contextlib.contextmanager
 def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
     """Set the process's switches and generators as a run needs them; put all of them back afterwards."""
     deterministic: Any = torch.utils.deterministic  # type: ignore[attr-defined]
@@ -54,7 +54,10 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         deterministic.fill_uninitialized_memory,
     )
-    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
+        if device.type == "cpu":
+            stack.enter_context(malloc.kept())
         try:
             torch.manual_seed(training.seed)  # all ranks begin with the same weights
             torch.backends.cudnn.benchmark = not training.deterministic  # every step has the same shapes
@@ -71,7 +74,7 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
 
 
 # --- The run ----------------------------------------------------------------------------------------------
-@contextmanager
+@contextlib.contextmanager
 def open_run(arguments: Arguments) -> Iterator[Run]:
     """The run that a command line asks for, with the process's switches set for it. Raises as `prepare`."""
     config, resume = arguments.settings, arguments.resume
