@@ -91,6 +91,7 @@ setup(
             "pytest-xdist>=3.5",  # CI runs the tests on both of its cores
             "hypothesis>=6.100",  # hostile files and options for them, by the thousand
             "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",  # as above
+            "datasets>=3",  # Hugging Face's, which `bvae.fit` takes
             "diffusers>=0.35",  # the drop-in's test compares with its posterior
             "transformers>=4.50",  # must still import beside us, and so must
             "kernels>=0.5",  # this package, whose name is our folder's

@@ -1,6 +1,5 @@
 """PyTorch-VAE's way from JPEG files to a trained model: PIL, torchvision's transforms, DataLoader, loop."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torchvision.transforms import v2
 
 from bench.reference_step import PyTorchVAE, PyTorchVAEStep
 from bvae.config import Config
+from bvae.pipelines.decoder import cores
 
 
 class Files(Dataset):
@@ -45,7 +45,7 @@ def train(files: Sequence[str], config: Config, device: torch.device, crop: int 
         training.batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=os.cpu_count() or 1,
+        num_workers=cores(),
         pin_memory=device.type == "cuda",
     )
     model = PyTorchVAE(config.model.latent_dim, config.model.hidden_dims, config.data.image_size).to(device)

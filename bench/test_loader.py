@@ -26,6 +26,7 @@ from bench.race import Bar, clock
 from bench.reference_loop import Files
 from bvae.config import TrainingConfig
 from bvae.pipelines import decoder, faces
+from bvae.pipelines.decoder import cores
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.torch_decode import TorchDecoder
@@ -53,7 +54,7 @@ def _batches(files: Sequence[str]) -> list[Sequence[str]]:
 def _data_loader(files: Sequence[str]) -> Epoch:
     """What people write: PIL and torchvision's transforms in worker processes, started once."""
     transform = v2.Compose([v2.CenterCrop(148), v2.Resize(64), v2.PILToTensor()])
-    workers = os.cpu_count() or 1
+    workers = cores()
     loader = DataLoader(Files(files, transform), BATCH, num_workers=workers, persistent_workers=True)
     return lambda: (images.permute(0, 2, 3, 1) for images in loader)
 

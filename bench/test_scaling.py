@@ -19,7 +19,8 @@ from bvae.config import TrainingConfig, read
 GPU = torch.cuda.is_available()
 if GPU:
     NETWORK, BATCH, TRAINING = Network(), 144, TrainingConfig(amp=True)
-    AXES = {"batch": (16, 144, 1024, 4096), "image size": (64, 128, 256), "latents": (10, 128, 1024)}
+    # Batch 144 is also the point of 64 pixels and 128 latents. The largest batch comes last.
+    AXES = {"image size": (128, 256), "latents": (10, 1024), "batch": (16, 144, 1024, 4096)}
 else:
     NETWORK, BATCH, TRAINING = Network(10, (16, 32, 64, 128, 256)), 32, read("faces_cpu")[0].training
     AXES = {"batch": (16, 64, 256), "image size": (32, 64, 128), "latents": (10, 100, 1000)}

@@ -7,7 +7,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from pictures import write_folder
 from PIL import Image
 from torch import nn
@@ -45,6 +44,7 @@ def losses(fitted):
 
 # ---- images ------------------------------------------------------------------------------------------------
 def test_the_same_images_in_any_form_are_the_same_run(images):
+    datasets = pytest.importorskip("datasets")
     pil = [Image.fromarray(image) for image in images.numpy()]
     forms = {
         "array": images.numpy(),
@@ -52,7 +52,7 @@ def test_the_same_images_in_any_form_are_the_same_run(images):
         "float": images / 255,
         "Dataset of (image, label)": TensorDataset(images.permute(0, 3, 1, 2), torch.arange(N)),
         "list of PIL images": pil,
-        "Hugging Face": Dataset.from_dict({"label": list(range(N)), "image": pil}),
+        "Hugging Face": datasets.Dataset.from_dict({"label": list(range(N)), "image": pil}),
     }
     expected = fit(images, **TINY)
     assert len(losses(expected)) == 3

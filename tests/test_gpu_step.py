@@ -54,6 +54,7 @@ def replay_on_a_cpu(patch: pytest.MonkeyPatch) -> None:
     for name in ("CUDAGraph", "Stream", "current_stream"):
         patch.setattr(torch.cuda, name, Stub)
     patch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    patch.setattr(torch.cuda, "set_stream", lambda stream: None)
     patch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
     real = cuda_graph.capture
     patch.setattr("bvae.training.step.capture", lambda step, state: real(step, state) and step)
@@ -260,9 +261,10 @@ def full_size(kind: str) -> tuple[TrainingStep, DeviceLoader]:
 
 
 @pytest.fixture
-def full(device) -> Iterator[tuple[TrainingStep, DeviceLoader]]:
+def full(device, monkeypatch) -> Iterator[tuple[TrainingStep, DeviceLoader]]:
     """`full_size`, at its first step; with the algorithms that training uses."""
     torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     step, data = full_size(device.type)
     with cuda_graph.preserved(step._state):
         yield step, data

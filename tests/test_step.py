@@ -364,6 +364,7 @@ def captured_on_a_cpu(monkeypatch):
         for name in ("CUDAGraph", "Stream", "current_stream"):
             monkeypatch.setattr(torch.cuda, name, Stub)
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
         monkeypatch.setattr(torch.cuda, "graph", graph)
         return step.capture(batch())
 

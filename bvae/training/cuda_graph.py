@@ -27,7 +27,9 @@ def preserved(tensors: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
 
     Those that `tensors` gives only afterwards, such as an optimizer's state, are new, and become zero.
     """
-    before = {tensor: tensor.clone() for tensor in tensors()}  # a tensor's hash is its identity
+    # A tensor's hash is its identity. Detached: a clone with a graph keeps the parameter's AccumulateGrad
+    # node alive, which belongs to this stream, and a capture on another stream must not wait for this one.
+    before = {tensor: tensor.detach().clone() for tensor in tensors()}
     try:
         yield
     finally:
@@ -49,6 +51,7 @@ def capture(step: Callable[[], None], state: Callable[[], Iterable[Tensor]]) -> 
         CaptureFailed: the step does what a graph cannot hold; the message names the option to use.
     """
     graph, stream, fits = torch.cuda.CUDAGraph(), torch.cuda.Stream(), True
+    current = torch.cuda.current_stream()
     with preserved(state):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -59,6 +62,7 @@ def capture(step: Callable[[], None], state: Callable[[], Iterable[Tensor]]) -> 
             with torch.cuda.graph(graph, stream=stream):
                 step()
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture whose end fails leaves its own stream
             if not is_out_of_memory(error):
                 line = (str(error).splitlines() or [""])[0]
                 text = f"the step cannot be a CUDA graph ({line}): --no-capture trains without one"

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process: glibc gives large tensors back to the system, and maps them again each step."""
+"""Keep freed memory: glibc gives a large tensor back to the system, and maps it again in the next step."""
 
 import contextlib
 import ctypes
@@ -15,8 +15,8 @@ NEVER = 2**31 - 1  # bytes
 def kept() -> Iterator[None]:
     """Inside the block, freed memory is not returned to the system.
 
-    glibc maps every block of over 32 MB for itself and unmaps it when it is freed: a training step on a CPU then
-    takes tens of thousands of page faults. Other C libraries are left as they are.
+    glibc maps every block of over 32 MB for itself and unmaps it when it is freed: a training step on a CPU
+    then takes tens of thousands of page faults. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] != "glibc":
         yield
