@@ -29,10 +29,9 @@ def library(monkeypatch):
 
 def test_freed_memory_is_kept_and_then_given_back(library, monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
-    with pytest.raises(KeyError), malloc.kept():
+    with malloc.kept():
         assert library.calls == [(-4, 0), (-1, 2**31 - 1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD in malloc.h
         library.calls.clear()
-        raise KeyError
     assert library.calls == [(-4, 65536), (-1, 128 * 1024), "trim"]  # glibc's own values
 
 

@@ -350,6 +350,18 @@ class Stub:
     def replay(self): ...
 
 
+def test_what_is_preserved_holds_no_graph():
+    """A parameter's AccumulateGrad node that outlives a warm-up step belongs to the wrong stream in a capture."""
+    weight = torch.nn.Parameter(torch.ones(2))
+
+    def node():
+        return weight.view_as(weight).grad_fn.next_functions[0][0]
+
+    with preserved(lambda: [weight]):
+        node().metadata["seen"] = True
+        assert "seen" not in node().metadata  # a new one
+
+
 @pytest.fixture
 def captured_on_a_cpu(monkeypatch):
     """What `capture` makes of an error that ends the capture."""
