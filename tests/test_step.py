@@ -351,7 +351,7 @@ class Stub:
 
 
 def test_what_is_preserved_holds_no_graph():
-    """A parameter's AccumulateGrad node that outlives a warm-up step belongs to the wrong stream in a capture."""
+    """An AccumulateGrad node that outlives a warm-up step belongs to the wrong stream in a capture."""
     weight = torch.nn.Parameter(torch.ones(2))
 
     def node():
