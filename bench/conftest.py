@@ -10,6 +10,7 @@ with changes, as `git describe --always --abbrev=7 --dirty --exclude '*'` prints
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
