@@ -114,7 +114,7 @@ def test_more_processes_than_a_batch_can_feed_are_named(data, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("environment", "device", "text"),
     [
-        ({"RANK": "0"}, "cpu", "WORLD_SIZE is set, LOCAL_RANK and MASTER_ADDR and MASTER_PORT not"),
+        ({"RANK": "0"}, "cpu", "WORLD_SIZE is set, but not LOCAL_RANK and MASTER_ADDR and MASTER_PORT"),
         (
             {"RANK": "0", "LOCAL_RANK": "99", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
             "cuda",

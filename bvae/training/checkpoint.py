@@ -31,7 +31,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     damage the older ones. The versions of `torch`, `bvae` and `triton` are added to the state.
 
     Raises:
-        OSError: the file cannot be written; for a full disk the message says how many bytes are needed.
+        OSError: the file cannot be written; for a full disk it says how many bytes are needed and free.
     """
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.pt"

@@ -15,8 +15,8 @@ from bvae import config as configuration
 from bvae.config import Config, LossType
 from bvae.errors import MissingError, UsageError
 
-# What a resumed run may change: folders, length, the options that help against NaN losses, and
-# how the same step is executed.
+# What a resumed run may change: folders, length, the options that help against NaN losses, and how the same
+# step is executed.
 MAY_CHANGE = (
     *("root", "cache_dir", "epochs", "max_steps", "log_every", "checkpoint_every", "lr", "lr_gamma"),
     *("compile", "capture", "fused"),

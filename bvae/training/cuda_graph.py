@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Errors that can only be recognised by their text: the CPU's allocator, the driver, cuBLAS and cuDNN.
+# Texts of errors without a type of their own: of the CPU's allocator, of the driver, which makes the graph,
+# of cuBLAS and of cuDNN.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "not enough memory: you tried to allocate",

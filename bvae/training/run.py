@@ -24,7 +24,7 @@ from bvae.training.distributed import Distributed
 from bvae.training.step import NotFinite, Scalars, TrainingStep
 from bvae.training.validation import Validation, validate
 
-PAUSE = 10  # seconds between checkpoints, which must take a small part of the time, as validations must
+PAUSE = 10  # seconds between checkpoints: they and validations must take a small part of the time
 ACTIVE = 0.01  # nats; a latent with a higher KL is active
 
 

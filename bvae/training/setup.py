@@ -196,10 +196,10 @@ def _build(
 
     # channels_last suits tensor cores, and is faster on a CPU too.
     model = (model or build(config)).to(device).to(memory_format=torch.channels_last).train()
-    loss_module = (loss or build_loss(config.objective)).to(device)
+    module = (loss or build_loss(config.objective)).to(device)
     step = TrainingStep(
         model,
-        loss_module,
+        module,
         build_optimizer(training, model.parameters()),
         seed=training.seed,
         dtype=autocast_dtype(device, training.amp)[0],
@@ -209,18 +209,7 @@ def _build(
         accumulate=training.accumulate,
         distributed=distributed,
     )
-    parts = (
-        config,
-        out,
-        model,
-        loss_module,
-        step.optimizer,
-        step,
-        data.train,
-        data.valid,
-        data.files,
-        distributed,
-    )
+    parts = config, out, model, module, step.optimizer, step, data.train, data.valid, data.files, distributed
     return Run(*parts, loss_is_given=loss is not None)
 
 
