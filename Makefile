@@ -20,11 +20,11 @@ train: .venv/installed  ## train on drawn faces; more options: make train ARGS="
 test: .venv/installed   ## the fast tests, on all cores; the slow ones too, as CI: make test ARGS='-m "not gpu"'
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-bench: .venv/installed  ## measure everything on this machine, keep the record, rewrite the tables of README and docs
+bench: .venv/installed  ## measure everything on this machine, write the record, rewrite the tables of README and docs
 	$(BIN)/python -m pytest bench -v --record bench/results $(ARGS)
 	$(BIN)/python -m bench.report
 
-gpu: .venv/installed    ## everything that only a GPU can tell, stage by stage; some: make gpu ARGS="step-144 loader"
+gpu: .venv/installed    ## everything that needs a GPU, stage by stage; some stages: make gpu ARGS="step-144 loader"
 	$(BIN)/python -m bench.gpu $(ARGS)
 
 docs: .venv/docs        ## the API reference, from the docstrings, as pages in build/docs
@@ -39,7 +39,7 @@ lint: .venv/installed types  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not follow bvae.__path__ to kernels/ and pipelines/: it reads links that lie as the installed files do.
+# mypy does not follow bvae.__path__ to kernels/ and pipelines/: it reads links in the layout of an installation.
 types: .venv/installed  ## mypy, on all that is installed
 	@rm -rf build/types && mkdir -p build/types/bvae
 	@ln -s "$(CURDIR)"/bvae/* "$(CURDIR)/kernels" "$(CURDIR)/pipelines" build/types/bvae

@@ -1,8 +1,8 @@
-"""Two commits, the same benchmarks: `python -m bench.compare BASE [--rounds 2] [pytest's options]`.
+"""Run the same benchmarks on two commits: `python -m bench.compare BASE [--rounds 2] [pytest's options]`.
 
-BASE is checked out beside the source tree, gets the tree's own bench/ and is measured in turn with the tree:
-base, tree; tree, base. Printed is what moved beyond the spread: where the quartiles of one side's runs lie
-beyond all of the other's.
+BASE is checked out beside the source tree and gets the tree's own bench/. The two are measured in turn: base,
+tree; tree, base. The command prints the timings that moved beyond the spread: those for which the quartiles
+of all runs of one side lie beyond the quartiles of all runs of the other.
 
     python -m bench.compare main -k "kernels and 144"
 """
@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 
 class Span(NamedTuple):
-    """A contender's seconds a call over several records: the median of medians, the outermost quartiles."""
+    """A contender's seconds per call over several records: the median of medians, the outermost quartiles."""
 
     median: float
     low: float
@@ -45,7 +45,7 @@ class Move(NamedTuple):
 
 
 def spans(records: list[Record]) -> dict[str, Span]:
-    """By benchmark and contender."""
+    """The span of each benchmark and contender."""
     seconds: dict[str, list[list[float]]] = {}
     images: dict[str, int | None] = {}
     for record in records:
@@ -54,33 +54,33 @@ def spans(records: list[Record]) -> dict[str, Span]:
                 name = f"{result['group']}: {result['name']}: {contender}"
                 seconds.setdefault(name, []).append(timing["seconds"])
                 images[name] = result["facts"].get("images")
-    found = {}
+    result_spans = {}
     for name, values in seconds.items():
         medians, lows, highs = zip(*values, strict=True)
-        found[name] = Span(sorted(medians)[len(medians) // 2], min(lows), max(highs), images[name])
-    return found
+        result_spans[name] = Span(sorted(medians)[len(medians) // 2], min(lows), max(highs), images[name])
+    return result_spans
 
 
 def moves(base: list[Record], tree: list[Record]) -> list[Move]:
-    """What lies beyond the spread, the largest change first."""
+    """The timings that moved beyond the spread, the largest change first."""
     before, after = spans(base), spans(tree)
-    found = [
+    moved = [
         Move(name, before[name], after[name])
         for name in before.keys() & after.keys()
         if after[name].low > before[name].high or after[name].high < before[name].low
     ]
-    return sorted(found, key=lambda move: (-max(move.speedup, 1 / move.speedup), move.name))
+    return sorted(moved, key=lambda move: (-max(move.speedup, 1 / move.speedup), move.name))
 
 
 def table(base: list[Record], tree: list[Record]) -> str:
-    """Markdown: what moved, and how many did not."""
+    """Markdown: the timings that moved, and the number of all timings."""
     moved, count = moves(base, tree), len(spans(base).keys() & spans(tree).keys())
     lines = [f"{len(moved)} of {count} timings moved beyond the spread."]
     if moved:
         lines += ["", "| benchmark | base | tree | speed-up |", "|---|---|---|---|"]
-    for name, was, now in moved:
-        cells = quantity(was.median, was.images), quantity(now.median, now.images)
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {was.median / now.median:.2f} x |")
+    for name, old, new in moved:
+        cells = quantity(old.median, old.images), quantity(new.median, new.images)
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {old.median / new.median:.2f} x |")
     return "\n".join(lines)
 
 
@@ -90,7 +90,7 @@ def _git(*arguments: str) -> None:
 
 @contextmanager
 def _checkout(commit: str) -> Iterator[Path]:
-    """A source tree of `commit` with this tree's benchmarks."""
+    """Check out `commit` with this tree's benchmarks."""
     with tempfile.TemporaryDirectory(prefix="bvae-base-") as scratch:
         folder = Path(scratch) / "base"
         _git("worktree", "add", "--detach", str(folder), commit)
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         if "worktree" in error.cmd:
             print(f"error: {arguments.base}: {error.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             return 2
-        print("error: a benchmark failed, see above; -k leaves some out", file=sys.stderr)
+        print("error: a benchmark failed, see above; select others with -k", file=sys.stderr)
         return 1
     print(table(records["base"], records["tree"]))
     return 0

@@ -1,10 +1,10 @@
-"""`pytest bench`: the machine, its record, and the race that every benchmark runs.
+"""`pytest bench`: the options, the record of the machine, and the race that every benchmark runs.
 
     python -m pytest bench --record bench/results           every benchmark; the record grows with each
-    python -m pytest bench/test_step.py -k 144 --record bench/results      and these rows of it again
+    python -m pytest bench/test_step.py -k 144 --record bench/results      measure these rows again
 
-Where there is no .git, BVAE_COMMIT in the environment gives the record its commit: 1a2b3c4, or 1a2b3c4-dirty
-with changes, as `git describe --always --abbrev=7 --dirty --exclude '*'` prints it.
+Without .git, set BVAE_COMMIT in the environment to the commit: 1a2b3c4, or 1a2b3c4-dirty with changes, as
+`git describe --always --abbrev=7 --dirty --exclude '*'` prints it.
 """
 
 import os
@@ -32,29 +32,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--record",
         type=Path,
-        help="keep what is measured, after each benchmark: in a .json file, or under a folder such as "
-        "bench/results in <device>/<day>-<commit>.json. Rows that are there stay, those measured again are "
-        "replaced. BVAE_COMMIT in the environment gives the commit where there is no .git",
+        help="write the results after each benchmark: to a .json file, or to <device>/<day>-<commit>.json "
+        "in a folder such as bench/results. Existing rows stay; those measured again are replaced. "
+        "Without .git, BVAE_COMMIT in the environment gives the commit",
     )
     group.addoption(
-        "--quick", action="store_true", help="one short round of each, to see that it runs; keeps no record"
+        "--quick", action="store_true", help="one short round of each, to see that it runs; writes no record"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.exit("unset TRITON_INTERPRET: a kernel's time in the interpreter says nothing", returncode=4)
+        pytest.exit("unset TRITON_INTERPRET: times in the interpreter mean nothing", returncode=4)
     if not Path(bvae.__file__).is_relative_to(ROOT):
         pytest.exit(
-            f"bvae is that of {bvae.__file__}, not of {ROOT}: run python -m pytest there", returncode=4
+            f"bvae comes from {bvae.__file__}, not from {ROOT}: run python -m pytest there", returncode=4
         )
     if config.getoption("--quick") and config.getoption("--record"):
-        pytest.exit("--quick measures nothing: leave --record out", returncode=4)
+        pytest.exit("--quick measures nothing: remove --record", returncode=4)
     try:
         source()
     except ValueError as error:
         pytest.exit(str(error), returncode=4)
-    # Nothing is compiled yet: a first call's time is that of a new machine, unless a cache is asked for.
+    # An empty compiler cache, unless the user sets one: a first call then takes as long as on a new machine.
     if CACHE not in os.environ:
         scratch = tempfile.TemporaryDirectory(prefix="bvae-bench-")
         os.environ[CACHE] = scratch.name
@@ -77,9 +77,9 @@ def memory(device: torch.device) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def record(device: torch.device, request: pytest.FixtureRequest) -> Record:
     config = request.config
-    made = Record(device, cold=COLD in config.stash, path=config.getoption("--record"))
-    config.stash[RECORD] = made
-    return made
+    new_record = Record(device, cold=COLD in config.stash, path=config.getoption("--record"))
+    config.stash[RECORD] = new_record
+    return new_record
 
 
 @pytest.fixture
@@ -99,13 +99,13 @@ def race(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    made = config.stash.get(RECORD, None)
-    if made is None or not made.results:
+    new_record = config.stash.get(RECORD, None)
+    if new_record is None or not new_record.results:
         return
     try:
-        made.finish()
-    except RuntimeError as error:  # a GPU on which a kernel failed gives nothing more, not even its rates
-        terminalreporter.write_line(f"the rates are those of the start, for the device failed: {error}")
-    terminalreporter.write_line("\n" + markdown(made.measured()))
-    if made.path:
-        terminalreporter.write_line(f"record: {made.path}")
+        new_record.finish()
+    except RuntimeError as error:  # after a kernel has failed, the GPU cannot measure the rates again
+        terminalreporter.write_line(f"the rates are those from the start, because the device failed: {error}")
+    terminalreporter.write_line("\n" + markdown(new_record.measured()))
+    if new_record.path:
+        terminalreporter.write_line(f"record: {new_record.path}")

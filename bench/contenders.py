@@ -20,7 +20,7 @@ from bvae.training.optimizer import build_optimizer
 from bvae.training.step import TrainingStep, autocast_dtype, captures
 
 GAMMA, MAX_CAPACITY, CAPACITY_ITERS, LR = 10.0, 25.0, 10_000, 5e-4
-LOG_VAR = -12.0  # in the gate: as good as no noise
+LOG_VAR = -12.0  # in the gate: almost no noise
 GATE_STEPS, TOLERANCE = 3, 0.01  # a step changes the MSE by 6 %; bfloat16 by 0.2 %
 
 
@@ -46,7 +46,7 @@ class Network:
 
 @dataclass
 class Contender:
-    """A step on its own images; `terms` waits for the device and gives the last one's MSE and KL."""
+    """A step on its own images; `terms` waits for the device and returns the last step's MSE and KL."""
 
     step: Callable[[], object]
     terms: Callable[[], tuple[float, float]]
@@ -54,15 +54,15 @@ class Contender:
 
 
 def dtype_name(device: torch.device, amp: bool) -> str:
-    """What a step computes in, for the record."""
+    """The dtype in which a step computes, for the record."""
     return str(autocast_dtype(device, amp)[0] or torch.float32).removeprefix("torch.")
 
 
 def pytorch_vae(network: Network, images: Tensor, *, tuned: bool = False, compile: bool = False) -> Contender:
-    """PyTorch-VAE's step on uint8 `images` [B, H, W, C], which its loader has scaled and laid out beforehand.
+    """PyTorch-VAE's step on uint8 `images` [B, H, W, C], scaled and laid out beforehand, as by its loader.
 
-    Tuned, it has what its users could switch on: channels_last, fused Adam, cuDNN's choice of algorithms and
-    bfloat16 where the device has it.
+    `tuned` adds what its users could switch on: channels_last, fused Adam, cuDNN's choice of algorithms, and
+    bfloat16 if the device has it.
     """
     device = images.device
     scaled = (images.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
@@ -96,10 +96,10 @@ def ours(
     *,
     channels_last: bool = True,
 ) -> Contender:
-    """`bvae.train`'s step on uint8 `images` [B, H, W, C], with the layers that `training` leaves on.
+    """`bvae.train`'s step on uint8 `images` [B, H, W, C], with the layers that `training` enables.
 
-    Of a data set on a GPU it gathers a batch a step inside its graph, as training does. Not `channels_last`,
-    weights and images lie contiguous by channels. Weights pass through a file in `folder`.
+    With a data set on a GPU, it gathers a batch per step inside its graph, as training does. Without
+    `channels_last`, weights and images are contiguous. Weights are loaded through a file in `folder`.
     """
     device = images.device
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -141,15 +141,15 @@ def ours(
 
 
 def check(network: Network, contenders: dict[str, Contender], device: torch.device) -> dict[str, float]:
-    """Train all contenders from the same weights, without noise, and compare what they report.
+    """Train all contenders from the same weights, almost without noise, and compare their MSE and KL.
 
     Returns:
-        seconds of each one's first step.
+        the seconds of each contender's first step.
 
     Raises:
-        AssertionError: an MSE or KL differs from the first contender's by more than rounding explains.
+        AssertionError: an MSE or KL differs from the first contender's by more than rounding can explain.
     """
-    torch._dynamo.reset()  # how often a function may be compiled is limited, over all benchmarks together
+    torch._dynamo.reset()  # the number of compilations of a function is limited, over all benchmarks
     start = PyTorchVAE(network.latent_dim, network.hidden_dims, network.image_size).state_dict()
     weights = {name: value.clone() for name, value in start.items()}
     weights["fc_var.weight"].zero_()
@@ -166,9 +166,9 @@ def check(network: Network, contenders: dict[str, Contender], device: torch.devi
     expected = next(iter(reported.values()))
     for name, terms in reported.items():
         for step, ((mse, kld), (mse0, kld0)) in enumerate(zip(terms, expected, strict=True), start=1):
-            where = f"{name}, step {step}: MSE {mse:.5f} and KL {kld:.4f}, expected {mse0:.5f} and {kld0:.4f}"
-            assert abs(mse - mse0) <= TOLERANCE * mse0, where
-            assert abs(kld - kld0) <= TOLERANCE * kld0, where
+            text = f"{name}, step {step}: MSE {mse:.5f} and KL {kld:.4f}, expected {mse0:.5f} and {kld0:.4f}"
+            assert abs(mse - mse0) <= TOLERANCE * mse0, text
+            assert abs(kld - kld0) <= TOLERANCE * kld0, text
     for contender in contenders.values():
         contender.load(start)
     return first_calls

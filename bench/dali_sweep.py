@@ -1,7 +1,7 @@
-"""What DALI's options make of drawn faces: `python -m bench.dali_sweep`. Prints as it goes.
+"""Measure DALI's options on drawn faces: `python -m bench.dali_sweep`. Prints each result at once.
 
-The pipeline's largest batch, in memory and in the time of the first one; then images per second over the part
-of the JPEGs that the GPU's hardware decoder takes, of the square that is needed and of the whole image.
+First the pipeline's largest batch: its memory, and the time of the first batches. Then images per second for
+each share of JPEGs that the GPU's hardware decoder takes, for the cropped square and for the whole image.
 """
 
 import argparse
@@ -23,7 +23,7 @@ LOADS = (0.0, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9) if DEVICE.type == "cuda" else (0.0,
 
 
 def seconds(decoder: dali.DaliDecoder, batches: list[list[str]]) -> float:
-    """Of all batches, with the device done."""
+    """Seconds to decode all batches, until the device has finished."""
     start = time.perf_counter()
     for images, bad in decoder.decode(batches):
         assert not bad, bad
@@ -32,7 +32,7 @@ def seconds(decoder: dali.DaliDecoder, batches: list[list[str]]) -> float:
 
 
 def free() -> int:
-    """Bytes of the GPU."""
+    """Free bytes of the GPU."""
     return torch.cuda.mem_get_info()[0] if DEVICE.type == "cuda" else 0
 
 
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             decoder = dali.DaliDecoder(PICTURE, DEVICE, roi=roi, hw_load=load)
             seconds(decoder, batches)  # its buffers grow
             rate = count / statistics.median(seconds(decoder, batches) for _ in range(ROUNDS))
-            what = "the square" if roi else "whole images"
-            print(f"{what}, hardware decoder {load:.2f}: {rate:.0f} images per second", flush=True)
+            region = "the square" if roi else "whole images"
+            print(f"{region}, hardware decoder {load:.2f}: {rate:.0f} images per second", flush=True)
     return 0
 
 

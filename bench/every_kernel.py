@@ -1,13 +1,13 @@
 """One pass of every kernel, forward and backward, for compute-sanitizer: `python -m bench.every_kernel`.
 
-Sizes that leave blocks partly filled, and layouts that a kernel walks by strides. A CPU runs the reference.
+The sizes fill some blocks only partly, and some layouts need strides. A CPU runs the reference.
 """
 
 import itertools
 import os
 import sys
 
-# Each tensor an allocation of its own: what is written past its end is seen. Read when CUDA is first used.
+# A separate allocation per tensor, to detect writes past its end. The variable is read at CUDA's first use.
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch

@@ -1,16 +1,16 @@
-"""What torch.compile makes of the training step for an H100, counted without a GPU.
+"""Count the launches and the traffic of the training step as compiled for an H100, without a GPU.
 
     python -m bench.lowered --batch 144 --top 8     PyTorch-VAE's network, loss B, bfloat16
 
-Fake tensors go in, generated code comes out, and nothing runs: two small C libraries stand in for the CUDA
-runtime and driver, and Python answers what torch asks about the device. The step is the one that a run
-captures, with its gather and its optimizer. The figures:
+The input is fake tensors, the output is generated code, and nothing runs. Two small C libraries replace the
+CUDA runtime and driver, and Python code answers torch's questions about the device. The step is the one that
+a run captures, with its gather and its optimizer. The figures:
 
-    launches    one for each Triton kernel, convolution, matrix product, operation of bvae's and operation of
+    launches    one for each Triton kernel, convolution, matrix product, operation of bvae and operation of
                 eager torch; a convolution's backward pass is one per gradient. A library may launch more.
-    MB          of the forward and backward pass: what inductor says of its Triton kernels (torch 2.11 says
-                nothing of several kernels in one), the activations of convolutions, all tensors of bvae's
-                operations. Left out, 0.2 MB per image at batch 144: the weights that libraries read, and
+    MB          of the forward and backward pass: inductor's figures for its Triton kernels (torch 2.11 has
+                none for several kernels in one), the activations of convolutions, all tensors of bvae's
+                operations. Not counted, 0.2 MB per image at batch 144: the weights that libraries read, and
                 linear layers' matrix products.
 """
 
@@ -44,7 +44,7 @@ from bvae.training import step as step_module
 from bvae.training.optimizer import build_optimizer
 
 LIBRARIES = {"fake_cudart.c": "libfake_cudart.so", "fake_cuda.c": "libcuda.so.1"}
-INSIDE = "BVAE_LOWERED"  # is set in the process that runs with the stand-ins
+INSIDE = "BVAE_LOWERED"  # set in the process that runs with the fake libraries
 PASSES = ("forward", "backward")
 
 
@@ -58,7 +58,7 @@ class Kernel(NamedTuple):
 
 @dataclass
 class Count:
-    """What a step consists of."""
+    """The launches and the traffic of a step."""
 
     kernels: list[Kernel] = field(default_factory=list)
     library: Counter[tuple[str, str]] = field(default_factory=Counter)  # launches by part and operation
@@ -70,11 +70,11 @@ class Count:
 _RUN = re.compile(r"^\s+(triton_\w+)\.run\(", re.MULTILINE)
 _LIBRARY = re.compile(r"\b(?:extern_kernels|torch\.ops\.(?:aten|bvae))\.(\w+)[\w.]*\((.*)$", re.MULTILINE)
 _BYTES = re.compile(r"'kernel_name': '(\w+)'.*?'kernel_num_gb': ([0-9.e+-]+)")
-_GRADIENTS = re.compile(r"\[(\w+), (\w+), \w+\]\)$")  # which ones a convolution's backward pass gives
+_GRADIENTS = re.compile(r"\[(\w+), (\w+), \w+\]\)$")  # which gradients a convolution's backward pass computes
 
 
 def _read(count: Count, part: str, code: str) -> None:
-    """Add the launches in inductor's code."""
+    """Add the launches in inductor's code to `count`."""
     sizes = {name: float(size) * 1e9 for name, size in _BYTES.findall(code)}
     body = code[code.rfind("def call(") :]
     count.kernels += [Kernel(part, name, sizes.get(name, 0.0)) for name in _RUN.findall(body)]
@@ -84,7 +84,7 @@ def _read(count: Count, part: str, code: str) -> None:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors among a graph's node, a tensor and lists of either."""
+    """All tensors in a graph's node, a tensor, or a list of these."""
     if isinstance(value, fx.Node):
         value = value.meta.get("val")
     if isinstance(value, (tuple, list)):
@@ -93,25 +93,25 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _library_bytes(nodes: fx.graph._node_list) -> int:
-    """What convolutions move of the images, and bvae's operations of everything."""
+    """The bytes that convolutions move, without weights, and all bytes that bvae's operations move."""
     moved: list[Tensor] = []
     for node in nodes:
-        takes, gives = _tensors(node.args), _tensors(node)
+        inputs, outputs = _tensors(node.args), _tensors(node)
         if node.target is torch.ops.aten.convolution.default:
-            moved += [takes[0], gives[0]]
+            moved += [inputs[0], outputs[0]]
         elif node.target is torch.ops.aten.convolution_backward.default:
-            gradient, image = takes[:2]
+            gradient, image = inputs[:2]
             moved += [gradient, image]  # for the weights' gradient
             if node.args[-1][0]:
-                moved += [gradient, gives[0]]
+                moved += [gradient, outputs[0]]
         elif getattr(node.target, "namespace", "") == "bvae":
-            moved += takes + gives
+            moved += inputs + outputs
     return sum(tensor.nbytes for tensor in moved)
 
 
 # --- Compiling without running ----------------------------------------------------------------------------
 class _FakeStep(fake_tensor.FakeTensorMode):
-    """Runs a step on fake tensors, and counts what eager torch would launch on a GPU."""
+    """Runs a step on fake tensors, and counts the launches of eager torch on a GPU."""
 
     def __init__(self, outside: Counter[str]) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -122,25 +122,25 @@ class _FakeStep(fake_tensor.FakeTensorMode):
         if name == "_local_scalar_dense":
             return True  # Adam asks whether its learning rate is positive
         if name.startswith("_fused_"):
-            result = None  # the optimizer's kernel writes in place, and fake tensors do not know it
+            result = None  # the optimizer's kernel writes in place; fake tensors do not support it
         else:
             result = super().__torch_dispatch__(function, types, args, kwargs or {})
         returns = function._schema.returns
         is_view = any(value.alias_info and not value.alias_info.is_write for value in returns)
-        makes_nothing = function.namespace != "aten" or "empty" in name or name == "detach"
+        launches_nothing = function.namespace != "aten" or "empty" in name or name == "detach"
         on_gpu = any(tensor.is_cuda for tensor in _tensors([*args, result]))
-        if on_gpu and not (self.compiled or is_view or makes_nothing):
+        if on_gpu and not (self.compiled or is_view or launches_nothing):
             self.outside[name] += 1
         return result
 
 
 class _Lowered(Exception):
-    """Ends a compilation when the code is there."""
+    """Ends a compilation when the code has been generated."""
 
 
 @contextmanager
 def _lowering(count: Count, step: _FakeStep) -> Iterator[None]:
-    """Let torch.compile add the code that it makes to `count`, and run its graphs on fake tensors."""
+    """Make torch.compile add its generated code to `count`, and run its graphs on fake tensors."""
     code: list[str] = []
 
     def stop(self: graph.GraphLowering) -> None:
@@ -185,7 +185,7 @@ def _lowering(count: Count, step: _FakeStep) -> Iterator[None]:
 
 @contextmanager
 def _h100() -> Iterator[None]:
-    """Answer what torch and Triton ask about the device."""
+    """Answer the questions of torch and Triton about the device, as an H100."""
     import triton
     from torch._dynamo.device_interface import CudaInterface
     from triton.backends.compiler import GPUTarget
@@ -218,9 +218,9 @@ def _h100() -> Iterator[None]:
     real = torch.tensor
 
     def tensor(value: Any, *, device: Any = "cpu", **options: Any) -> Tensor:
-        """`torch.tensor`, which copies to the device by itself."""
-        made = real(value, **options)
-        return made if device == "cpu" else torch.empty(made.shape, dtype=made.dtype, device=device)
+        """`torch.tensor`, whose own copy to the device is replaced by an empty tensor."""
+        on_cpu = real(value, **options)
+        return on_cpu if device == "cpu" else torch.empty(on_cpu.shape, dtype=on_cpu.dtype, device=device)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch, "tensor", tensor))
@@ -231,7 +231,7 @@ def _h100() -> Iterator[None]:
 
 
 def count_step(batch: int) -> Count:
-    """Lower the captured step for `batch` images. Needs the stand-ins."""
+    """Lower the captured step for `batch` images. Needs the fake libraries."""
     with torch.device("meta"):
         model = BetaVAE().to(memory_format=torch.channels_last)
         loss = CapacityLoss(kl_weight=0.03125, activation="tanh")
@@ -250,19 +250,19 @@ def count_step(batch: int) -> Count:
         )
         with mock.patch.object(step_module, "capture", lambda run, *_: run):
             step.capture(DeviceLoader(images, batch, 0, train=True, flip=True))
-        step()  # compiles, and makes the optimizer's state
+        step()  # compiles, and creates the optimizer's state
         count.outside.clear()
         step()
     return count
 
 
 def show(count: Count, batch: int, top: int) -> None:
-    """Print what `count_step` found."""
+    """Print the result of `count_step`."""
     print(f"torch {torch.__version__}, batch {batch}; launches:")
     for part in (*PASSES, "gather"):
-        found = {"Triton": sum(kernel.part == part for kernel in count.kernels)}
-        found |= {operation: n for (where, operation), n in count.library.items() if where == part}
-        print(f"{part:10}" + ", ".join(f"{n} {name}" for name, n in found.items()))
+        numbers = {"Triton": sum(kernel.part == part for kernel in count.kernels)}
+        numbers |= {operation: n for (p, operation), n in count.library.items() if p == part}
+        print(f"{part:10}" + ", ".join(f"{n} {name}" for name, n in numbers.items()))
     print(f"{'eager':10}" + ", ".join(f"{n} {name}" for name, n in count.outside.items()))
     for kernel in sorted(count.kernels, key=lambda kernel: -kernel.bytes)[:top]:
         print(f"{kernel.bytes / 1e6:7.1f} MB  {kernel.part:8}  {kernel.name}")
@@ -274,12 +274,12 @@ def show(count: Count, batch: int, top: int) -> None:
     print(f"TOTAL {moved / 1e6:.2f} MB per image, {inside + outside} launches")
 
 
-# --- The process with the stand-ins -----------------------------------------------------------------------
+# --- The process with the fake libraries ------------------------------------------------------------------
 def stand_ins(folder: Path) -> dict[str, str]:
-    """Compile the two libraries into a folder; the environment that puts them in the place of CUDA's.
+    """Compile the two libraries into a folder; return the environment in which they replace CUDA's.
 
     Raises:
-        RuntimeError: something that is needed is missing; says what to do.
+        RuntimeError: a requirement is missing; the message says what to do.
     """
     if sys.platform != "linux" or not torch.version.cuda or not launch.AVAILABLE:
         raise RuntimeError("bench.lowered needs Linux, torch's build for CUDA, and triton: pip install torch")
@@ -298,7 +298,7 @@ def stand_ins(folder: Path) -> dict[str, str]:
         ]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            reason = (result.stderr.strip() or "it does not say why").splitlines()[0]
+            reason = (result.stderr.strip() or "no message").splitlines()[0]
             raise RuntimeError(f"{compiler} does not compile {source} ({reason}): name another in CC")
     return {
         **os.environ,
@@ -306,13 +306,13 @@ def stand_ins(folder: Path) -> dict[str, str]:
         "LD_PRELOAD": str(folder / LIBRARIES["fake_cudart.c"]),
         "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
         "TORCHINDUCTOR_CACHE_DIR": str(folder),
-        "TORCH_LOGS": "-inductor",  # it warns of every compilation that is ended
+        "TORCH_LOGS": "-inductor",  # it warns about every compilation that is stopped
         "PYTHONWARNINGS": "ignore",
     }
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 2 where something that is needed is missing."""
+    """Exit status: 0 done, 2 a requirement is missing."""
     parser = argparse.ArgumentParser(prog="python -m bench.lowered", description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=144)
     parser.add_argument("--top", type=int, default=8, help="how many of the largest kernels to list")

@@ -1,6 +1,6 @@
-"""What the compiler makes of the kernels, without a GPU: `python bench/machine_code.py [sm_90 ...]`.
+"""Show the machine code of the kernels, without a GPU: `python bench/machine_code.py [sm_90 ...]`.
 
-Each case is a launch that training makes, planned on meta tensors by the launcher itself, and compiled as its
+Each case is a launch of the training, planned on meta tensors by the launcher itself, and compiled as its
 first call on the device would compile it. Prints a Markdown table.
 """
 
@@ -31,7 +31,7 @@ TARGETS = {
 
 
 def _latents(*shape: int, channels_last: bool = False) -> tuple[Tensor, ...]:
-    """mu, log_var as an encoder's heads give them: halves of one tensor, `shape` each."""
+    """mu, log_var as from an encoder's heads: the halves of one tensor, `shape` each."""
     both = torch.empty(shape[0], 2 * shape[1], *shape[2:], dtype=torch.bfloat16, device="meta")
     if channels_last:
         both = both.to(memory_format=torch.channels_last)
@@ -88,7 +88,7 @@ CASES: dict[str, Callable[[], Launch]] = {
 
 
 def batch_variants(batch: int) -> dict[str, Launch]:
-    """Launches that differ in the batch's size alone: the last batch of an epoch is shorter."""
+    """Launches that differ only in the batch size: the last batch of an epoch is shorter."""
     recon, nchw = _images(BF16, batch=batch), _images(BF16, False, batch)
     target = _images(U8, batch=batch)
     return {
@@ -112,7 +112,7 @@ _TYPES = {
 
 
 def _specialise(value: object) -> tuple[str, bool]:
-    """A launch argument's type in the kernel's signature, and whether it is known to be a multiple of 16."""
+    """A launch argument's type in the kernel's signature, and whether it is a multiple of 16."""
     if isinstance(value, Tensor):
         return _TYPES[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
     if value is None or (value == 1 and not isinstance(value, float)):
@@ -123,7 +123,7 @@ def _specialise(value: object) -> tuple[str, bool]:
 
 
 def specialisation(launch: Launch) -> tuple[dict[str, object], dict, dict]:
-    """What Triton compiles a kernel for: the types of `launch`'s arguments, the constants, the alignments."""
+    """The specialisation of a kernel: the types of `launch`'s arguments, the constants, the alignments."""
     signature: dict[str, object] = {}
     constants: dict[tuple[int, ...], object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -150,25 +150,25 @@ def specialisation(launch: Launch) -> tuple[dict[str, object], dict, dict]:
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
-    """The kernel of `launch`, specialised to its arguments as Triton would on `target`."""
+    """The kernel of `launch`, specialised to its arguments as by Triton on `target`."""
     source = ASTSource(launch.kernel, *specialisation(launch))
     return triton.compile(source, target=target, options=launch.options)
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What one kernel became on one target. Widths are counted in its main loop, if it has one."""
+    """The machine code of one kernel on one target. Widths are counted in its main loop, if it has one."""
 
     registers: int  # per thread; VGPRs on AMD
     spilled: int  # bytes of local memory per thread on NVIDIA, registers on AMD
     shared: int  # bytes per program
-    loads: dict[int, int]  # instructions by bytes each loads from global memory
+    loads: dict[int, int]  # width in bytes: number of instructions that load from global memory
     stores: dict[int, int]
-    bytes_per_element: float | None  # that the main loop loads and stores
+    bytes_per_element: float | None  # loaded and stored by the main loop
     exact_divisions: int  # correctly rounded, on NVIDIA
 
 
-# An instruction that reads or writes global memory, its label, its jump: SASS, and AMD's assembly
+# Patterns for an access to global memory, a label and a jump: SASS, and AMD's assembly
 _SASS = {
     "access": re.compile(r"\b(LDG|STG)\.E((?:\.\w+)*)"),
     "label": re.compile(r"^(\.L_x_\d+):"),
@@ -213,7 +213,7 @@ def _main_loop(lines: list[str], syntax: dict[str, re.Pattern[str]]) -> list[str
 
 
 def _accesses(lines: Iterable[str], syntax: dict[str, re.Pattern[str]]) -> tuple[Counter[int], Counter[int]]:
-    """How many loads and how many stores of each width."""
+    """The number of loads and of stores of each width."""
     loads, stores = Counter[int](), Counter[int]()
     for line in lines:
         if match := syntax["access"].search(line):

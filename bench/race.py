@@ -1,7 +1,7 @@
-"""Contenders that take turns: each round times all of them, so that what disturbs one disturbs the others.
+"""Time contenders in alternation: each round times all of them, so that a disturbance affects all.
 
-Times are medians over the rounds with their quartiles; a ratio is the median of the rounds' own ratios. What
-comes before the clock starts (the gate, compiling, warming up, counting launches) is kept apart.
+Times are medians over the rounds with their quartiles; a ratio is the median of the rounds' own ratios. The
+work before the clock starts (the gate, compiling, warm-up, counting launches) is not in the times.
 """
 
 import time
@@ -18,19 +18,19 @@ Spread = tuple[float, float, float]  # median, lower and upper quartile
 
 @dataclass
 class Timing:
-    """What one contender took."""
+    """The times of one contender."""
 
-    seconds: Spread  # a call
-    first_call: float | None  # seconds; compiling is in it
-    ratio: Spread  # its time over the hero's, round by round: how many times as fast the hero is
-    launches: int | None = None  # kernels, copies and fills of a call; on a GPU
-    device_seconds: float | None = None  # of these, without the gaps between them
-    peak_bytes: int | None = None  # allocated beyond what was there before the call; on a GPU, not in a graph
+    seconds: Spread  # per call
+    first_call: float | None  # seconds, with compiling
+    ratio: Spread  # its time over the hero's, per round: how many times as fast the hero is
+    launches: int | None = None  # kernels, copies and fills per call; on a GPU
+    device_seconds: float | None = None  # the time of these, without the gaps between them
+    peak_bytes: int | None = None  # allocated by the call; on a GPU, without a graph
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What the project asks of two contenders: `fast` at least so many times as fast as `slow`."""
+    """A goal of the project: `fast` is at least `at_least` times as fast as `slow`."""
 
     claim: str
     slow: str
@@ -39,22 +39,22 @@ class Bar:
 
 
 def now() -> str:
-    """The date, as records have it."""
+    """The date and time, in the format of the records."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass
 class Result:
-    """One benchmark: its contenders in order, the first of which is what people have today."""
+    """One benchmark: its contenders in order. The first is what people use today."""
 
     group: str
     name: str
     timings: dict[str, Timing]
-    hero: str  # the contender that the ratios speak of
+    hero: str  # the contender that the ratios compare with the others
     missing: str | None  # a contender that cannot run on this device
     rounds: int
-    facts: dict[str, Any] = field(default_factory=dict)  # images, bytes, the model: whatever the report needs
-    bars: list[tuple[Bar, Spread]] = field(default_factory=list)  # and what was measured; none fails a run
+    facts: dict[str, Any] = field(default_factory=dict)  # images, bytes, the model: what the report needs
+    bars: list[tuple[Bar, Spread]] = field(default_factory=list)  # with the ratios; none fails a run
     date: str = field(default_factory=now)
 
     def as_json(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired(slow: Sequence[float], fast: Sequence[float]) -> Spread:
-    """How many times as fast `fast` is, round by round."""
+    """How many times as fast `fast` is, per round."""
     return spread([s / f for s, f in zip(slow, fast, strict=True)])
 
 
@@ -78,7 +78,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Seconds a call, with the device done before and after."""
+    """Seconds per call; waits for the device before and after."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -88,7 +88,7 @@ def clock(call: Callable[[], object], device: torch.device, calls: int = 1) -> f
 
 
 def _launches(call: Callable[[], object], device: torch.device) -> tuple[int, float, bool]:
-    """Everything that the device ran for a call, how many seconds that took, and whether a graph held it."""
+    """The number of launches of a call, their seconds, and whether a graph launched them."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()
@@ -97,7 +97,7 @@ def _launches(call: Callable[[], object], device: torch.device) -> tuple[int, fl
 
 
 def _count(events: Iterable[Any]) -> tuple[int, float, bool]:
-    """`_launches` of a profile's events, which have spans round kernels too, such as the optimizer's step."""
+    """`_launches` from a profile's events, without spans that contain kernels (the optimizer's step)."""
     events = list(events)
     on_device = [
         e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
@@ -119,8 +119,8 @@ def _peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 class Race:
     """Times contenders on a device and keeps the results.
 
-    A round's sample of a contender is as many calls as fill `sample_seconds`; the warm-up lasts as long, and
-    at least `warm_calls`: a captured step is captured within them. `max_rounds` cuts every benchmark short.
+    In each round a contender is called for about `sample_seconds`. The warm-up takes as long, and at least
+    `warm_calls` calls, in which a captured step is captured. `max_rounds` limits every benchmark's rounds.
     """
 
     device: torch.device
@@ -142,16 +142,16 @@ class Race:
         bars: Sequence[Bar] = (),
         **facts: Any,
     ) -> Result:
-        """Time what `prepare` gives, once `gate` has passed.
+        """Time the contenders of `prepare`, after `gate` has passed.
 
         Args:
-            gate: compares what the contenders compute, and raises if they differ: then nothing is timed.
-                Returns how many seconds each one's first call took.
-            prepare: the contenders' calls, in order: what people have today, its better settings, "ours", and
-                "ours" without this or that. Where "ours" is `missing`, the last one takes its place.
-            single: a call takes long and needs no warm-up: one call a round, and the first round counts.
-            bars: what the report holds against the measured ratios.
-            facts: for the record; those that are None are left out.
+            gate: compares the results of the contenders, and raises if they differ: then nothing is timed.
+                Returns the seconds of each contender's first call.
+            prepare: the contenders' calls, in order: what people use today, its better settings, "ours", and
+                "ours" without single layers. If "ours" is `missing`, the last contender is the hero.
+            single: a call is long and needs no warm-up: one call per round, and the first round counts.
+            bars: goals, which the report compares with the measured ratios.
+            facts: for the record, without those that are None.
         """
         first = gate()
         contenders = prepare()
@@ -162,25 +162,25 @@ class Race:
         for _ in range(min(rounds, self.max_rounds or rounds)):
             for key in turns:
                 times[key].append(clock(contenders[key], self.device, calls[key]))
-            turns.reverse()  # a, b, hero; hero, b, a; a, b, hero: a steady drift leaves the ratios alone
+            turns.reverse()  # a, b, hero; hero, b, a; a, b, hero: a steady drift does not change the ratios
         timings = {}
         for key, measured in times.items():
             ratio = paired(measured, times[hero])
             timing = Timing(spread(measured), first.get(key), ratio)
             if self.device.type == "cuda" and not single:
                 timing.launches, timing.device_seconds, graph = _launches(contenders[key], self.device)
-                if not graph:  # whose memory was allocated at its capture
+                if not graph:  # a graph's memory was allocated at its capture
                     timing.peak_bytes = _peak_bytes(contenders[key], self.device)
             timings[key] = timing
-        known = {key: value for key, value in facts.items() if value is not None}
+        facts = {key: value for key, value in facts.items() if value is not None}
         reached = [(bar, paired(times[bar.slow], times[bar.fast])) for bar in bars]
-        result = Result(group, name, timings, hero, missing, len(times[hero]), known, reached)
+        result = Result(group, name, timings, hero, missing, len(times[hero]), facts, reached)
         self.results.append(result)
         return result
 
     def _warm_up(self, call: Callable[[], object]) -> int:
-        """Call until it is warm; how many calls make a sample."""
-        start, taken = time.perf_counter(), list[float]()
-        while len(taken) < self.warm_calls or time.perf_counter() - start < self.sample_seconds:
-            taken.append(clock(call, self.device))
-        return max(1, round(self.sample_seconds / max(min(taken), 1e-9)))
+        """Call until it is warm; return the number of calls for a sample."""
+        start, durations = time.perf_counter(), list[float]()
+        while len(durations) < self.warm_calls or time.perf_counter() - start < self.sample_seconds:
+            durations.append(clock(call, self.device))
+        return max(1, round(self.sample_seconds / max(min(durations), 1e-9)))

@@ -1,4 +1,4 @@
-"""A record: what was measured, on which machine, with which versions, at which commit, when."""
+"""A record: the results, with the machine, the versions, the commit and the date."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from bvae.training.step import autocast_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-CODE = (".", ":!bench/results", ":!*.md")  # what can change a figure
-# What a run has, and in a file of several runs a row of another run than the head's.
+CODE = (".", ":!bench/results", ":!*.md")  # files that can change a figure
+# The facts of a run. In a file of several runs, rows of other runs than the head's have their own.
 RUN = ("date", "commit", "uncommitted", "cold", "machine", "rates", "load_before")
 PACKAGES = ("triton", "torchvision", "numpy", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
@@ -31,28 +31,28 @@ def _git(*arguments: str) -> str:
 
 
 def source() -> tuple[str, bool]:
-    """The source tree's commit, and whether its code has changes beyond it.
+    """The source tree's commit, and whether its code has uncommitted changes.
 
-    Where there is no .git, of BVAE_COMMIT: 1a2b3c4, or 1a2b3c4-dirty with changes. Empty if that is not set.
+    Without .git, both come from BVAE_COMMIT: 1a2b3c4, or 1a2b3c4-dirty with changes. Empty if it is not set.
 
     Raises:
         ValueError: BVAE_COMMIT is no commit.
     """
     with suppress(OSError, subprocess.CalledProcessError):
-        if (ROOT / ".git").exists():  # else git would speak of a repository around this folder
-            # A record and its report are no changes: else a second run would be one of changed code.
+        if (ROOT / ".git").exists():  # otherwise git would use a repository around this folder
+            # Records and reports do not count as changes: a second run still measures the same code.
             changes = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
             return _git("rev-parse", "--short=7", "HEAD"), bool(changes)
-    given = os.environ.get("BVAE_COMMIT", "")
-    if given and not re.fullmatch("[0-9a-f]{7,40}(-dirty)?", given):
-        raise ValueError(f"BVAE_COMMIT must be a commit such as 1a2b3c4 or 1a2b3c4-dirty, got {given!r}")
-    return given[:7], given.endswith("-dirty")
+    variable = os.environ.get("BVAE_COMMIT", "")
+    if variable and not re.fullmatch("[0-9a-f]{7,40}(-dirty)?", variable):
+        raise ValueError(f"BVAE_COMMIT must be a commit such as 1a2b3c4 or 1a2b3c4-dirty, got {variable!r}")
+    return variable[:7], variable.endswith("-dirty")
 
 
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:
@@ -64,17 +64,17 @@ def _driver() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
+    """The facts of the machine on which the figures depend."""
     threads = torch.get_num_threads()
     cuda = device.type == "cuda"
     return {
@@ -98,30 +98,30 @@ def _best_of(call: Any, device: torch.device) -> float:
 
 
 def rates(device: torch.device) -> dict[str, float]:
-    """The machine's own limits, measured now: bytes copied and arithmetic done in a second."""
+    """The machine's own limits, measured now: bytes copied and operations per second."""
     cuda = device.type == "cuda"
     source = torch.rand((1 << 28) if cuda else (1 << 25), device=device)  # 1 GiB, 128 MiB: beyond any cache
     target = torch.empty_like(source)
     copy = _best_of(lambda: target.copy_(source), device)
-    found = {"copy_bytes_per_s": 2 * source.nbytes / copy}
+    limits = {"copy_bytes_per_s": 2 * source.nbytes / copy}
     n = 8192 if cuda else 1536
     for dtype in dict.fromkeys((torch.float32, autocast_dtype(device, amp=True)[0] or torch.float32)):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         name = str(dtype).removeprefix("torch.")
-        found[f"{name}_flop_per_s"] = 2 * n**3 / _best_of(lambda a=a, b=b: a @ b, device)
-    return found
+        limits[f"{name}_flop_per_s"] = 2 * n**3 / _best_of(lambda a=a, b=b: a @ b, device)
+    return limits
 
 
 class Record:
-    """What a run measured, and what was true while it ran.
+    """The results of a run, and the facts about it.
 
     Args:
         cold: nothing had been compiled before.
-        path: a .json file, or a folder for <device>/<day>-<commit>.json. What it holds stays, but for the
-            benchmarks that are measured again. None: nothing is written.
+        path: a .json file, or a folder for <device>/<day>-<commit>.json. Existing results are kept, except
+            for benchmarks that are measured again. None: nothing is written.
 
     Raises:
-        ValueError: BVAE_COMMIT is no commit, or the file is no record.
+        ValueError: BVAE_COMMIT is not a commit, or the file is not a record.
     """
 
     def __init__(self, device: torch.device, *, cold: bool, path: Path | None = None) -> None:
@@ -146,30 +146,30 @@ class Record:
         return assemble([{**self.run, **result.as_json()} for result in self.results])
 
     def save(self) -> None:
-        """Write what is measured so far, atomically. Raises OSError."""
+        """Write the results so far, atomically. Raises OSError."""
         if self.path and self.results:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(self.path, dumps(assemble([*self._before, *rows(self.measured())])))
 
     def finish(self) -> None:
-        """Let the rates be the better of before and after, and write."""
+        """Measure the rates again, keep the better ones, and write."""
         after = rates(self.device)
         self.run["rates"] = {name: max(rate, after[name]) for name, rate in self.run["rates"].items()}
         self.save()
 
 
 def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record's results, each with all that was true when it was measured (`RUN`)."""
+    """A record's results, each with the facts of its run (`RUN`)."""
     run = {key: record[key] for key in RUN}
     return [{**run, **result} for result in record["results"]]
 
 
 def assemble(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record of `rows`: of each benchmark the newest.
+    """The record of `rows`, with the newest row of each benchmark.
 
-    Its head says what was true of the newest of all; a row has of its own only what differs.
+    Its head has the facts of the newest row; other rows have only the facts that differ.
     """
-    measured = sorted(measured, key=lambda row: row["date"])  # of one second, in their order
+    measured = sorted(measured, key=lambda row: row["date"])  # rows of the same second keep their order
     head = {key: measured[-1][key] for key in RUN}
     newest = {(row["group"], row["name"]): row for row in measured}
     results = [
@@ -180,9 +180,9 @@ def assemble(measured: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def latest(results: Path = RESULTS) -> list[dict[str, Any]]:
-    """A record of each device, CPUs first: the newest measurement of each benchmark over all its records.
+    """One record per device, CPUs first: the newest measurement of each benchmark over all its records.
 
-    A benchmark that no longer exists stays in it until the record that holds it is deleted.
+    A benchmark that no longer exists stays until the record that holds it is deleted.
     """
     devices: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(results.glob("*/*.json")):
@@ -192,12 +192,12 @@ def latest(results: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def slug(record: dict[str, Any]) -> str:
-    """The device as a folder's name."""
+    """A folder name for the device."""
     return re.sub(r"[^a-z0-9]+", "-", record["machine"]["device"].lower()).strip("-")
 
 
 def _round(value: Any) -> Any:
-    """Four digits say all that a timing can."""
+    """Round to four digits, the accuracy of a timing."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
@@ -206,16 +206,16 @@ def _round(value: Any) -> Any:
 
 
 def dumps(record: dict[str, Any]) -> str:
-    """JSON with a line for each contender: small, and readable in a diff."""
+    """JSON with one line per contender: small, and readable in a diff."""
     text = json.dumps(_round(record), indent=1)
     return re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is no record."""
+    """Read a record. Raises ValueError if the file is not one."""
     try:
         record = json.loads(path.read_text())
         rows(record)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no record of bench/: move it away ({error!r})") from None
+        raise ValueError(f"{path} is not a record of bench/: move it away ({error!r})") from None
     return record

@@ -1,4 +1,4 @@
-"""PyTorch-VAE's way from JPEG files to a trained model: PIL, torchvision's transforms, DataLoader, loop."""
+"""PyTorch-VAE's training from JPEG files: PIL, torchvision's transforms, DataLoader, loop."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from bvae.pipelines.decoder import cores
 
 
 class Files(Dataset):
-    """Image files through PIL and a transform."""
+    """Image files, read with PIL and transformed."""
 
     def __init__(self, files: Sequence[str], transform: Callable[[Image.Image], torch.Tensor]) -> None:
         self.files, self.transform = files, transform
@@ -28,7 +28,7 @@ class Files(Dataset):
 
 
 def train(files: Sequence[str], config: Config, device: torch.device, crop: int = 148) -> list[float]:
-    """Train on all of `files` as a resolved configuration of loss B says; the MSE of every step."""
+    """Train on all `files` with a resolved configuration of loss B; return the MSE of every step."""
     transform = v2.Compose(
         [
             v2.RandomHorizontalFlip(),

@@ -1,8 +1,8 @@
-"""PyTorch-VAE's training step as people write it: the peer in every table.
+"""PyTorch-VAE's training step as people write it: the baseline of every table.
 
-The network and objective of PyTorch-VAE's BetaVAE, written anew from their description: float32, contiguous,
-a bias before every BatchNorm, two linear heads, Adam with its defaults, three numbers read back every step.
-Options give it what its users could switch on: channels_last, fused Adam, autocast, torch.compile.
+The network and objective of PyTorch-VAE's BetaVAE, written again from their description: float32, contiguous,
+a bias before every BatchNorm, two linear heads, Adam with its defaults, three numbers read back per step.
+Options add what its users could switch on: channels_last, fused Adam, autocast, torch.compile.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ def _up(in_channels: int, out_channels: int) -> nn.Module:
 
 
 class PyTorchVAE(nn.Module):
-    """PyTorch-VAE's BetaVAE, under its parameters' names.
+    """PyTorch-VAE's BetaVAE, with the same parameter names.
 
     Args:
         latent_dim: dimensions of z.
         hidden_dims: the encoder's channels, first to last.
-        image_size: height and width in pixels, a multiple of 2 ** len(hidden_dims); the original knows 64.
+        image_size: height and width in pixels, a multiple of 2 ** len(hidden_dims); the original has 64 only.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PyTorchVAEStep:
     Args:
         model: on its device; options change it in place.
         kl_weight: M_N, latent dimensions over pixels.
-        channels_last, fused, dtype, compile: what the code as written leaves off. dtype is autocast's.
+        channels_last, fused, dtype, compile: options that the original does not use. dtype is autocast's.
     """
 
     def __init__(

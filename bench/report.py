@@ -1,9 +1,9 @@
 """Records to Markdown and plots: `python -m bench.report`.
 
-Takes the newest measurement of each benchmark on each device, over all its records; writes them in full, with
-plots, to a README.md beside the records; and rewrites two tables between their markers, with a column per
-device: the README's has one benchmark of each group, that of docs/performance.md all that the records call a
-headline. What is older than a column's head says from where it is.
+Takes the newest measurement of each benchmark on each device, over all its records. Writes them in full, with
+plots, to a README.md beside the records, and rewrites two tables between their markers, with a column per
+device. The README's table has one benchmark of each group; that of docs/performance.md has all headlines of
+the records. Cells that are older than their column's head name their date and commit.
 """
 
 import re
@@ -26,7 +26,7 @@ Result = dict[str, Any]
 
 
 def quantity(seconds: float, images: int | None) -> str:
-    """A time a call or, where the call works on images, images a second."""
+    """The time per call or, if the call works on images, images per second."""
     if images:
         return (
             f"{images / seconds:.4g} images/s"
@@ -40,7 +40,7 @@ def quantity(seconds: float, images: int | None) -> str:
 
 
 def times(ratio: Sequence[float]) -> str:
-    """How many times as fast, and the quartiles."""
+    """A ratio (how many times as fast), with its quartiles."""
     median, low, high = (f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in ratio)
     return f"{median} x ({low} to {high})"
 
@@ -55,7 +55,7 @@ def _conditions(record: Record) -> str:
 
 
 def _origin(result: Result, record: Record) -> str:
-    """In brackets, when a result was measured and with which other versions; empty where its head says so."""
+    """When a result was measured and with which other versions, in brackets; empty if as in its head."""
     versions = record["machine"]["versions"]
     others = [f"{k} {v}" for k, v in result["machine"]["versions"].items() if v != versions.get(k)]
     if not others and _when(result) == _when(record):
@@ -64,21 +64,21 @@ def _origin(result: Result, record: Record) -> str:
 
 
 def _remarks(record: Record) -> str:
-    """If the machine did other work before the benchmarks began."""
+    """A remark if the machine did other work before the benchmarks began."""
     load = max(result["load_before"] for result in rows(record))
     return f" The machine was shared: load {load:.1f} before the first benchmark." if load > BUSY else ""
 
 
 def _results(record: Record) -> list[Result]:
-    """What is told, what matters most first."""
+    """The results in the order of the report, the most important group first."""
     ranks = {group: rank for rank, group in enumerate(GROUPS)}
     return sorted(rows(record), key=lambda result: ranks.get(result["group"], len(ranks)))
 
 
 def markdown(record: Record) -> str:
-    """The whole record: one table a group, a line a benchmark, a column a contender.
+    """The whole record: a table per group, a line per benchmark, a column per contender.
 
-    A contender's cell has its rate and how many times as fast the hero is: "ours", or what stands in for it.
+    A contender's cell has its rate and how many times as fast the hero is: "ours", or its replacement.
     """
     machine, rates = record["machine"], record["rates"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -156,8 +156,8 @@ def _row(cells: list[str]) -> str:
 def _headline(result: Result, brief: bool) -> str:
     """The hero's rate, and how many times as fast it is as others.
 
-    Brief: the first contender alone. Else all of a step, among them ours without its layers; of other groups
-    the first contender and the fastest.
+    If `brief`, only the first contender is compared. Otherwise all contenders of a step, also ours without
+    single layers; in other groups the first contender and the fastest.
     """
     timings, hero = result["timings"], result["hero"]
     cell = quantity(timings[hero]["seconds"][0], result["facts"].get("images"))
@@ -173,10 +173,10 @@ def _headline(result: Result, brief: bool) -> str:
 
 
 def headline_table(records: Sequence[Record], *, brief: bool) -> str:
-    """What the records call a headline; a column for each device, CPUs first.
+    """The table of the records' headlines; one column per device, CPUs first.
 
     Args:
-        brief: of each group the first benchmark that was measured, beside what people have today.
+        brief: only the first measured benchmark of each group, compared with what people use today.
     """
     columns: list[tuple[str, dict[str, str]]] = []  # a head, and the cells by their label
     for record in sorted(records, key=lambda record: record["machine"]["kind"] != "cpu"):
@@ -194,14 +194,14 @@ def headline_table(records: Sequence[Record], *, brief: bool) -> str:
 
 
 def rewrite(text: str, table: str) -> str:
-    """A page with `table` between its markers."""
+    """Replace the table between a page's markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"a page with a table needs each of the lines {BEGIN} and {END} once")
     return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL)
 
 
 def _ratios(record: Record, plt: Any) -> Any:
-    """Bars: how many times as fast as the first contender, with quartiles."""
+    """A bar plot: how many times as fast as the first contender, with quartiles."""
     results = [r for r in _results(record) if "headline" in r["facts"]]
     if not results:
         return None
@@ -222,7 +222,7 @@ def _ratios(record: Record, plt: Any) -> Any:
 
 
 def _roofline(record: Record, plt: Any) -> Any:
-    """Steps between the copy's and the arithmetic's roof."""
+    """A roofline plot of the steps, under the roofs of copying and of arithmetic."""
     rates, results = record["rates"], [r for r in rows(record) if "model" in r["facts"]]
     if not results:
         return None
@@ -234,19 +234,19 @@ def _roofline(record: Record, plt: Any) -> Any:
     for group in dict.fromkeys(r["group"] for r in results):
         x, y = [], []
         for facts, result in ((r["facts"], r) for r in results if r["group"] == group):
-            found = cost(facts["model"], 4 if facts["dtype"] == "float32" else 2)
-            flop = facts["images"] * found.flop
-            x.append(flop / found.bytes_per_step(facts["images"]))
+            step_cost = cost(facts["model"], 4 if facts["dtype"] == "float32" else 2)
+            flop = facts["images"] * step_cost.flop
+            x.append(flop / step_cost.bytes_per_step(facts["images"]))
             y.append(flop / result["timings"][result["hero"]]["seconds"][0] / 1e9)
         axes.loglog(x, y, "o", label=group)
-    axes.set_xlabel("arithmetic intensity at the fused floor, FLOP a byte")
+    axes.set_xlabel("arithmetic intensity at the fused floor, FLOP per byte")
     axes.set_ylabel("GFLOP/s")
     axes.legend()
     return figure
 
 
 def _scaling(record: Record, plt: Any) -> Any:
-    """Images a second over each of the axes."""
+    """A plot of images per second over each of the axes."""
     results = [r for r in rows(record) if r["group"] == "scaling"]
     if not results:
         return None
@@ -292,7 +292,7 @@ def draw(record: Record, folder: Path) -> list[Path]:
 
 
 def main(readme: Path = README, performance: Path = PERFORMANCE, results: Path = RESULTS) -> int:
-    """Exit status: 0 done, 1 there is no record, a file is none, or a page has no markers."""
+    """Exit status: 0 done, 1 there is no record, a file is not a record, or a page has no markers."""
     try:
         records = latest(results)
         pages = {

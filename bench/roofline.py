@@ -1,15 +1,15 @@
-"""The least that a training step costs, from the model's own modules, and how near a record comes to it.
+"""The lower bounds of a training step's cost, from the model's own modules, and how near the records come.
 
     python -m bench.roofline                                    PyTorch-VAE's network, and the records
     python -m bench.roofline --latent-dim 10 --hidden-dims 32 64 --image-size 128 --batch 64 --itemsize 4
 
 Arithmetic is counted by running the model on meta tensors. Memory traffic is counted in passes over each
-tensor; weights and Adam come once a step. Two floors:
+tensor; weights and Adam count once per step. Two floors:
 
     fused   what torch.compile can reach: BatchNorm and LeakyReLU are one kernel for the statistics and one
             for the rest, each way; a convolution reads its operands and writes its result
-    ideal   the statistics come with the convolution before, the normalisation with the one after, and both
-            gradients of a convolution share a read
+    ideal   the statistics are part of the convolution before, the normalisation is part of the one after, and
+            both gradients of a convolution share a read
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from bench.record import latest, rows
 from bvae.model import BetaVAE
 
 WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-ADAM = 28  # bytes a parameter: it, both moments read and written; its gradient read; all float32
+ADAM = 28  # bytes per parameter: it and both moments read and written, its gradient read; all float32
 
 
 @dataclass(frozen=True)
@@ -31,44 +31,44 @@ class Cost:
     """A training step's arithmetic and traffic."""
 
     parameters: int
-    forward_flop: int  # an image's
-    flop: int  # an image's, forward and backward
-    fused_bytes: int  # an image's, by the floors above
+    forward_flop: int  # per image
+    flop: int  # per image, forward and backward
+    fused_bytes: int  # per image, at the floors above
     ideal_bytes: int
-    weight_bytes: int  # a step's
-    launches: int  # a step's kernels at the fused floor
+    weight_bytes: int  # per step
+    launches: int  # kernels per step at the fused floor
 
     def bytes_per_step(self, batch: int, floor: str = "fused") -> int:
         """Memory traffic of a step; floor is 'fused' or 'ideal'."""
         return batch * (self.fused_bytes if floor == "fused" else self.ideal_bytes) + self.weight_bytes
 
     def seconds(self, batch: int, copy_bytes_per_s: float, flop_per_s: float, floor: str = "fused") -> float:
-        """The step's least time on a machine of these rates: its traffic's or its arithmetic's."""
+        """The step's least time on a machine with these rates: that of its traffic or of its arithmetic."""
         traffic = self.bytes_per_step(batch, floor) / copy_bytes_per_s
         return max(traffic, batch * self.flop / flop_per_s)
 
 
 def _flop(model: BetaVAE) -> tuple[int, int]:
-    """Of one image: forward, and forward with backward. BatchNorm needs two, so it is two halved."""
+    """FLOP per image: forward, and forward with backward. Counted with two images, as BatchNorm needs."""
     x = torch.empty(2, *model.input_shape, device="meta")
     with FlopCounterMode(display=False) as forward:
         mu, log_var = model.encode(x)
         recon = model.decode_raw(mu + log_var)
     with FlopCounterMode(display=False) as backward:
         recon.sum().backward()
-    ahead, back = forward.get_total_flops() // 2, backward.get_total_flops() // 2
-    return ahead, ahead + back
+    forward_flop, backward_flop = forward.get_total_flops() // 2, backward.get_total_flops() // 2
+    return forward_flop, forward_flop + backward_flop
 
 
 def _sizes(model: BetaVAE) -> list[tuple[nn.Module, int, int]]:
-    """Every layer with weights or statistics: elements of one image that it reads and writes."""
-    found: list[tuple[nn.Module, int, int]] = []
+    """Every layer with weights or statistics, and the elements per image that it reads and writes."""
+    sizes: list[tuple[nn.Module, int, int]] = []
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append((module, inputs[0][0].numel(), output[0].numel()))
+    def add_size(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        sizes.append((module, inputs[0][0].numel(), output[0].numel()))
 
     hooks = [
-        module.register_forward_hook(note)
+        module.register_forward_hook(add_size)
         for module in model.modules()
         if isinstance(module, (*WEIGHTED, nn.BatchNorm2d))
     ]
@@ -76,11 +76,11 @@ def _sizes(model: BetaVAE) -> list[tuple[nn.Module, int, int]]:
     model.decode_raw(mu + log_var)
     for hook in hooks:
         hook.remove()
-    return found
+    return sizes
 
 
 def cost(config: dict[str, Any], itemsize: int = 2) -> Cost:
-    """Of `BetaVAE(**config)` with activations of `itemsize` bytes, weights in float32 and Adam.
+    """The cost of `BetaVAE(**config)` with activations of `itemsize` bytes, weights in float32 and Adam.
 
     Args:
         config: BetaVAE's arguments.
@@ -92,11 +92,11 @@ def cost(config: dict[str, Any], itemsize: int = 2) -> Cost:
     pixels = torch.Size(model.input_shape).numel()
     # uint8 read, scaled and written; raw output and target read, its gradient written; the latents' few
     fused = ideal = pixels * (1 + itemsize) + pixels * (2 * itemsize + 1) + 8 * model.latent_dim * itemsize
-    launches = 6  # scaling, latents, loss, each way where it has one; Adam
+    launches = 6  # scaling; latents and loss, forward and backward; Adam
     for position, (module, read, written) in enumerate(layers):
         if isinstance(module, nn.BatchNorm2d):
-            # forward: read, read, write; backward: two tensors read, two read, one written. In between
-            # convolutions nothing of it is left at the ideal floor.
+            # forward: read, read, write; backward: two tensors read, two read, one written. At the ideal
+            # floor, between convolutions, it costs nothing.
             fused += 8 * written * itemsize
             launches += 4
             continue
@@ -112,42 +112,42 @@ def cost(config: dict[str, Any], itemsize: int = 2) -> Cost:
         launches += 2 if first else 3
     parameters = sum(p.numel() for p in model.parameters())
     # forward and the inputs' gradients read the weights, the weights' gradients are written; mixed precision
-    # reads and writes each once more to cast it
+    # reads and writes each of them once more, to cast it
     touched = 3 * itemsize + (2 * (4 + itemsize) if itemsize < 4 else 0)
     forward_flop, flop = _flop(model)
     return Cost(parameters, forward_flop, flop, fused, ideal, parameters * (ADAM + touched), launches)
 
 
 def floor_seconds(result: dict[str, Any], rates: dict[str, float]) -> float | None:
-    """The fused floor of a record's result on its machine; None where it has none."""
+    """The fused floor of a record's result on its machine; None if it has none."""
     facts = result["facts"]
     if "bytes" in facts:
         return facts["bytes"] / rates["copy_bytes_per_s"]
     if "model" in facts:
         dtype = facts["dtype"]
-        found = cost(facts["model"], 4 if dtype == "float32" else 2)
-        return found.seconds(facts["images"], rates["copy_bytes_per_s"], rates[f"{dtype}_flop_per_s"])
+        total = cost(facts["model"], 4 if dtype == "float32" else 2)
+        return total.seconds(facts["images"], rates["copy_bytes_per_s"], rates[f"{dtype}_flop_per_s"])
     return None
 
 
 def share(row: dict[str, Any]) -> float | None:
-    """The floor over the time taken; above 1 where a cache serves what the floor reads from memory."""
+    """The floor over the measured time; above 1 if a cache holds data that the floor reads from memory."""
     floor = floor_seconds(row, row["rates"])
     return floor and floor / busy_seconds(row["timings"][row["hero"]])
 
 
 def busy_seconds(timing: dict[str, Any]) -> float:
-    """Of a call: a GPU's, without the gaps between its kernels; else the wall's."""
+    """Seconds of a call: on a GPU without the gaps between kernels, else wall time."""
     return timing["device_seconds"] or timing["seconds"][0]
 
 
 def _print_record(record: dict[str, Any]) -> None:
     print(f"\n{record['machine']['device']}, {record['date'][:10]}, commit {record['commit']}")
     for row in rows(record):
-        found = share(row)
-        if found is not None:
+        ratio = share(row)
+        if ratio is not None:
             name = f"{row['group']}: {row['name']}"
-            print(f"  {name:66}{row['hero']:>10}{found:8.0%} of the floor's rate")
+            print(f"  {name:66}{row['hero']:>10}{ratio:8.0%} of the floor's rate")
 
 
 def main(
@@ -161,7 +161,7 @@ def main(
     """Print a configuration's costs, and each newest record's share of its floors.
 
     Args:
-        batch: images a step, over which the weights' traffic and the launches are spread.
+        batch: images per step, which share the weights' traffic and the launches.
         itemsize: bytes of an activation: 2 in mixed precision, 4 in float32.
     """
     config = {
@@ -170,17 +170,17 @@ def main(
         "hidden_dims": hidden_dims,
         "image_size": image_size,
     }
-    found = cost(config, itemsize)
-    print(f"parameters          {found.parameters:>12}")
+    total = cost(config, itemsize)
+    print(f"parameters          {total.parameters:>12}")
     print(
-        f"MFLOP an image      {found.forward_flop / 1e6:12.1f} forward, {found.flop / 1e6:.1f} with backward"
+        f"MFLOP per image     {total.forward_flop / 1e6:12.1f} forward, {total.flop / 1e6:.1f} with backward"
     )
     for floor in ("fused", "ideal"):
         print(
-            f"MB an image, {floor}  {found.bytes_per_step(batch, floor) / batch / 1e6:12.2f} at batch {batch}"
+            f"MB per image, {floor} {total.bytes_per_step(batch, floor) / batch / 1e6:12.2f} at batch {batch}"
         )
-    print(f"MB a step, weights  {found.weight_bytes / 1e6:12.1f}")
-    print(f"launches a step     {found.launches:>12} = {found.launches / batch:.2f} an image")
+    print(f"MB per step, weights{total.weight_bytes / 1e6:12.1f}")
+    print(f"launches per step   {total.launches:>12} = {total.launches / batch:.2f} per image")
     for record in latest():
         _print_record(record)
 

@@ -1,9 +1,9 @@
 """The fused operations against the same mathematics in PyTorch as people write it, eager and compiled.
 
-Forward, backward and both apart. All contenders get the same inputs, in turn from several sets; where a set
-is large, no cache holds all of them. mu and log_var are halves of one tensor, as an encoder gives them; a
-decoder's output is channels last, its target uint8. On a CPU ours is plain PyTorch too, and the
-Triton kernels, which an interpreter would run, are not timed.
+Forward, backward and both are timed separately. All contenders get the same inputs, in turn from several
+sets, so that no cache holds all large ones. mu and log_var are halves of one tensor, as from an encoder; a
+decoder's output is channels last, its target uint8. On a CPU ours is plain PyTorch too: the Triton kernels
+would run in an interpreter, so they are not timed.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from bvae import ops, reference
 GPU = torch.cuda.is_available()
 PASSES = ("forward", "backward", "both")
 N_LEAVES = 2
-TOLD = (144, 128), torch.bfloat16  # in the README
+HEADLINE_CASE = (144, 128), torch.bfloat16  # shown in the docs
 KL_WEIGHT, MAX_CAPACITY, CAPACITY_ITERS = 0.03, 25.0, 10_000
 INPUT_BYTES, MAX_SETS = (256 << 20, 32) if GPU else (64 << 20, 4)
 
@@ -35,7 +35,7 @@ Operation = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """An operation and its inputs: `make` gives one set, the first two of which are differentiated."""
+    """An operation and its inputs: `make` returns one set, whose first two tensors get gradients."""
 
     name: str
     make: Callable[[torch.device], tuple[Tensor, ...]]
@@ -45,7 +45,7 @@ class Case:
         [str, Operation, tuple[Tensor, ...]], None
     ]  # raises if the outputs or gradients are wrong
     moved: tuple[int, int, int]  # bytes that forward, backward and both must move
-    headline: str | None  # for the README, what the case is
+    headline: str | None  # the case's name in the docs
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -53,7 +53,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _run(operation: Operation, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Outputs, and the gradients of their sum by the leaves."""
+    """Outputs, and the gradients of their sum with respect to the leaves."""
     outputs = operation(*inputs)
     total = torch.stack([output.float().sum() for output in outputs]).sum()
     return *outputs, *torch.autograd.grad(total, inputs[:N_LEAVES])
@@ -89,7 +89,7 @@ def _counter(value: int, device: torch.device) -> Tensor:
 
 
 def _check_sample(name: str, operation: Operation, inputs: tuple[Tensor, ...]) -> None:
-    """With the noise that z implies the reference gives the same z, KL and gradients; the noise is normal."""
+    """With the noise computed from z, the reference has the same z, KL and gradients; the noise is normal."""
     actual = _run(operation, inputs)
     mu, log_var = (t.detach().float().requires_grad_() for t in inputs)
     eps = ((actual[0].float() - mu) * torch.exp(-0.5 * log_var)).detach()
@@ -111,7 +111,7 @@ def _sample_case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     # mu, log_var to z and KL; with z's gradient to theirs
     moved = 3 * n * size + 4 * batch, 5 * n * size + 4 * batch, 8 * n * size + 8 * batch
     label = f"sample {' x '.join(map(str, shape))}, {_short(dtype)}"
-    headline = f"Sample and KL, {label.removeprefix('sample ')}" if (shape, dtype) == TOLD else None
+    headline = f"Sample and KL, {label.removeprefix('sample ')}" if (shape, dtype) == HEADLINE_CASE else None
     return Case(label, make, _eager_sample, _our_sample, _check_sample, moved, headline)
 
 
@@ -155,7 +155,7 @@ def _loss_case(label: str, shape: tuple[int, ...], dtype: torch.dtype, **options
         return *leaves, target.permute(0, 3, 1, 2), torch.tensor(3000, device=device)
 
     n = math.prod(shape)
-    # recon and its target to a number; with both again to recon's gradient; in one pass
+    # forward reads recon and target; backward reads both again and writes recon's gradient; both: one pass
     forward, backward = n * (dtype.itemsize + 1), n * (2 * dtype.itemsize + 1)
     name = f"{label} {' x '.join(map(str, shape))}, {_short(dtype)}"
     eager = _eager_b if options["activation"] else _eager_bernoulli
@@ -165,8 +165,9 @@ def _loss_case(label: str, shape: tuple[int, ...], dtype: torch.dtype, **options
         leaves = (t.detach().float().requires_grad_() for t in inputs[:N_LEAVES])
         _close(name, _run(operation, inputs), _run(specified, (*leaves, *inputs[N_LEAVES:])), dtype)
 
-    told = name.replace("loss", "Loss", 1) if dtype == TOLD[1] and batch == TOLD[0][0] else None
-    return Case(name, make, eager, ours, check, (forward, backward, backward), told)
+    is_headline = dtype == HEADLINE_CASE[1] and batch == HEADLINE_CASE[0][0]
+    headline = name.replace("loss", "Loss", 1) if is_headline else None
+    return Case(name, make, eager, ours, check, (forward, backward, backward), headline)
 
 
 GAUSSIAN = {"likelihood": "gaussian", "activation": "tanh"}  # with the capacity objective
@@ -187,7 +188,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def kept_graphs() -> Iterator[None]:
-    """A backward pass that is timed twice needs what the first one would free."""
+    """A backward pass that is timed twice needs the buffers that the first pass would free."""
     with torch._functorch.config.patch(donated_buffer=False):
         yield
 
@@ -195,14 +196,14 @@ def kept_graphs() -> Iterator[None]:
 @lru_cache(maxsize=1)
 def _operations(case: Case) -> dict[str, Operation]:
     """The contenders; compiled once for the three passes."""
-    torch._dynamo.reset()  # how often a function may be compiled is limited
-    found = {"eager": case.eager, "compiled": torch.compile(case.eager, dynamic=False)}
-    return {**found, "ours": case.ours} if GPU else found
+    torch._dynamo.reset()  # the number of compilations of a function is limited
+    operations = {"eager": case.eager, "compiled": torch.compile(case.eager, dynamic=False)}
+    return {**operations, "ours": case.ours} if GPU else operations
 
 
 @lru_cache(maxsize=1)
 def _check(case: Case, device: torch.device) -> dict[str, float]:
-    """Hold every contender to the reference; how many seconds the first call of each took."""
+    """Compare every contender with the reference; return the seconds of each one's first call."""
     first_calls = {}
     for name, operation in _operations(case).items():
         inputs = case.make(device)
@@ -212,7 +213,7 @@ def _check(case: Case, device: torch.device) -> dict[str, float]:
 
 
 def _pass(which: str, operation: Operation, sets: list[tuple[Tensor, ...]]) -> Callable[[], object]:
-    """The pass to be timed, on the next set of inputs at each call."""
+    """The pass that is timed; each call uses the next set of inputs."""
     if which == "forward":
         turns = itertools.cycle(sets)
         return lambda: operation(*next(turns))

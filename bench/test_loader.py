@@ -1,9 +1,9 @@
-"""How fast images come: decoded by a DataLoader, by torchvision's threads, by DALI, and from the cache.
+"""Images per second: decoded by a DataLoader, by torchvision's threads, by DALI, and from the cache.
 
 All do the same work on the same drawn faces, 178 x 218 JPEGs of 7 kB that the system has in memory: decode,
-cut out 148 pixels, resize to 64, uint8 batches of 144; the cache shuffles and mirrors. All may use every
-core. On cores that others use too, wall time tells how long a contender waits for them: the CPU time an
-image, of its process and its workers, is told beside it.
+crop to 148 pixels, resize to 64, uint8 batches of 144; the cache shuffles and mirrors. All may use every
+core. If other programs use the cores too, wall time includes waiting for them, so the CPU time per image, of
+the process and its workers, is reported too.
 """
 
 import itertools
@@ -52,7 +52,7 @@ def _batches(files: Sequence[str]) -> list[Sequence[str]]:
 
 
 def _data_loader(files: Sequence[str]) -> Epoch:
-    """What people write: PIL and torchvision's transforms in worker processes, started once."""
+    """The usual code: PIL and torchvision's transforms in worker processes, started once."""
     transform = v2.Compose([v2.CenterCrop(148), v2.Resize(64), v2.PILToTensor()])
     workers = cores()
     loader = DataLoader(Files(files, transform), BATCH, num_workers=workers, persistent_workers=True)
@@ -64,7 +64,7 @@ def _decoded(by: decoder.Decoder, files: Sequence[str]) -> Epoch:
 
 
 def _cache(images: Tensor) -> Epoch:
-    """Epochs without end over a set larger than a processor's cache, N_BATCHES at a time."""
+    """Endless epochs over a set larger than a processor's cache, N_BATCHES per call."""
     resident = DeviceLoader(images, BATCH, 0, train=True, flip=True)
     endless = (batch for epoch in itertools.count() for batch, _ in resident.epoch(epoch))
     return lambda: itertools.islice(endless, N_BATCHES)
@@ -75,7 +75,7 @@ def _consume(epoch: Epoch) -> None:
 
 
 def _gate(epochs: dict[str, Epoch], device: torch.device) -> dict[str, float]:
-    """Hold every decoder's pictures to the first one's; DALI's buffers grow during its first epochs."""
+    """Compare every decoder's images with the first one's; DALI's buffers grow during its first epochs."""
     first_calls = {}
     (name, reference), *others = epochs.items()
     first_calls[name] = clock(lambda: _consume(reference), device)
@@ -89,7 +89,7 @@ def _gate(epochs: dict[str, Epoch], device: torch.device) -> dict[str, float]:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and the DataLoaders' workers, which run on; Linux alone, as DALI."""
+    """CPU time of this process and of the DataLoaders' running workers; on Linux only, as DALI."""
     total = time.process_time()
     for worker in multiprocessing.active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -110,14 +110,14 @@ class CpuTime:
 
     @property
     def us_per_image(self) -> float:
-        """A worker's clock ticks in hundredths of a second: over several epochs that is exact enough."""
+        """CPU time per image. A worker's clock has a resolution of 0.01 s: enough over several epochs."""
         return 1e6 * statistics.fmean(self.spent[-ROUNDS:]) / (BATCH * N_BATCHES)
 
 
 def _race_with_cpu_time(race: Callable[..., Any], epochs: dict[str, Epoch], **options: Any) -> None:
     calls = {name: CpuTime(epoch) for name, epoch in epochs.items()}
     result = race("loader", prepare=lambda: calls, rounds=ROUNDS, images=BATCH * N_BATCHES, **options)
-    if not GPU:  # where the race calls once more to count launches
+    if not GPU:  # on a GPU the race calls once more, to count launches
         result.facts["cpu_us_per_image"] = {name: call.us_per_image for name, call in calls.items()}
 
 
@@ -140,15 +140,15 @@ def test_decoding_on_a_cpu(files: list[str], race: Callable[..., Any]) -> None:
 
 
 def test_cache(files: list[str], device: torch.device, race: Callable[..., Any]) -> None:
-    """From the second epoch on: nothing is decoded, and what is decoded lies on the device."""
+    """From the second epoch on: nothing is decoded, and the decoded images are on the device."""
     images = torch.cat([images for images, _ in TorchDecoder(PICTURE).decode(_batches(files))])
     epochs = {"DataLoader": _data_loader(files), "ours": _cache(images.repeat(20, 1, 1, 1).to(device))}
 
     def gate() -> dict[str, float]:
-        """An image of a batch is one of the set's, or its mirror image."""
+        """Check that an image of a batch is one of the set, or its mirror image."""
         picture = next(epochs["ours"]())[0].cpu()
-        found = (images == picture).flatten(1).all(1) | (images == picture.flip(1)).flatten(1).all(1)
-        assert found.any(), "the cache gives a picture that is none of the decoded ones"
+        matches = (images == picture).flatten(1).all(1) | (images == picture.flip(1)).flatten(1).all(1)
+        assert matches.any(), "the cache returns an image that is not one of the decoded ones"
         return {name: clock(lambda e=epoch: _consume(e), device) for name, epoch in epochs.items()}
 
     _race_with_cpu_time(
@@ -164,7 +164,7 @@ def test_cache(files: list[str], device: torch.device, race: Callable[..., Any])
 @needs_dali
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_decoding_on_a_gpu(files: list[str], device: torch.device, race: Callable[..., Any]) -> None:
-    """Which share the fixed-function decoder should have, and whether to decode whole images."""
+    """The best share for the fixed-function decoder, and whether to decode whole images."""
     from bvae.pipelines.dali import DaliDecoder
 
     epochs = {"DataLoader": _data_loader(files)}
@@ -185,7 +185,7 @@ def test_decoding_on_a_gpu(files: list[str], device: torch.device, race: Callabl
 
 @pytest.mark.skipif(not GPU, reason="on a CPU a step takes too long for its data to matter")
 def test_data_beside_the_step(device: torch.device, race: Callable[..., Any], tmp_path: Path) -> None:
-    """The step that gathers its images inside its graph, as training does, and on one constant batch."""
+    """The step that gathers its images inside its graph, as in training, against one constant batch."""
     images = torch.randint(256, (50 * BATCH, 64, 64, 3), dtype=torch.uint8, device=device)
     training = TrainingConfig(amp=True)
     data = DeviceLoader(images, BATCH, 0, train=True, flip=True)

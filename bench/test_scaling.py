@@ -1,8 +1,8 @@
 """Images per second over the batch, the image's size and the number of latents: PyTorch-VAE's step, and ours.
 
-One of the three varies at a time, about PyTorch-VAE's network in mixed precision on a GPU, and about the
-preset faces_cpu, in float32 and eager as it trains, on a CPU. On a GPU each point takes some 50 s, most of
-them to compile the step: these few keep this file under ten minutes.
+One of the three varies at a time. The others are those of PyTorch-VAE's network in mixed precision on a GPU,
+and of the preset faces_cpu, in float32 and eager mode, on a CPU. On a GPU each point takes some 50 s, mostly
+to compile the step: with these few points the file takes less than ten minutes.
 """
 
 from collections.abc import Callable

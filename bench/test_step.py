@@ -1,9 +1,9 @@
 """A training step: PyTorch-VAE, the same tuned and compiled, ours, and ours with each layer switched off.
 
-All start from the same weights and, without noise, must train alike before anything is timed. PyTorch-VAE
-gets its images scaled and in float32, as its loader would hand them over; ours gets uint8 and scales it.
-"tuned" is PyTorch-VAE with channels_last, fused Adam, cuDNN's choice of algorithms and mixed precision;
-"compiled" has torch.compile besides.
+All start from the same weights and must give the same losses, without noise, before anything is timed.
+PyTorch-VAE gets its images scaled and in float32, as from its loader; ours gets uint8 and scales it. "tuned"
+is PyTorch-VAE with channels_last, fused Adam, cuDNN's choice of algorithms and mixed precision; "compiled"
+adds torch.compile.
 """
 
 from collections.abc import Callable
@@ -25,16 +25,16 @@ SMALL = Network(10, (16, 32, 64, 128, 256))  # the preset faces_cpu's
 
 def _layers(device: torch.device, batch: int) -> dict[str, TrainingConfig]:
     """Ours, and ours without each layer that this device has."""
-    whole = TrainingConfig(amp=True)
-    found = {"ours": whole, "ours, no compile": replace(whole, compile=False)}
-    if GPU and batch != 144:  # each of the others is one more step to compile: this file has ten minutes
-        return found
+    all_layers = TrainingConfig(amp=True)
+    variants = {"ours": all_layers, "ours, no compile": replace(all_layers, compile=False)}
+    if GPU and batch != 144:  # each other variant is one more step to compile: this file has ten minutes
+        return variants
     if GPU:
-        found["ours, no capture"] = replace(whole, capture=False)
-        found["ours, no fused"] = replace(whole, fused=False)
+        variants["ours, no capture"] = replace(all_layers, capture=False)
+        variants["ours, no fused"] = replace(all_layers, fused=False)
     if dtype_name(device, amp=True) != "float32":
-        found["ours, no amp"] = replace(whole, amp=False)
-    return found
+        variants["ours, no amp"] = replace(all_layers, amp=False)
+    return variants
 
 
 @pytest.mark.parametrize("batch", (64, 144, 1024) if GPU else (64,))
@@ -53,9 +53,9 @@ def test_step(batch: int, device: torch.device, race: Callable[..., Any], tmp_pa
         contenders["ours, float32, eager, contiguous"] = ours(
             FULL_SIZE, images, tmp_path, plain, channels_last=False
         )
-        whole = next(name for name in ("ours, no amp", "ours") if name in contenders)
+        fast = next(name for name in ("ours, no amp", "ours") if name in contenders)
         claim = "a CPU's step in float32: channels_last and torch.compile, over eager and contiguous"
-        bars.append(Bar(claim, "ours, float32, eager, contiguous", whole, 1.3))
+        bars.append(Bar(claim, "ours, float32, eager, contiguous", fast, 1.3))
     race(
         "step",
         f"PyTorch-VAE's network, batch {batch}",
@@ -72,7 +72,7 @@ def test_step(batch: int, device: torch.device, race: Callable[..., Any], tmp_pa
 
 @pytest.mark.skipif(GPU, reason="the preset faces_cpu is for CPUs")
 def test_step_of_the_cpu_preset(device: torch.device, race: Callable[..., Any], tmp_path: Path) -> None:
-    """As `make train` runs it: float32, eager, since a short run earns back no compiling; and `--amp`."""
+    """As in `make train`: float32 and eager, since compiling does not pay in a short run; also `--amp`."""
     images = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8, device=device)
     preset = read("faces_cpu")[0].training
     contenders = {

@@ -1,9 +1,8 @@
 """End to end: from JPEG files on disk to the last step of a short run, against PyTorch-VAE's loop.
 
-Ours decodes the files once, into a cache that checks itself; with a warm cache it finds them decoded. Its
-time includes what PyTorch-VAE's loop does not do: a validation after each epoch, and checkpoints. Neither's
-includes starting Python. Where ours is compiled, the compiler's cache has the code, as in a user's second
-run.
+Ours decodes the files once, into a cache with checksums; with a warm cache they are already decoded. Its time
+includes what PyTorch-VAE's loop does not do: a validation after each epoch, and checkpoints. Starting Python
+is in neither time. If ours is compiled, the compiler's cache has the code, as in a user's second run.
 """
 
 import itertools
@@ -50,7 +49,7 @@ def test_training(root: Path, device: torch.device, race: Callable[..., Any], tm
         errors["PyTorch-VAE's loop"] = sum(reference_loop.train(files, config, device)[-3:]) / 3
 
     def ours(cache: Path) -> None:
-        torch._dynamo.reset()  # a run compiles its own
+        torch._dynamo.reset()  # each run compiles its own step
         out = tmp_path / f"run-{next(numbers)}"
         arguments = parse([*argv, "--cache-dir", str(cache), "--out", str(out)], "")
         with open_run(arguments) as run, Monitor(run) as monitor, StopRequest() as stop:
@@ -61,8 +60,8 @@ def test_training(root: Path, device: torch.device, race: Callable[..., Any], tm
 
     def gate() -> dict[str, float]:
         first_calls = {"PyTorch-VAE's loop": clock(baseline_loop, device), "ours": clock(warm, device)}
-        theirs, mine = errors["PyTorch-VAE's loop"], errors["ours"]
-        assert abs(mine - theirs) <= AGREEMENT * theirs, f"our MSE ends at {mine}, PyTorch-VAE's at {theirs}"
+        expected, mse = errors["PyTorch-VAE's loop"], errors["ours"]
+        assert abs(mse - expected) <= AGREEMENT * expected, f"our MSE is {mse}, PyTorch-VAE's {expected}"
         return first_calls
 
     def warm() -> None:

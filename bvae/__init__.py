@@ -1,6 +1,6 @@
-"""A fast beta-VAE trainer, and its fused losses as a part that other VAE code can take.
+"""A fast beta-VAE trainer, and its fused losses for use in other VAE code.
 
-The names below come from their modules when they are first used, so that `import bvae` loads no torch.
+The names below are imported from their modules at first use, so that `import bvae` does not load torch.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ __all__ = [
     "vae_loss",
 ]
 
-# In a source tree `kernels/` and `pipelines/` stand beside this package, not inside it. Installed, they are
+# In a source tree `kernels/` and `pipelines/` are beside this package, not inside it. Installed, they are
 # `bvae.kernels` and `bvae.pipelines`; searching the parent folder too gives them the same names here.
 _root = Path(__file__).resolve().parent.parent
 if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():

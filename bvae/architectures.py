@@ -1,11 +1,11 @@
-"""The networks by name: an encoder, the heads and a decoder each, for square images.
+"""The networks by name: each has an encoder, the heads and a decoder, for square images.
 
-    pytorch-vae   convolutions 3x3 with BatchNorm and LeakyReLU, as wide and deep as asked for
+    pytorch-vae   convolutions 3x3 with BatchNorm and LeakyReLU; width and depth are options
     burgess       Burgess et al. (2018): 4 convolutions 4x4 of 32 channels, two layers of 256
-    higgins-fc    Higgins et al. (2017) for 2D shapes: two layers of 1200, in the decoder three with tanh
+    higgins-fc    Higgins et al. (2017) for 2D shapes: two layers of 1200; in the decoder three, with tanh
     locatello     Locatello et al. (2019): 4 convolutions of 32, 32, 64, 64 channels, a layer of 256
 
-The heads give mu and log_var in one matrix product. What a decoder gives is before the activation.
+The heads compute mu and log_var in one matrix product. A decoder's output is before the activation.
 """
 
 import math
@@ -31,8 +31,8 @@ class Network(NamedTuple):
 
 # --- PyTorch-VAE ------------------------------------------------------------------------------------------
 def pytorch_vae(channels: int, size: int, latent_dim: int, widths: Sequence[int]) -> Network:
-    """PyTorch-VAE's network, 3 937 635 parameters there with its dead biases."""
-    # Each stage halves the size, rounding up; the decoder goes back through the same sizes.
+    """PyTorch-VAE's network. There it has 3 937 635 parameters, with biases that have no effect."""
+    # Each stage halves the size, rounding up; the decoder uses the same sizes in reverse.
     sizes = [size]
     for _ in widths:
         sizes.append((sizes[-1] + 1) // 2)
@@ -54,7 +54,7 @@ def pytorch_vae(channels: int, size: int, latent_dim: int, widths: Sequence[int]
 
 
 def _down(in_channels: int, out_channels: int) -> nn.Sequential:
-    # No bias: BatchNorm subtracts it again, so its gradient is zero, yet it would cost a pass over the layer.
+    # No bias: BatchNorm subtracts it again, so its gradient is zero, but it would cost a pass over the layer.
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False),
         BatchNorm2d(out_channels),
@@ -63,7 +63,7 @@ def _down(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def _up(in_channels: int, out_channels: int, size: int, new_size: int) -> nn.Sequential:
-    output_padding = new_size - (2 * size - 1)  # 1 doubles the size; 0 goes back to an odd one
+    output_padding = new_size - (2 * size - 1)  # 1 doubles the size; 0 gives an odd size
     return nn.Sequential(
         nn.ConvTranspose2d(
             in_channels, out_channels, 3, stride=2, padding=1, output_padding=output_padding, bias=False
@@ -150,17 +150,17 @@ ARCHITECTURES: dict[str, Builder] = {
     "higgins-fc": higgins_fc,
     "locatello": locatello,
 }
-HALVINGS = {"burgess": 4, "locatello": 4}  # of sizes that must be even
+HALVINGS = {"burgess": 4, "locatello": 4}  # how often a network halves the size, which must be even each time
 
 
 def register_architecture(name: str, builder: Builder) -> None:
-    """Make a network of your own known by name: to `BetaVAE(arch=name)`, `--arch` and `from_pretrained`.
+    """Register your own network under a name, for `BetaVAE(arch=name)`, `--arch` and `from_pretrained`.
 
     Args:
         builder: called as `builder(channels, size, latent_dim, widths)`, size in pixels; returns a `Network`.
 
     Raises:
-        UsageError: the name belongs to another network already.
+        UsageError: another network already has the name.
 
     Example:
         >>> from torch import nn
@@ -175,17 +175,20 @@ def register_architecture(name: str, builder: Builder) -> None:
         >>> BetaVAE(1, latent_dim=3, image_size=32, arch="linear").sample(2).shape
         torch.Size([2, 1, 32, 32])
     """
-    known = ARCHITECTURES.get(name)
-    if known and (known.__module__, known.__qualname__) != (builder.__module__, builder.__qualname__):
-        raise UsageError(f"arch {name} is registered already, by {known.__module__}: choose another name")
-    ARCHITECTURES[name] = builder  # again, if its module was imported again
+    registered = ARCHITECTURES.get(name)
+    if registered and (registered.__module__, registered.__qualname__) != (
+        builder.__module__,
+        builder.__qualname__,
+    ):
+        raise UsageError(f"arch {name} is already registered by {registered.__module__}: choose another name")
+    ARCHITECTURES[name] = builder  # the same builder again if its module was imported again
 
 
 def check_size(arch: str, size: int) -> None:
     """Raise UsageError for an unknown architecture, or for images whose side it cannot take."""
     if arch not in ARCHITECTURES:
         raise UsageError(
-            f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}: a network of your own is known "
+            f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}: your own network is known "
             "once the module that registers it is imported (--import MODULE)"
         )
     side = 2 ** HALVINGS.get(arch, 0)

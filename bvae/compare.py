@@ -1,8 +1,8 @@
 """Set models side by side: `python -m bvae.compare runs/faces-H-1 runs/faces-VAE-1 --factor azimuth`.
 
-Of each model, the latent that tells most of one factor of the data is walked along, from the same image: a
-row a model. In a model that takes the factors apart, nothing but that factor changes. Writes the picture, as
-PNG and as GIF, and the table that it prints.
+For each model, the command changes the latent that has the most information about one factor, starting from
+the same image: one row per model. In a model that separates the factors, only that factor changes. Writes the
+picture, as PNG and as GIF, and the table that it prints.
 """
 
 import sys
@@ -34,19 +34,19 @@ class Arguments:
     runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="RUN"), tyro.conf.Positional]
     """Run folders; all models see the same images."""
     factor: str
-    """Of sprites shape, scale, orientation, x or y; of the drawn faces azimuth, smile and more."""
+    """For sprites: shape, scale, orientation, x or y. For the drawn faces: azimuth, smile and more."""
     data: Literal["auto", "faces", "celeba", "sprites", "dsprites"] = "auto"
     """The images. auto: what each run's config.yaml names."""
     data_root: Path | None = None
-    """Where they are, as for bvae.evaluate. None: where config.yaml says."""
+    """Folder or file of the images, as for bvae.evaluate. None: the one in config.yaml."""
     factor_bins: int = 10
     """A factor of more values than this is cut into as many bins of equal width (faces)."""
     points: int = 10_000
-    """Images that the table's numbers are of."""
+    """Images from which the table's numbers are computed."""
     steps: int = 11
-    """Pictures in a row, as the latent goes from -3 to 3."""
+    """Pictures per row, with the latent from -3 to 3."""
     out: Path = Path("compare")
-    """What to write, without the ends .png, .gif and .md."""
+    """Path of the files to write, without .png, .gif and .md."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
@@ -67,25 +67,25 @@ class Row(NamedTuple):
     loss: str
     latent: int
     kl: float  # of that latent, nats per image
-    share: float  # of the factor's entropy that the latent tells
-    other: str  # the factor of which it tells most after that
+    share: float  # mutual information of latent and factor, over the factor's entropy
+    other: str  # the factor with the next highest share
     other_share: float
-    kl_in_all: float  # nats per image
+    total_kl: float  # nats per image
     nats: float  # reconstruction, per image
     mse: float  # per pixel
 
 
-class Answer(NamedTuple):
-    """What one model gives."""
+class LatentWalk(NamedTuple):
+    """One model's row of the table and of the picture."""
 
     factors: Factors  # [N, K] of all images
-    start: int  # the place, among the points, of the image that the walk starts from
+    start: int  # the index, among the points, of the image that the walk starts from
     row: Row
     images: Tensor  # uint8 [steps, 1, H, W, 3]
 
 
 def loss_name(objective: ObjectiveConfig | None) -> str:
-    """A loss in a few letters."""
+    """A short name of a loss."""
     if objective is None:
         return "loss not known"
     weights = {
@@ -96,24 +96,27 @@ def loss_name(objective: ObjectiveConfig | None) -> str:
     return objective.loss_type + weights[objective.loss_type]
 
 
-def ask(run: Path, arguments: Arguments, start: int | None) -> Answer:
-    """One model's latent for the factor, walked along from the image at `start`, or from its most typical."""
+def walk_latent(run: Path, arguments: Arguments, start: int | None) -> LatentWalk:
+    """Pick one model's latent for the factor, and decode a walk along it.
+
+    It starts from the image at `start`; None: from the most typical image, whose code has the smallest norm.
+    """
     device = choose_device(arguments.device)
     model = BetaVAE.from_pretrained(run).to(device)
     protocol = measure.Protocol(arguments.data, arguments.data_root, arguments.factor_bins)
-    known = measure.open_truth(run, protocol, model, device)
-    if arguments.factor not in known.names:
-        raise UsageError(f"--factor must be one of {', '.join(known.names)}, got {arguments.factor!r}")
-    wanted = known.names.index(arguments.factor)
-    numbers = measure.some(known, arguments.points)
-    codes = measure.encode(model, known, numbers, device)
-    told = measure.shares(codes, known.factors[numbers])
-    latent = int(told[:, wanted].argmax())
-    other = int(np.where(np.arange(len(known.names)) == wanted, -1, told[latent]).argmax())
+    truth = measure.open_truth(run, protocol, model, device)
+    if arguments.factor not in truth.names:
+        raise UsageError(f"--factor must be one of {', '.join(truth.names)}, got {arguments.factor!r}")
+    factor = truth.names.index(arguments.factor)
+    numbers = measure.sample_numbers(truth, arguments.points)
+    codes = measure.encode(model, truth, numbers, device)
+    shares = measure.information_shares(codes, truth.factors[numbers])
+    latent = int(shares[:, factor].argmax())
+    other = int(np.where(np.arange(len(truth.names)) == factor, -1, shares[latent]).argmax())
 
-    trained = measure.settings(run)
+    trained = measure.trained_config(run)
     variance = (trained or Config()).objective.decoder_variance
-    found = measure.describe(model, known, numbers, variance, device)
+    statistics = measure.compute_statistics(model, truth, numbers, variance, device)
     if start is None:
         start = int(np.linalg.norm(codes, axis=1).argmin())
     z = torch.from_numpy(codes[[start]]).to(device)
@@ -122,52 +125,52 @@ def ask(run: Path, arguments: Arguments, start: int | None) -> Answer:
         run.resolve().name,
         loss_name(trained.objective if trained else None),
         latent,
-        found["kl_per_latent"][latent],
-        float(told[latent, wanted]),
-        known.names[other],
-        float(told[latent, other]),
-        found["kl"],
-        found["reconstruction_nats"],
-        found["mse"],
+        statistics["kl_per_latent"][latent],
+        float(shares[latent, factor]),
+        truth.names[other],
+        float(shares[latent, other]),
+        statistics["kl"],
+        statistics["reconstruction_nats"],
+        statistics["mse"],
     )
-    return Answer(known.factors, start, row, images)
+    return LatentWalk(truth.factors, start, row, images)
 
 
 def markdown(rows: list[Row], factor: str) -> str:
-    """The models as a table; shares are of the factor's entropy."""
+    """The models as a table; a share is a part of the factor's entropy."""
     lines = [
-        f"| model | loss | latent | its KL, nats | share of {factor} | next | KL in all, nats "
+        f"| model | loss | latent | its KL, nats | share of {factor} | next | total KL, nats "
         "| reconstruction, nats | MSE |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r.name} | {r.loss} | {r.latent} | {r.kl:.2f} | {r.share:.2f} | {r.other} {r.other_share:.2f} "
-        f"| {r.kl_in_all:.2f} | {r.nats:.1f} | {r.mse:.4f} |"
+        f"| {r.total_kl:.2f} | {r.nats:.1f} | {r.mse:.4f} |"
         for r in rows
     ]
     return "\n".join(lines) + "\n"
 
 
 def compare(arguments: Arguments) -> str:
-    """Ask each model, write the files, and give the table."""
+    """Walk along a latent of each model, write the files, and return the table."""
     arguments.check()
     first, *others = arguments.runs
-    answers = [ask(first, arguments, None)]
+    walks = [walk_latent(first, arguments, None)]
     for run in others:
-        answers.append(ask(run, arguments, answers[0].start))
-        if not np.array_equal(answers[-1].factors, answers[0].factors):
+        walks.append(walk_latent(run, arguments, walks[0].start))
+        if not np.array_equal(walks[-1].factors, walks[0].factors):
             raise UsageError(
-                f"{run} was trained on other images than {first}: name those to compare them on with --data "
-                "and --data-root"
+                f"{run} was trained on other images than {first}: choose the images for both with --data and "
+                "--data-root"
             )
-        side, wanted = (answer.images.shape[-2] for answer in (answers[-1], answers[0]))
-        if side != wanted:
+        side, first_side = (walk.images.shape[-2] for walk in (walks[-1], walks[0]))
+        if side != first_side:
             raise UsageError(
-                f"{run} gives images of {side} pixels and {first} of {wanted}: they do not fit side by side"
+                f"{run} has images of {side} pixels and {first} of {first_side}: they do not fit side by side"
             )
-    rows = [answer.row for answer in answers]
+    rows = [walk.row for walk in walks]
     labels = [f"{row.name}\n{row.loss}: latent {row.latent}, {row.kl:.2f} nats" for row in rows]
-    images = torch.stack([answer.images for answer in answers])
+    images = torch.stack([walk.images for walk in walks])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for end in (".png", ".gif"):
         save_traversal(images, labels, arguments.out.with_name(arguments.out.name + end))
@@ -177,7 +180,7 @@ def compare(arguments: Arguments) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 not as asked for."""
+    """Exit status: 0 done, 2 input that cannot be used."""
     arguments = tyro.cli(Arguments, args=argv, description=__doc__, prog="python -m bvae.compare")
     return exit_status(lambda: print(compare(arguments), end=""))
 

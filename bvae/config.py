@@ -1,7 +1,7 @@
 """A run's configuration: dataclasses, their YAML, and the checks that come before any work.
 
 tyro turns the dataclasses into the command line (types, help and defaults from one place); PyYAML reads and
-writes the files. A file may be ours, or PyTorch-VAE's in either dialect (`dialect.py`).
+writes the files. A file may be ours, or PyTorch-VAE's in either dialect (`compat/pytorch_vae_config.py`).
 """
 
 import contextlib
@@ -36,12 +36,12 @@ class DataConfig:
     ] = "faces"
     """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
     folder: any tree of JPEG and PNG files, or of tar shards that hold them. sprites: the images of dSprites,
-    drawn here. dsprites: your own dsprites_*.npz. memory: what was given to bvae.fit in Python."""
+    drawn here. dsprites: your own dsprites_*.npz. memory: the images passed to bvae.fit in Python."""
     root: Annotated[Path | None, arg(name="data-root")] = None
-    """Folder of the images; of dsprites the npz file. None: data/faces, for faces alone."""
+    """Folder of the images; for dsprites the npz file. None: data/faces, for faces only."""
     crop: int | None = None
-    """Side of the centred square that is cut out, in pixels. None: 148 for celeba and faces, the largest
-    square for folder."""
+    """Side of the centred square to crop, in pixels. None: 148 for celeba and faces, the largest square for
+    folder."""
     image_size: int = 64
     """Side of the images that the model sees, 32 to 256 pixels."""
     channels: Literal[1, 3] = 3
@@ -49,14 +49,14 @@ class DataConfig:
     flip: bool = True
     """Mirror training images at random."""
     decoder: Literal["auto", "dali", "torchvision"] = "auto"
-    """What reads the files. auto: NVIDIA DALI if it is installed."""
+    """The decoder of the files. auto: NVIDIA DALI if it is installed."""
     on_bad: Literal["stop", "skip"] = "stop"
     """What to do about damaged files. stop: list all of them. skip: train without them; the list is
     bad_files.txt in the run folder."""
     cache_dir: Path | None = None
     """Where decoded images are kept for the next run. None: bvae in the user's cache folder."""
     stream: bool = False
-    """Decode the files anew each epoch instead: for data that fit on no disk."""
+    """Decode the files again in each epoch, without a cache: for data that fit on no disk."""
 
 
 SHAPES = ("sprites", "dsprites")  # data sets of 2D shapes
@@ -68,8 +68,8 @@ class ModelConfig:
     """The network."""
 
     arch: str = "pytorch-vae"
-    """pytorch-vae: BatchNorm and convolutions of hidden_dims. burgess, higgins-fc, locatello: those of the
-    papers on 2D shapes. Or the name of a network that --import registers."""
+    """pytorch-vae: BatchNorm and convolutions of hidden_dims. burgess, higgins-fc, locatello: the networks of
+    the papers on 2D shapes. Or the name of a network that --import registers."""
     latent_dim: int = 128
     """Dimensions of z."""
     hidden_dims: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -114,7 +114,7 @@ class TrainingConfig:
     """The run: an optimizer with an exponential schedule."""
 
     batch_size: int = 144
-    """Images a step, of all processes together: their number changes neither steps nor learning rate."""
+    """Images per step, of all processes together: their number changes neither steps nor learning rate."""
     optimizer: Literal["adam", "adagrad"] = "adam"
     """adagrad: the beta-VAE paper's, for 2D shapes."""
     lr: float = 5e-4
@@ -126,30 +126,30 @@ class TrainingConfig:
     epochs: int = 50
     """Passes over the training images."""
     max_steps: int | None = None
-    """Train for this many steps, over as many epochs as that takes. None: for the epochs above."""
+    """Train for this many steps, over as many epochs as needed. None: for `epochs`."""
     seed: int = 1265
     """Everything random is a function of it: weights, order, flips, noise."""
     amp: bool = False
     """Mixed precision: bfloat16 where the device has it, else float16 with a scaler on a GPU. A CPU without
     bfloat16 arithmetic stays in float32 (autocast would be 15 times slower there)."""
     compile: bool = True
-    """torch.compile. It takes about a minute once and gives it back in runs of more than some minutes."""
+    """torch.compile. It takes about a minute at the start, and pays off in runs of more than some minutes."""
     capture: bool = True
     """On a GPU: the whole step as one CUDA graph."""
     fused: bool = True
     """On a GPU: the Triton kernels for sample, KL and loss. PyTorch's operations otherwise."""
     deterministic: bool = False
-    """On a GPU: only operations that give the same bits each time, which are slower. A CPU's do anyway."""
+    """On a GPU: only operations that give the same bits each time, which are slower. A CPU always does so."""
     clip_grad: float | None = None
-    """Largest norm of the gradient. None: as it is."""
+    """Largest norm of the gradient. None: no limit."""
     accumulate: int = 1
-    """Equal parts of a batch that go through the network one after the other, for the sake of memory.
-    BatchNorm and |KL - C| see a part at a time."""
+    """Equal parts of a batch that go through the network one after the other, to save memory. BatchNorm and
+    |KL - C| use one part at a time."""
     log_every: int = 50
-    """Steps between two lines of the log, after which a loss that is not finite ends the run."""
+    """Steps between two lines of the log. A loss that is NaN or infinite ends the run there."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints, each with a validation. None: after an epoch, but not more often than
-    every 10 seconds."""
+    """Steps between two checkpoints, each with a validation. None: after each epoch, but at most every 10
+    seconds."""
 
     def steps(self, steps_per_epoch: int) -> int:
         """Steps in the whole run."""
@@ -158,7 +158,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All that a run depends on: what `config.yaml` holds."""
+    """Everything that a run depends on: the content of `config.yaml`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -172,7 +172,7 @@ class Config:
         for name in _NOT_NEGATIVE:
             _require(self, name, lambda value: value >= 0, "0 or more")
         _require(self, "data.image_size", lambda size: SIZES[0] <= size <= SIZES[1], "32 to 256 pixels")
-        _require(self, "training.batch_size", lambda size: size >= 2, "2 or more, for BatchNorm's sake")
+        _require(self, "training.batch_size", lambda size: size >= 2, "2 or more, as BatchNorm needs")
         _require(self, "training.seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1")
         data = self.data
         from bvae.architectures import check_size  # imports torch
@@ -187,7 +187,7 @@ class Config:
             raise UsageError(f"model.hidden_dims must be positive widths, got {list(self.model.hidden_dims)}")
 
     def resolve(self, steps_per_epoch: int) -> "Config":
-        """The same run with its objective in numbers: no 'auto', no 'm_over_n', no None."""
+        """The same run with numbers for all options of the objective: no 'auto', no 'm_over_n', no None."""
         objective = self.objective
         iters, weight = objective.capacity_iters, objective.kl_weight
         if iters == "auto":
@@ -227,7 +227,7 @@ _NOT_NEGATIVE = (
 )
 
 
-LARGEST = 3e38  # what float32 holds
+LARGEST = 3e38  # in float32
 
 
 def _require(config: Config, name: str, in_range: Callable[[Any], bool], expected: str) -> None:
@@ -246,7 +246,7 @@ def _plain(value: Any) -> Any:
 
 
 def default_preset(data: str, device: str) -> str | None:
-    """The preset that gives what is left open; None where the defaults of `Config` do.
+    """The preset for options that the user does not give; None: the defaults of `Config`.
 
     Args:
         data: a name of `DataConfig`. device: auto, cpu or cuda.
@@ -259,7 +259,7 @@ def default_preset(data: str, device: str) -> str | None:
 
 
 def override(config: Config, options: Mapping[str, Any]) -> Config:
-    """A configuration with options of the command line, named with underscores, in place of its own values.
+    """A configuration with some values replaced by command-line options, named with underscores.
 
     Raises:
         UsageError: an unknown name (with the nearest one), or a value of the wrong type.
@@ -279,8 +279,8 @@ def override(config: Config, options: Mapping[str, Any]) -> Config:
         section, key = places[name]
         sections.setdefault(section, {})[key] = value
     for section, values in sections.items():
-        given = from_mapping(type(getattr(config, section)), _plain(values), f"{section}.")
-        changes = {key: getattr(given, key) for key in values}
+        converted = from_mapping(type(getattr(config, section)), _plain(values), f"{section}.")
+        changes = {key: getattr(converted, key) for key in values}
         config = dataclasses.replace(
             config, **{section: dataclasses.replace(getattr(config, section), **changes)}
         )
@@ -288,7 +288,7 @@ def override(config: Config, options: Mapping[str, Any]) -> Config:
 
 
 def preset_or_path(name: str | Path) -> Path:
-    """A file if there is one, or else the preset of that name."""
+    """The path of a file if there is one, or else of the preset of that name."""
     preset = PRESETS / f"{Path(name).name}.yaml"
     return (
         preset if str(name) == preset.stem and preset.is_file() and not Path(name).is_file() else Path(name)
@@ -327,19 +327,19 @@ def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
         raise UsageError(f"{path}: nested too deeply for a configuration") from None
 
 
-def from_mapping(cls: type, values: Mapping[str, Any], where: str = "", base: Any = None) -> Any:
+def from_mapping(cls: type, values: Mapping[str, Any], prefix: str = "", base: Any = None) -> Any:
     """A dataclass from a mapping, nested dataclasses from nested mappings; ValueError names the key.
 
-    `base` gives what the mapping leaves open; None: the defaults.
+    `base` has the values of keys that the mapping lacks; None: the defaults.
     """
     if not isinstance(values, Mapping):
-        raise UsageError(f"{where.rstrip('.')} must be a section of keys, got {brief(values)}")
+        raise UsageError(f"{prefix.rstrip('.')} must be a section of keys, got {brief(values)}")
     types = get_type_hints(cls)
     arguments = dict(vars(base)) if base else {}
     for key, value in values.items():
-        name = f"{where}{key}"
+        name = f"{prefix}{key}"
         if key not in types:
-            raise unknown_key(name, [f"{where}{known}" for known in types])
+            raise unknown_key(name, [f"{prefix}{field}" for field in types])
         if dataclasses.is_dataclass(types[key]):
             arguments[key] = from_mapping(types[key], value or {}, f"{name}.", arguments.get(key))
             continue
@@ -353,7 +353,7 @@ def from_mapping(cls: type, values: Mapping[str, Any], where: str = "", base: An
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """A YAML value as a field's type; TypeError if it is none."""
+    """A YAML value as a field's type; TypeError if it cannot be converted."""
     origin, choices = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         for choice in choices:

@@ -1,12 +1,12 @@
-"""Look after data sets: check the files, decode them ahead of training, list and remove what was decoded.
+"""Manage data sets: check the files, decode them ahead of training, list and remove decoded images.
 
-  python -m bvae.data check DIR                  layout, counts, splits, and every damaged file
-  python -m bvae.data ingest DIR                 decode now what training would decode first
-  python -m bvae.data ls                         what is in the cache folder
-  python -m bvae.data rm KEY                     remove one of it; `rm --all` removes all of it
+  python -m bvae.data check DIR                  print layout, counts, splits, and every damaged file
+  python -m bvae.data ingest DIR                 decode the images now, not when training starts
+  python -m bvae.data ls                         list the caches in the cache folder
+  python -m bvae.data rm KEY                     remove one of them; `rm --all` removes all
   python -m bvae.data faces OUT --n 12000        draw faces with known factors, in CelebA's layout
 
-Exit status: 0 all is well, 1 damaged files or a failed write, 2 not as asked for.
+Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot be used.
 """
 
 import argparse
@@ -21,25 +21,25 @@ with needs_train_extra(__name__):
     import torch
 
     from bvae.config import Config, DataConfig
-    from bvae.datasets import complaint, find, ingest
+    from bvae.datasets import bad_files_message, find_files, ingest
     from bvae.device import choose_device
     from bvae.pipelines import cache, celeba, decoder, faces, folder
     from bvae.pipelines.picture import Picture
     from bvae.pipelines.webdataset import ImageFile
 
-SURVEYED = Picture(crop=None, size=32, channels=3)  # small: a check decodes and looks at no pixel
+CHECK_PICTURE = Picture(crop=None, size=32, channels=3)  # small: a check decodes, but uses no pixel
 
 
 def check(options: argparse.Namespace) -> int:
-    """Decode every file of a data set and say what is there."""
+    """Decode every file of a data set, and print the layout, the counts and the damaged files."""
     layout = celeba if _is_celeba(options.dir) else folder
     splits: Mapping[str, Sequence[ImageFile]] = layout.splits(options.dir)
     counts = ", ".join(f"{len(files)} {name}" for name, files in splits.items())
     kind = "CelebA's layout" if layout is celeba else "a folder of images"
     print(f"{options.dir}: {kind}; {counts}", flush=True)
     files = [file for split in splits.values() for file in split]
-    reader = decoder.build(decoder.choose(options.decoder), SURVEYED, torch.device("cpu"))
-    bad = [found for _, some in cache.decode_all(files, reader, "images") for found in some]
+    reader = decoder.build(decoder.choose(options.decoder), CHECK_PICTURE, torch.device("cpu"))
+    bad = [entry for _, entries in cache.decode_all(files, reader, "images") for entry in entries]
     for file, text in bad:
         print(f"{file}: {text}")
     print(f"{len(files) - len(bad)} of {len(files)} images can be used")
@@ -58,27 +58,27 @@ def ingest_now(options: argparse.Namespace) -> int:
         cache_dir=options.cache_dir,
     )
     Config(data=config).check()
-    source = find(config)
+    source = find_files(config)
     bad = [file for entry in ingest(config, source, choose_device(options.device)) for file in entry.bad]
     if bad:
-        print(f"error: {complaint(bad, len(source.train) + len(source.valid))}", file=sys.stderr)
+        print(f"error: {bad_files_message(bad, len(source.train) + len(source.valid))}", file=sys.stderr)
     return 1 if bad else 0
 
 
 def ls(options: argparse.Namespace) -> int:
-    """A line for each cache, and one for what a killed process left."""
+    """Print a line for each cache, also for unfinished ones."""
     total = 0
     for entry in _entries(options.cache_dir):
         size = sum(file.stat().st_size for file in entry.iterdir())
         total += size
-        made = datetime.fromtimestamp(entry.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+        modified = datetime.fromtimestamp(entry.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
         try:
-            found = cache.read_manifest(entry)
-            shape = f"{found['count']} x {found['size']} x {found['size']} x {found['channels']}"
-            what = f"{shape}, crop {found['crop']}, {found['decoder']}, {found['root']}"
+            manifest = cache.read_manifest(entry)
+            shape = " x ".join(str(manifest[name]) for name in ("count", "size", "size", "channels"))
+            content = f"{shape}, crop {manifest['crop']}, {manifest['decoder']}, {manifest['root']}"
         except cache.Damaged as damage:
-            what = f"unfinished or damaged: {damage}"
-        print(f"{entry.name}  {made}  {size / 1e6:8.1f} MB  {what}")
+            content = f"unfinished or damaged: {damage}"
+        print(f"{entry.name}  {modified}  {size / 1e6:8.1f} MB  {content}")
     print(f"{total / 1e6:.1f} MB in {options.cache_dir}")
     return 0
 
@@ -98,7 +98,7 @@ def rm(options: argparse.Namespace) -> int:
 
 
 def draw_faces(options: argparse.Namespace) -> int:
-    """Draw the data set that ships."""
+    """Draw the default data set."""
     if options.n < 1:
         raise UsageError(f"--n must be positive, got {options.n}")
     target = faces.write(options.out, n=options.n, seed=options.seed)
@@ -110,11 +110,11 @@ def _is_celeba(root: Path) -> bool:
     return any((base / "img_align_celeba").is_dir() for base in (root, root / "celeba"))
 
 
-def _entries(where: Path) -> list[Path]:
-    """The caches in a folder, and nothing else that may be there."""
-    if not where.is_dir():
+def _entries(folder: Path) -> list[Path]:
+    """The caches in a folder; other files and folders are ignored."""
+    if not folder.is_dir():
         return []
-    return sorted(path for path in where.iterdir() if path.is_dir() and cache.is_entry(path))
+    return sorted(path for path in folder.iterdir() if path.is_dir() and cache.is_entry(path))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,14 +136,14 @@ def _parser() -> argparse.ArgumentParser:
     def decoders(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--decoder", choices=("auto", "dali", "torchvision"), default="auto")
 
-    sub = command("check", check, "decode every file; say what is there and what is damaged")
+    sub = command("check", check, "decode every file; print the counts and the damaged files")
     sub.add_argument("dir", type=Path, metavar="DIR", help="CelebA's folder, or any folder of images")
     decoders(sub)
 
     default = DataConfig()
     sub = command("ingest", ingest_now, "decode the training and validation images into the cache")
     sub.add_argument("dir", type=Path, metavar="DIR", help="CelebA's folder, or any folder of images")
-    sub.add_argument("--data", choices=("faces", "celeba", "folder"), help="default: what DIR looks like")
+    sub.add_argument("--data", choices=("faces", "celeba", "folder"), help="default: detected from DIR")
     sub.add_argument("--crop", type=int, help="side of the centred square; default: 148 or the largest")
     sub.add_argument("--image-size", type=int, default=default.image_size, help="default: %(default)s")
     sub.add_argument("--channels", type=int, choices=(1, 3), default=default.channels)
@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 all is well, 1 damaged files or a failed write, 2 not as asked for."""
+    """Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot be used."""
     options = _parser().parse_args(argv)
     return exit_status(lambda: options.run(options))
 

@@ -1,4 +1,4 @@
-"""From a configuration to the two data sets of a run."""
+"""Open the training and validation images of a configuration."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,27 +11,27 @@ from bvae.config import SHAPES, DataConfig
 from bvae.errors import UsageError
 from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, sprites
 from bvae.pipelines.loader import Loader
-from bvae.pipelines.memory_loaders import place
+from bvae.pipelines.memory_loaders import choose_loader
 from bvae.pipelines.packed_loader import PackedLoader
 from bvae.pipelines.picture import Picture
-from bvae.pipelines.streaming_loader import StreamingLoader, glance
+from bvae.pipelines.streaming_loader import StreamingLoader, inspect_files
 from bvae.pipelines.webdataset import ImageFile
 
-DRAWN = 12_000  # faces in the data set that ships
+DRAWN = 12_000  # faces in the default data set
 DRAWN_ROOT = Path("data/faces")
 CELEBA_CROP = 148  # PyTorch-VAE's
 LABELS = ("training images", "validation images")
-VALIDATED = 10_000  # of the 2D shapes, all of which are trained on
+VALIDATED = 10_000  # 2D shapes used for validation; all of them are used for training too
 SHOWN = 10  # bad files named on the screen
 
 
 class Data(NamedTuple):
-    """What a run reads."""
+    """The images of a run."""
 
     train: Loader
     valid: Loader
-    bad: list[cache.Bad]  # files that it does without
-    files: list[str]  # of the training images, in the order of their indices; none where they are drawn
+    bad: list[cache.Bad]  # files that are left out
+    files: list[str]  # of the training images, in the order of their indices; empty if they are drawn
 
 
 class Source(NamedTuple):
@@ -55,7 +55,7 @@ def open_data(
     """The training and the validation images, ready to be read in batches by one of `world_size` ranks.
 
     Args:
-        batch_size: images per rank and step; fewer where the data hold fewer, a multiple of `accumulate`.
+        batch_size: images per rank and step; fewer if the data hold fewer, a multiple of `accumulate`.
 
     Raises:
         UsageError: no such data, damaged images, or too few of them.
@@ -64,7 +64,7 @@ def open_data(
     ranks = {"rank": rank, "world_size": world_size}
     if config.name in SHAPES:
         return _open_shapes(config, batch_size, seed, device, accumulate, **ranks)
-    source = find(config)
+    source = find_files(config)
     parts = batch_size, world_size, accumulate
     fitting_batch(source.root, len(source.train), len(source.valid), *parts)
     opened: Iterable[cache.Cached | _Streamed] = (
@@ -74,25 +74,25 @@ def open_data(
     bad = [*train.bad, *valid.bad]
     total = len(source.train) + len(source.valid)
     if bad and (config.on_bad == "stop" or len(bad) == total):
-        raise UsageError(complaint(bad, total))
+        raise UsageError(bad_files_message(bad, total))
     if bad:
         print(f"{len(bad)} of {total} images cannot be used: training without them")
     batch_size = fitting_batch(source.root, _count(train), _count(valid), *parts)
 
     def loader(label: str, split: cache.Cached | _Streamed, train: bool) -> Loader:
         use = {"train": train, "flip": train and config.flip, **ranks}
-        made: Loader
+        opened_loader: Loader
         if isinstance(split, cache.Cached):
-            made, line = place(split.images, batch_size, seed, device, **use)
+            opened_loader, line = choose_loader(split.images, batch_size, seed, device, **use)
         else:
-            made = StreamingLoader(split.files, split.reader, batch_size, seed, device, **use)
-            line = f"{len(split.files)}, decoded with {split.reader.version} whenever they are used"
+            opened_loader = StreamingLoader(split.files, split.reader, batch_size, seed, device, **use)
+            line = f"{len(split.files)}, decoded with {split.reader.version} each time they are used"
         print(f"{label}: {line}", flush=True)
-        return made
+        return opened_loader
 
     loaders = loader(LABELS[0], train, True), loader(LABELS[1], valid, False)
-    without = {file for file, _ in bad}
-    return Data(*loaders, bad, [name for name in map(str, source.train) if name not in without])
+    bad_names = {file for file, _ in bad}
+    return Data(*loaders, bad, [name for name in map(str, source.train) if name not in bad_names])
 
 
 def _count(split: "cache.Cached | _Streamed") -> int:
@@ -113,15 +113,15 @@ def open_images(
     """As `open_data`, for images in memory: uint8 [N, H, W, C]."""
     batch_size = fitting_batch("images", len(train), len(valid), batch_size, world_size, accumulate)
     ranks = {"rank": rank, "world_size": world_size}
-    train_loader, _ = place(train, batch_size, seed, device, train=True, flip=config.flip, **ranks)
-    valid_loader, _ = place(valid, batch_size, seed, device, train=False, flip=False, **ranks)
+    train_loader, _ = choose_loader(train, batch_size, seed, device, train=True, flip=config.flip, **ranks)
+    valid_loader, _ = choose_loader(valid, batch_size, seed, device, train=False, flip=False, **ranks)
     return Data(train_loader, valid_loader, [], [])
 
 
 def fitting_batch(
     source: Path | str, train: int, valid: int, batch_size: int, world_size: int, accumulate: int
 ) -> int:
-    """The images per rank and step: `batch_size`, or fewer where there are fewer to train on.
+    """The images per rank and step: `batch_size`, or fewer if there are fewer training images.
 
     Args:
         train, valid: images in each split.
@@ -132,8 +132,8 @@ def fitting_batch(
     """
     parts = world_size * accumulate
     if train < 2 * parts:
-        each = f" for each of {parts} parts of a batch" if parts > 1 else ""
-        raise UsageError(f"{source} holds {train} training images: at least 2 are needed{each}")
+        per_part = f" for each of {parts} parts of a batch" if parts > 1 else ""
+        raise UsageError(f"{source} holds {train} training images: at least 2 are needed{per_part}")
     if not valid:
         raise UsageError(f"{source} holds no validation images that can be used")
     return min(batch_size, train // parts * accumulate)
@@ -142,17 +142,17 @@ def fitting_batch(
 def _open_shapes(
     config: DataConfig, batch_size: int, seed: int, device: torch.device, accumulate: int, **ranks: int
 ) -> Data:
-    """All shapes to train on, as disentanglement_lib does, and a fixed draw of them to look at."""
+    """All shapes for training, as in disentanglement_lib, and a fixed random subset for validation."""
     packed = shapes(config, device)
     drawn = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))[:VALIDATED]
     batch_size = fitting_batch(
         config.root or config.name, len(packed), len(drawn), batch_size, ranks["world_size"], accumulate
     )
     train = PackedLoader(packed, sprites.SIDE, batch_size, seed, train=True, **ranks)
-    held = packed[drawn.to(device)]
-    valid = PackedLoader(held, sprites.SIDE, batch_size, seed, train=False, **ranks)
+    subset = packed[drawn.to(device)]
+    valid = PackedLoader(subset, sprites.SIDE, batch_size, seed, train=False, **ranks)
     print(
-        f"{LABELS[0]}: {train.count}, {packed.nbytes / 1e6:.0f} MB of one bit a pixel; "
+        f"{LABELS[0]}: {train.count}, {packed.nbytes / 1e6:.0f} MB of one bit per pixel; "
         f"{LABELS[1]}: {valid.count} of them",
         flush=True,
     )
@@ -160,43 +160,43 @@ def _open_shapes(
 
 
 def shapes(config: DataConfig, device: torch.device) -> Tensor:
-    """The images of sprites or dsprites, one bit a pixel: uint8 [N, 512] on the device.
+    """The images of sprites or dsprites, one bit per pixel: uint8 [N, 512] on the device.
 
     Raises:
         FileNotFoundError, ValueError: no such data.
-        OSError: what is drawn cannot be kept.
+        OSError: the drawn images cannot be written to the cache folder.
     """
     if config.name == "sprites":
-        return sprites.whole(config.cache_dir or cache.default_folder(), device)
+        return sprites.all_sprites(config.cache_dir or cache.default_folder(), device)
     if config.root is None:
         raise UsageError("--data dsprites needs --data-root, the dsprites_*.npz file")
     return dsprites.read(config.root).packed.to(device)
 
 
-def find(config: DataConfig) -> Source:
+def find_files(config: DataConfig) -> Source:
     """The image files of a configuration.
 
-    The faces are drawn first if they are not there yet. Where a partial CelebA has no validation images,
-    every tenth training image stands in for them.
+    The faces are drawn first if they do not exist yet. If a partial CelebA has no validation images, every
+    tenth training image is used for validation instead.
 
     Raises:
         FileNotFoundError, ValueError: no such data.
     """
     if config.name == "memory":
-        raise UsageError("the images of this run were given to bvae.fit in Python: train it there")
+        raise UsageError("this run's images were passed to bvae.fit in Python: train it with bvae.fit")
     root = config.root
     if root is None and config.name != "faces":
         raise UsageError(f"--data {config.name} needs --data-root, the folder that holds the images")
     if root is None:
         root = DRAWN_ROOT
-        if not (root / "celeba").exists():  # the last thing that drawing makes
+        if not (root / "celeba").exists():  # drawing makes it last
             print(f"drawing {DRAWN} faces into {root}, once", flush=True)
             faces.write(root, n=DRAWN, seed=0)
     splits = (folder if config.name == "folder" else celeba).splits(root)
     train: Sequence[ImageFile] = splits["train"]
     valid: Sequence[ImageFile] = splits["valid"]
     if not valid:
-        print(f"{root} holds no validation images: every tenth training image is held out")
+        print(f"{root} holds no validation images: every tenth training image is held out for validation")
         train, valid = [f for i, f in enumerate(train) if i % 10], train[::10]
     crop = config.crop or (None if config.name == "folder" else CELEBA_CROP)
     return Source(root, train, valid, Picture(crop, config.image_size, config.channels))
@@ -205,13 +205,13 @@ def find(config: DataConfig) -> Source:
 def ingest(
     config: DataConfig, source: Source, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> Iterator[cache.Cached]:
-    """The caches of the training and the validation images; decoded now if they are not there."""
+    """The caches of the training and the validation images; decoded now if they do not exist."""
     name = decoder.choose(config.decoder)
-    where = config.cache_dir or cache.default_folder()
+    cache_dir = config.cache_dir or cache.default_folder()
     for files, label in zip((source.train, source.valid), LABELS, strict=True):
         request = cache.Request(source.root, files, source.picture, name)
-        yield cache.obtain(
-            request, where, lambda: _reader(config, source.picture, device), label, rank, world_size
+        yield cache.open_or_build(
+            request, cache_dir, lambda: _reader(config, source.picture, device), label, rank, world_size
         )
 
 
@@ -224,18 +224,18 @@ class _Streamed(NamedTuple):
 def _stream(config: DataConfig, source: Source, device: torch.device) -> Iterator[_Streamed]:
     reader = _reader(config, source.picture, device)
     for files, label in zip((source.train, source.valid), LABELS, strict=True):
-        bad = glance(files, f"{label}, a look at each")
+        bad = inspect_files(files, f"{label}, inspecting")
         good = [file for i, file in enumerate(files) if i not in bad]
         yield _Streamed(good, reader, [(str(files[i]), text) for i, text in bad.items()])
 
 
-def complaint(bad: Sequence[cache.Bad], total: int) -> str:
-    """What is wrong with which files, and what to do."""
+def bad_files_message(bad: Sequence[cache.Bad], total: int) -> str:
+    """The bad files, what is wrong with each, and what to do."""
     shown = "\n  ".join(f"{file}: {text}" for file, text in bad[:SHOWN])
     more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
     return (
         f"{len(bad)} of {total} images cannot be used:\n  {shown}{more}\n"
-        "Mend or remove them, or train without them: --on-bad skip"
+        "Repair or remove them, or train without them: --on-bad skip"
     )
 
 

@@ -11,11 +11,11 @@ from bvae.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's and WSL's
+NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, AMD and WSL
 
 
 def has_gpu() -> bool:
-    """Whether PyTorch sees a GPU. Linux without a device node has none: torch is not imported then."""
+    """Whether PyTorch sees a GPU. On Linux without a device node there is none, and torch is not imported."""
     if sys.platform == "linux" and not any(Path(node).exists() for node in NODES):
         return False
     import torch
@@ -24,7 +24,7 @@ def has_gpu() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is the first GPU, or else the CPU. Raises UsageError if "cuda" is asked for and not there."""
+    """ "auto" is the first GPU, or else the CPU. Raises UsageError for "cuda" without a GPU."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():

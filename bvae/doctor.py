@@ -1,8 +1,8 @@
-"""Say what works on this machine, what does not, and what to install: the first thing a bug report needs.
+"""Report what works on this machine, what does not, and what to install. Put the output into bug reports.
 
   python -m bvae.doctor
 
-Exit status: 0 training can run, with the options that are named where something is marked NO; 1 it cannot.
+Exit status: 0 training can run (a line marked NO names the options to use); 1 it cannot.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-# Only what comes with Python is imported above: the rest is what may be broken.
+# Only the standard library is imported above, because any other package may be broken.
 
-REQUIRED = {  # distribution: what is imported; setup.py says what each is for
+REQUIRED = {  # distribution: module; setup.py says what each is for
     "torch": "torch",
     "torchvision": "torchvision",
     "numpy": "numpy",
@@ -44,9 +44,9 @@ TINY = [
     *("--image-size", "32", "--hidden-dims", "4", "8", "--latent-dim", "3", "--batch-size", "8"),
     *("--decoder", "torchvision", "--max-steps", "100"),
 ]
-LIMIT = 300  # seconds for a trial; compiling takes one minute where it is slow
+LIMIT = 300  # seconds for a trial; compiling takes one minute on a slow machine
 GB = 1e9
-SCARCE = 3 * GB  # of disk
+LITTLE_DISK = 3 * GB
 
 
 class Finding(NamedTuple):
@@ -57,8 +57,8 @@ class Finding(NamedTuple):
     text: str
 
 
-def trial(kind: str) -> str:
-    """Try something and say how it went.
+def run_trial(kind: str) -> str:
+    """Run one check that may crash, and return a line about its result.
 
     Args:
         kind: "dali", or a device and compile or no-compile: training steps of a tiny model.
@@ -92,7 +92,7 @@ def _train(options: list[str]) -> str:
             run.step.metrics_buffer.send(run.done)
             run.step.receive(wait=True)
             seconds.append(time.perf_counter() - start)
-    return f"a tiny step takes {1000 * min(seconds[1:]):.1f} ms, getting ready {first:.1f} s"
+    return f"a tiny step takes {1000 * min(seconds[1:]):.1f} ms, preparation {first:.1f} s"
 
 
 def _decode(data: Path) -> str:
@@ -110,34 +110,34 @@ def _decode(data: Path) -> str:
     return f"{reader.version} decodes"
 
 
-def attempt(kind: str) -> tuple[bool, str]:
-    """Run a trial in a process of its own, which may crash or hang; whether it worked, and what it said."""
-    code = f"import bvae.doctor; bvae.doctor.tell({kind!r})"
+def try_in_subprocess(kind: str) -> tuple[bool, str]:
+    """Run a trial in a separate process, which may crash or hang; return its success and its output."""
+    code = f"import bvae.doctor; bvae.doctor.print_trial({kind!r})"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT, env=environment
         )
     except subprocess.TimeoutExpired:
         return False, f"it did not end within {LIMIT} s"
-    if done.returncode == 0:
-        return True, done.stdout.strip().splitlines()[-1]
-    if done.returncode < 0:
-        return False, f"it crashed with signal {-done.returncode}"
-    lines = done.stderr.strip().splitlines()
-    return False, lines[-1] if lines else f"it ended with status {done.returncode}"
+    if process.returncode == 0:
+        return True, process.stdout.strip().splitlines()[-1]
+    if process.returncode < 0:
+        return False, f"it crashed with signal {-process.returncode}"
+    lines = process.stderr.strip().splitlines()
+    return False, lines[-1] if lines else f"it ended with status {process.returncode}"
 
 
-def tell(kind: str) -> None:
-    """A trial's outcome as text on stdout, or its failure as one line on stderr and status 1."""
+def print_trial(kind: str) -> None:
+    """A trial's result as text on stdout, or its failure as one line on stderr and status 1."""
     try:
-        print(trial(kind))
-    except Exception as error:  # whatever is broken on this machine
+        print(run_trial(kind))
+    except Exception as error:  # anything may be broken on this machine
         sys.exit(reason(error))
 
 
 def versions() -> Iterator[Finding]:
-    """The system, this package and what it needs."""
+    """The system, this package and the packages that it needs."""
     import bvae
 
     yield Finding("ok", "system", f"{platform.platform()}, {os.cpu_count()} CPU cores")
@@ -153,12 +153,12 @@ def versions() -> Iterator[Finding]:
             yield Finding("ok", name, "version unknown")
         except ModuleNotFoundError:
             yield Finding("NO", name, f"missing: pip install {name}")
-        except Exception as error:  # a broken build fails in any way
+        except Exception as error:  # a broken build may raise anything
             yield Finding("NO", name, f"does not load ({reason(error)}): install it again")
 
 
-def graphics() -> Iterator[Finding]:
-    """The GPU, its driver, and what it computes in."""
+def gpu_and_driver() -> Iterator[Finding]:
+    """The GPU, its driver, and the CUDA or ROCm version of torch."""
     import torch
 
     driver = _driver()
@@ -167,7 +167,7 @@ def graphics() -> Iterator[Finding]:
         if driver:
             yield Finding("NO", "GPU", f"{driver}, but PyTorch does not see it; {built}: see pytorch.org")
         else:
-            yield Finding("--", "GPU", f"none, nor a driver: the CPU trains ({built})")
+            yield Finding("--", "GPU", f"no GPU and no driver: training runs on the CPU ({built})")
         return
     free, total = torch.cuda.mem_get_info()
     major, minor = torch.cuda.get_device_capability()
@@ -179,17 +179,17 @@ def graphics() -> Iterator[Finding]:
 
 
 def _driver() -> str:
-    """What the driver's own tool says of GPUs; empty without one."""
+    """The GPUs that nvidia-smi lists; empty without it."""
     tool = shutil.which("nvidia-smi")
     if not tool:
         return ""
     query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    return "; ".join(done.stdout.splitlines()) if done.returncode == 0 else ""
+    process = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    return "; ".join(process.stdout.splitlines()) if process.returncode == 0 else ""
 
 
 def precision() -> Iterator[Finding]:
-    """What --amp does here."""
+    """The precision that --amp gives on this machine."""
     from bvae.device import choose_device
     from bvae.training.step import autocast_dtype
 
@@ -198,15 +198,15 @@ def precision() -> Iterator[Finding]:
 
 
 def triton() -> Iterator[Finding]:
-    """The kernels' compiler, and the switch that sends them to its interpreter."""
+    """Triton, which compiles the kernels, and the variable that switches to its interpreter."""
     if sys.platform != "linux":
-        yield Finding("--", "triton", "there is none for this system: plain PyTorch does its work")
+        yield Finding("--", "triton", "not available for this system: plain PyTorch is used instead")
         return
     try:
         module = importlib.import_module("triton")
         yield Finding("ok", "triton", module.__version__)
     except ModuleNotFoundError:
-        yield Finding("NO", "triton", "missing: pip install triton; plain PyTorch does its work until then")
+        yield Finding("NO", "triton", "missing: pip install triton; plain PyTorch is used until then")
     except Exception as error:
         yield Finding("NO", "triton", f"does not load ({reason(error)}): install it again")
     value = os.environ.get("TRITON_INTERPRET", "0")
@@ -218,29 +218,27 @@ def triton() -> Iterator[Finding]:
 
 
 def compilers() -> Iterator[Finding]:
-    """What torch.compile needs on a CPU, and Triton on a GPU: it builds each kernel's launcher in C."""
+    """Compilers: torch.compile needs C++ on a CPU; on a GPU Triton builds each kernel's launcher in C."""
     import torch
 
     name = os.environ.get("CXX", "g++")
     if shutil.which(name):
         yield _version("C++ compiler", name)
     else:
-        text = (
-            f"no {name}: torch.compile needs one on a CPU; install g++ or set CXX. Training is eager without"
-        )
+        text = f"no {name}: torch.compile needs one on a CPU; install g++ or set CXX; until then eager"
         yield Finding("--", "C++ compiler", text)
     if torch.cuda.is_available():
         names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-        found = next(filter(shutil.which, names), None)
-        if found:
-            yield _version("C compiler", found)
+        compiler = next(filter(shutil.which, names), None)
+        if compiler:
+            yield _version("C compiler", compiler)
         else:
             text = f"no {' nor '.join(names)}: install gcc or set CC; until then --no-compile --no-fused"
             yield Finding("NO", "C compiler", text)
     elif not shutil.which(name):
         return  # nothing is compiled here
     scheme = sysconfig.get_default_scheme()
-    if scheme == "posix_local":  # Debian's, for what is installed by hand; the compilers look here:
+    if scheme == "posix_local":  # Debian's scheme for local installs; the compilers use this one:
         scheme = "posix_prefix"
     headers = Path(sysconfig.get_path("include", scheme))
     if (headers / "Python.h").is_file():
@@ -253,10 +251,10 @@ def compilers() -> Iterator[Finding]:
 
 
 def _version(label: str, name: str) -> Finding:
-    """What a compiler says of its version."""
-    done = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=30)
-    shown = (done.stdout or done.stderr).strip().splitlines() or ["it says nothing"]
-    return Finding("NO" if done.returncode else "ok", label, shown[0])
+    """A compiler's version, as it prints it."""
+    process = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=30)
+    shown = (process.stdout or process.stderr).strip().splitlines() or ["no output"]
+    return Finding("NO" if process.returncode else "ok", label, shown[0])
 
 
 def dali() -> Iterator[Finding]:
@@ -267,14 +265,14 @@ def dali() -> Iterator[Finding]:
         text = f"not installed: torchvision decodes; pip install {DALI[0]} (or {DALI[1]}) is faster"
         yield Finding("--", "DALI", text)
         return
-    works, text = attempt("dali")
+    works, text = try_in_subprocess("dali")
     yield (
         Finding("ok", "DALI", text) if works else Finding("NO", "DALI", f"{text}: use --decoder torchvision")
     )
 
 
-def room() -> Iterator[Finding]:
-    """Memory, and disk where runs and decoded images go."""
+def memory_and_disk() -> Iterator[Finding]:
+    """Free memory, and free disk space for runs and decoded images."""
     from bvae.pipelines.cache import default_folder
 
     with contextlib.suppress(OSError, ValueError, IndexError):  # a system without it
@@ -291,18 +289,18 @@ def room() -> Iterator[Finding]:
             yield Finding("NO", name, f"{problem}: choose another with {option}")
         else:
             free = shutil.disk_usage(_nearest(folder)).free
-            little = free < SCARCE
+            little = free < LITTLE_DISK
             more = ": little; CelebA at 64 x 64 takes 2.0 GB" if little else ""
             yield Finding("NO" if little else "ok", name, f"{folder}, {free / GB:.1f} GB free{more}")
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the closest one above it that is there."""
+    """The folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def unwritable(folder: Path) -> str:
-    """Why nothing can be written to a folder that may have to be made first; empty if it can be."""
+    """Why a folder, which may not exist yet, cannot be written; empty if it can."""
     nearest = _nearest(folder)
     try:
         with tempfile.TemporaryFile(dir=nearest) as file:
@@ -329,29 +327,29 @@ def steps() -> Iterator[Finding]:
 
 
 def _step(name: str, kind: str) -> Finding:
-    works, text = attempt(kind)
+    works, text = try_in_subprocess(kind)
     return Finding("ok" if works else "NO", name, text)
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Finding]]] = {
     "versions": versions,
-    "GPU": graphics,
+    "GPU": gpu_and_driver,
     "bf16": precision,
     "triton": triton,
     "compilers": compilers,
     "DALI": dali,
-    "memory and disk": room,
+    "memory and disk": memory_and_disk,
     "training": steps,
 }
 
 
-def examine() -> Iterator[Finding]:
-    """All findings, as they come up; a check that fails is one."""
+def run_checks() -> Iterator[Finding]:
+    """Yield all findings; a check that fails is a finding too."""
     for name, check in SECTIONS.items():
         try:
             yield from check()
-        except Exception as error:  # whatever is broken here, the rest is to be seen as well
-            yield Finding("NO", name, f"cannot be looked at ({reason(error)})")
+        except Exception as error:  # anything may be broken here; the other checks still run
+            yield Finding("NO", name, f"cannot be checked ({reason(error)})")
 
 
 def reason(error: BaseException) -> str:
@@ -360,29 +358,29 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def verdict(findings: list[Finding]) -> tuple[bool, str]:
+def summarise(findings: list[Finding]) -> tuple[bool, str]:
     """Whether training can run, and how."""
     mark = {finding.name: finding.mark for finding in findings}
     working = [name for name in mark if name.endswith((", eager", ", compiled")) and mark[name] == "ok"]
     if not working:
-        return False, "Training cannot run: mend what is marked NO, from the top."
+        return False, "Training cannot run: fix the lines marked NO, from the top."
     broken = [name for name, m in mark.items() if m == "NO"]
     line = f"Training can run ({'; '.join(working)})."
     return True, line + (f" Not well: {', '.join(broken)}." if broken else "")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 training can run, if need be with the options that are named; 1 it cannot."""
+    """Exit status: 0 training can run, perhaps with the options that are named; 1 it cannot."""
     argparse.ArgumentParser(
         prog="python -m bvae.doctor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(argv)
     findings = []
-    for finding in examine():
+    for finding in run_checks():
         findings.append(finding)
         print(f"{finding.mark}  {finding.name:<17} {finding.text}", flush=True)
-    can_run, line = verdict(findings)
+    can_run, line = summarise(findings)
     print(line)
     return 0 if can_run else 1
 

@@ -1,4 +1,4 @@
-"""What is wrong with a user's input, and how a command then ends: one line on stderr, no traceback."""
+"""Errors in a user's input, and how a command reports them: one line on stderr, no traceback."""
 
 import contextlib
 import errno
@@ -19,14 +19,14 @@ class UsageError(ValueError):
 
 
 class MissingError(UsageError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A file or folder that does not exist."""
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
-    """Do the work, and return its own exit status (None: 0), or that of what stopped it.
+    """Do the work, and return its exit status (None: 0), or the status for the exception that stopped it.
 
     2: input that cannot be used (UsageError, or OSError with a path), or a package that is missing. 1: the
-    disk is full. 130: Ctrl-C. Any other exception is a bug, and passes with its traceback.
+    disk is full. 130: Ctrl-C. Any other exception is a bug, and is raised with its traceback.
     """
     try:
         return work() or 0
@@ -49,7 +49,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
 
 
 def missing(error: ModuleNotFoundError) -> str | None:
-    """What to install, if it is a package of the extra `train` that is missing."""
+    """What to install, if the missing package belongs to the extra `train`; else None."""
     package = (error.name or "").partition(".")[0]
     if package not in EXTRA:
         return None
@@ -60,7 +60,7 @@ def missing(error: ModuleNotFoundError) -> str | None:
 
 @contextlib.contextmanager
 def needs_train_extra(module: str) -> Iterator[None]:
-    """Around a command's imports, some of which come with the extra `train`.
+    """Use it around a command's imports, some of which need the extra `train`.
 
     If one is missing, the command that is run ends with one line and status 2. A command that is imported
     raises ModuleNotFoundError with that line.

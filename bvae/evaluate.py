@@ -1,9 +1,9 @@
 """Measure a trained model: `python -m bvae.evaluate runs/faces-B-1`.
 
 Prints a table and writes it to the run folder as evaluation.md and evaluation.json. evaluation.png holds the
-matrices of latents by factors, evaluation_traversals.png what the latents do. The factors of the data must be
-known: sprites, dSprites, or the drawn faces' factors.csv. CelebA's attributes are no independent factors: for
-them it is the area under the ROC curve of each latent.
+matrices of latents by factors, evaluation_traversals.png shows what the latents do. The factors of the data
+must be known: sprites, dSprites, or the drawn faces' factors.csv. CelebA's attributes are not independent
+factors: for them the command gives the area under the ROC curve of each latent.
 """
 
 import sys
@@ -30,7 +30,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 not as asked for."""
+    """Exit status: 0 done, 2 input that cannot be used."""
     arguments = tyro.cli(
         Arguments,
         args=argv,

@@ -1,4 +1,4 @@
-"""Files that are written whole, down to the disk, or not at all."""
+"""Write files atomically: complete and on the disk, or not at all."""
 
 import io
 import os
@@ -12,20 +12,20 @@ from bvae.errors import FULL
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-UNFINISHED = ".tmp"  # ends the name of a file while it is written
+UNFINISHED = ".tmp"  # suffix of a file while it is written
 
 
 def write(path: Path, writer: Callable[[IO[bytes]], Any], size: int) -> None:
-    """Give a file its name once its bytes are on the disk, and then the name too.
+    """Write a file under a temporary name, and rename it when its bytes are on the disk.
 
-    A crash or a full disk leaves the file that was there before.
+    After a crash or with a full disk, the old file is unchanged.
 
     Args:
         writer: writes into the open file.
         size: bytes that it needs, for the message of a full disk.
 
     Raises:
-        OSError: it cannot be written; of a full disk it says how many bytes are needed and free.
+        OSError: it cannot be written; for a full disk the message says how many bytes are needed and free.
     """
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
@@ -37,7 +37,7 @@ def write(path: Path, writer: Callable[[IO[bytes]], Any], size: int) -> None:
         sync_folder(path.parent)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
-        # torch.save hides ENOSPC behind a RuntimeError of its own
+        # torch.save raises a RuntimeError in place of ENOSPC
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError) and cause.errno in FULL:
             free = shutil.disk_usage(path.parent).free
@@ -66,7 +66,7 @@ def write_image(path: Path, image: "Image", **options: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk."""
+    """Write a folder's list of names to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -26,7 +26,7 @@ from bvae.training.setup import OpenData, connect, prepare, switches
 from bvae.training.signals import StopRequest
 from bvae.training.validation import Validation
 
-HELD_OUT = 10  # every tenth image validates where no others are given
+HELD_OUT = 10  # every tenth image is for validation, unless `valid` is given
 
 _running = threading.Lock()
 
@@ -35,8 +35,8 @@ class Fitted(NamedTuple):
     """What `fit` returns."""
 
     model: BetaVAE  # in evaluation mode, on the device that trained it
-    config: Config  # all that the run depends on, in numbers
-    history: list[dict[str, Any]]  # the log: records of training and validation, in their order
+    config: Config  # everything that the run depends on, resolved to numbers
+    history: list[dict[str, Any]]  # the log: records of training and validation, in order
     validation: Validation | None  # the last one; None if Ctrl-C or a callback stopped the run before its end
 
 
@@ -51,21 +51,21 @@ def fit(
     callbacks: Sequence[Callback] = (),
     **overrides: Any,
 ) -> Fitted:
-    """Train a beta-VAE on images; the same run as `python -m bvae.train`, to the bit.
+    """Train a beta-VAE on images; the same run as `python -m bvae.train`, bit for bit.
 
     Args:
         images: a uint8 array or tensor `[N, H, W, C]`, `[N, C, H, W]` or `[N, H, W]` (grey), or one of
             floating point in [0, 1]; a folder of image files; or a Dataset (torch's or Hugging Face's) of
             images, or of tuples or mappings that hold one. C is 1 or 3. Equal squares of 32 to 256 pixels
-            keep their size; others are cut to a square and resized to `image_size` (64).
+            keep their size; others are cropped to a square and resized to `image_size` (64).
         preset_or_config: a preset's name, a YAML file or a `Config`. None: the preset `small` on a CPU, the
             defaults of `python -m bvae.train` on a GPU.
-        valid: images to validate on, as `images`. None: every tenth of `images`, which then does not train.
-        model: trains this model in place, instead of a new one.
+        valid: images to validate on, as `images`. None: every tenth of `images`, not trained on.
+        model: a model to train in place, instead of a new one.
         loss: a module called as `loss(raw, target, kl)` that returns `LossTerms`, in place of the
             configuration's: raw is the decoder's output before the activation `[B, C, H, W]`, target uint8 of
             that shape, and kl `[B]` in nats.
-        out: the run folder to make. None: nothing is written to disk.
+        out: the run folder to create. None: nothing is written to disk.
         callbacks: objects with some of the methods of `bvae.training.monitor.Callback`.
         overrides: options of `python -m bvae.train`, with underscores: `lr=1e-3, max_steps=2000, amp=True`.
             `device` is "auto", "cpu" or "cuda".
@@ -77,8 +77,8 @@ def fit(
         UsageError: images, options or a folder that cannot be used, or a `fit` inside a running `fit`.
         NotFinite: the loss is NaN or infinite; the message names the step.
 
-    Ctrl-C stops the run after the step, and `fit` returns what it has. An exception of a callback passes
-    through; the steps before it are in a checkpoint, if there is a run folder.
+    Ctrl-C stops the run after the step, and `fit` returns the results so far. If a callback raises an
+    exception, `fit` raises it; the steps before it are in a checkpoint, if there is a run folder.
 
     Example:
         >>> import torch
@@ -90,18 +90,18 @@ def fit(
         >>> fitted.model.sample(5).shape
         torch.Size([5, 3, 32, 32])
     """
-    with _alone():
+    with _only_one_fit():
         config, device_name = _configure(images, preset_or_config, model, overrides)
         opened: OpenData | None = None
         if not isinstance(images, str | Path):
-            decided = model is not None or isinstance(preset_or_config, Config)
-            size = config.data.image_size if decided or "image_size" in overrides else None
-            channels = config.data.channels if decided or "channels" in overrides else None
+            fixed = model is not None or isinstance(preset_or_config, Config)
+            size = config.data.image_size if fixed or "image_size" in overrides else None
+            channels = config.data.channels if fixed or "channels" in overrides else None
             train_on, held_out = _collect(images, valid, config, size, channels)
-            config = _describe(config, train_on)
+            config = _with_image_options(config, train_on)
             opened = partial(_open, train_on, held_out)
         elif valid is not None:
-            raise UsageError("valid goes with images in memory: of a folder every tenth image is held out")
+            raise UsageError("valid needs images in memory; of a folder, every tenth image is for validation")
         device, distributed = connect(device_name)
         with switches(config.training, device), StopRequest((signal.SIGINT,)) as stop:
             folder = Path(out) if out is not None else None
@@ -116,7 +116,7 @@ def fit(
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _only_one_fit() -> Iterator[None]:
     """Raise UsageError inside a running `fit`: a run sets switches of the whole process."""
     if not _running.acquire(blocking=False):
         raise UsageError(
@@ -141,8 +141,8 @@ def _configure(
     config = base if isinstance(base, Config) else configuration.read(base)[0] if base else Config()
     if isinstance(images, str | Path):
         options = {"data": "folder", "data_root": str(images), **options}
-    elif named := {"data", "data_root", "stream"} & options.keys():
-        raise UsageError(f"{', '.join(sorted(named))}: the images are given already")
+    elif refused := {"data", "data_root", "stream"} & options.keys():
+        raise UsageError(f"{', '.join(sorted(refused))}: the images are given already, leave this out")
     if model is not None:
         options = {**options, **_architecture(model)}
     config = configuration.override(config, options)
@@ -151,11 +151,11 @@ def _configure(
 
 
 def _architecture(model: BetaVAE) -> dict[str, Any]:
-    """The options that a model decides."""
+    """The options that follow from a model."""
     if not isinstance(model, BetaVAE):
         raise UsageError(
             f"model must be a BetaVAE, got {type(model).__name__}: register your network with "
-            "bvae.register_architecture, and give BetaVAE(arch=its name)"
+            "bvae.register_architecture, and pass BetaVAE(arch=its name)"
         )
     names = ("arch", "latent_dim", "hidden_dims", "image_size")
     likelihood = "gaussian" if model.activation == "tanh" else "bernoulli"
@@ -169,25 +169,25 @@ def _architecture(model: BetaVAE) -> dict[str, Any]:
 def _collect(
     images: Any, valid: Any, config: Config, size: int | None, channels: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Images to train and to validate on, uint8 [N, S, S, C]; None keeps their own size or channels."""
+    """Training and validation images, uint8 [N, S, S, C]; size or channels None: those of the images."""
     data = config.data
-    whole = collect(images, size, channels, data.crop)
-    height, width, channels = whole.shape[1:]
+    pixels = collect(images, size, channels, data.crop)
+    height, width, channels = pixels.shape[1:]
     if height != width or not SIZES[0] <= height <= SIZES[1]:
-        print(f"images of {height} x {width} pixels: cut to squares, resized to {data.image_size} pixels")
-        whole = collect(whole, data.image_size, channels, data.crop)
+        print(f"images of {height} x {width} pixels: cropped to squares, resized to {data.image_size} pixels")
+        pixels = collect(pixels, data.image_size, channels, data.crop)
     if valid is not None:
-        return whole, collect(valid, whole.shape[1], channels, data.crop, "valid")
-    if len(whole) < 3:
+        return pixels, collect(valid, pixels.shape[1], channels, data.crop, "valid")
+    if len(pixels) < 3:
         raise UsageError(
-            f"images holds {len(whole)} images: at least 3 are needed, one of them to validate on"
+            f"images holds {len(pixels)} images: at least 3 are needed, one of them for validation"
         )
-    held_out = torch.arange(len(whole)) % HELD_OUT == 0
-    return whole[~held_out], whole[held_out]
+    held_out = torch.arange(len(pixels)) % HELD_OUT == 0
+    return pixels[~held_out], pixels[held_out]
 
 
-def _describe(config: Config, images: Tensor) -> Config:
-    """The configuration with the data as they are."""
+def _with_image_options(config: Config, images: Tensor) -> Config:
+    """The configuration with the images' size and channels."""
     channels: Literal[1, 3] = 1 if images.shape[3] == 1 else 3
     data = dataclasses.replace(config.data, name="memory", image_size=images.shape[1], channels=channels)
     config = dataclasses.replace(config, data=data)
@@ -203,7 +203,7 @@ def _open(
     device: torch.device,
     distributed: Distributed,
 ) -> Data:
-    """The images as `prepare` wants them."""
+    """The images as `prepare` needs them."""
     training, ranks = config.training, (distributed.rank, distributed.world_size)
     images = train_on, held_out, config.data
     return open_images(*images, batch_size, training.seed, device, *ranks, training.accumulate)

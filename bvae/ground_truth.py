@@ -1,4 +1,4 @@
-"""Data sets whose factors or attributes are known, as a model sees them."""
+"""Data sets with known factors or attributes, in the form that a model takes."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -22,19 +22,19 @@ from bvae.reference import scale_pixels
 
 
 class Truth(NamedTuple):
-    """Images by their numbers, and what they were made from."""
+    """Images by number, and the factors from which they were made."""
 
     names: tuple[str, ...]  # of the factors
     factors: Factors  # [N, K]
     images: Callable[[NDArray[np.int64]], Tensor]  # numbers [n] to float32 [n, C, H, W], in the model's range
-    independent: bool = True  # factors of variation; False: attributes that go together, each -1 or 1
+    independent: bool = True  # factors of variation; False: attributes that are correlated, each -1 or 1
 
 
 def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
-    """2D shapes: packed images, uint8 [N, 512] of one bit a pixel, and their indices [N, 5].
+    """2D shapes: packed images, uint8 [N, 512] of one bit per pixel, and their indices [N, 5].
 
     Raises:
-        ValueError: a model of other images than grey ones of 64 x 64.
+        ValueError: the model does not take grey images of 64 x 64.
     """
     check_shapes(model)
     low, _ = model.pixel_range
@@ -47,15 +47,15 @@ def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
 
 
 def check_shapes(model: BetaVAE) -> None:
-    """Raise ValueError for a model of other images than grey ones of 64 x 64."""
+    """Raise ValueError for a model that does not take grey images of 64 x 64."""
     if model.input_shape != (1, sprites.SIDE, sprites.SIDE):
         raise UsageError(f"sprites are [1, 64, 64], and this model takes {list(model.input_shape)}")
 
 
 def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
-    """CelebA's test images (of a partial copy without any: those for validation, or else for training).
+    """CelebA's test images; in a partial copy without any, the validation or else the training images.
 
-    Attributes in which all of them agree are left out.
+    Attributes that have the same value in all images are left out.
 
     Raises:
         FileNotFoundError, ValueError: no CelebA at root, or lists that cannot be read or lack an image.
@@ -67,16 +67,16 @@ def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
     values = np.array([rows[path.name] for path in paths], np.int64).reshape(len(paths), len(names))
     differ = (values != values[:1]).any(0)
     if not differ.any():
-        raise UsageError(f"{root}: in no attribute do its {len(paths)} images differ")
-    kept = tuple(name for name, varies in zip(names, differ, strict=True) if varies)
-    return Truth(kept, values[:, differ], _files(paths, model, crop), independent=False)
+        raise UsageError(f"{root}: its {len(paths)} images have the same value in every attribute")
+    varying = tuple(name for name, varies in zip(names, differ, strict=True) if varies)
+    return Truth(varying, values[:, differ], _files(paths, model, crop), independent=False)
 
 
 def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Truth:
     """The images of a folder in CelebA's layout that holds a factors.csv, as `bvae.data faces` writes it.
 
     Args:
-        bins: a factor of more values than that is cut into as many bins of equal width.
+        bins: a factor with more values than this is divided into this many bins of equal width.
         crop: side of the centred square that the model sees, in pixels.
 
     Raises:
@@ -85,10 +85,10 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Tr
     """
     if bins < 2:
         raise UsageError(f"bins of the factors must be at least 2, got {bins}")
-    found = [base for base in (root, root / "celeba") if (base / "factors.csv").is_file()]
-    if not found:
+    folders = [base for base in (root, root / "celeba") if (base / "factors.csv").is_file()]
+    if not folders:
         raise MissingError(f"{root} holds no factors.csv: the factors of its images are not known")
-    table = found[0] / "factors.csv"
+    table = folders[0] / "factors.csv"
     try:
         with open(table, newline="") as file:
             (_, *names), *rows = filter(None, csv.reader(file))
@@ -101,14 +101,14 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Tr
         raise UsageError(f"{table} holds values that are not finite")
     for name in (row[0] for row in rows):
         if Path(name).name != name or name == "..":
-            raise UsageError(f"{table}: {name!r} leads out of the folder of the images")
-    paths = [found[0] / "img_align_celeba" / row[0] for row in rows]
+            raise UsageError(f"{table}: {name!r} is outside the image folder")
+    paths = [folders[0] / "img_align_celeba" / row[0] for row in rows]
     factors = np.stack([_levels(column, bins) for column in values.T], 1)
     return Truth(tuple(names), factors, _files(paths, model, crop))
 
 
 def _files(paths: Sequence[Path], model: BetaVAE, crop: int) -> Callable[[NDArray[np.int64]], Tensor]:
-    """Images from their files."""
+    """A function that reads images from their files."""
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
         return torch.cat([read_image(paths[i], crop, model.input_shape, model.pixel_range) for i in numbers])
@@ -117,7 +117,7 @@ def _files(paths: Sequence[Path], model: BetaVAE, crop: int) -> Callable[[NDArra
 
 
 def _levels(values: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
-    """Values [N] as 0, 1, ...: each its own number, or in bins of equal width where they are many."""
+    """Values [N] as 0, 1, ...: one number per value, or bins of equal width if there are too many."""
     distinct, number = np.unique(values, return_inverse=True)
     if len(distinct) <= bins:
         return number

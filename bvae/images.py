@@ -1,4 +1,4 @@
-"""Pixels between files, a model's tensors and pictures."""
+"""Convert pixels between files, a model's tensors and pictures."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from bvae.reference import scale_pixels
 def read_image(
     path: Path, crop: int | None, shape: tuple[int, int, int], pixel_range: tuple[float, float]
 ) -> Tensor:
-    """An image file as [1, C, H, W] in the model's range: turned upright, the centred square, resized.
+    """An image file as [1, C, H, W] in the model's range: upright, cropped to a square, resized.
 
     Raises:
-        OSError: the file is missing or no image.
+        OSError: the file is missing or not an image.
         UsageError: the image is smaller than the crop.
     """
     channels, _, side = shape

@@ -1,4 +1,4 @@
-"""BatchNorm without a count that nobody reads, and the LeakyReLU behind it."""
+"""BatchNorm without an unused counter, and the LeakyReLU after it."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class BatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d`, except that `num_batches_tracked` stays as it is.
 
-    Only `momentum=None` reads that count, and to keep it takes a launch a layer and step. The state dict has
-    it still, so that weights go from one to the other.
+    Only `momentum=None` reads that count, and updating it costs a launch per layer and step. The state dict
+    still has it, so that both classes can load each other's weights.
 
     Args:
         num_features: channels.
@@ -20,7 +20,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W], normalised over N, H and W: by its own statistics in training, else the running."""
+        """x [N, C, H, W], normalised over N, H and W by the batch's (training) or the running statistics."""
         return F.batch_norm(
             x,
             self.running_mean,
@@ -34,14 +34,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class LeakyReLU(nn.LeakyReLU):
-    """`nn.LeakyReLU` behind a BatchNorm: in place in eager mode, not in place where it is compiled.
+    """`nn.LeakyReLU` after a BatchNorm: in place in eager mode, not in place when compiled.
 
-    BatchNorm keeps its input for the backward pass, not its output, so eager can overwrite that: 1.06 times
-    faster on a CPU. Compiled, in place only means that autograd saves the result for the backward pass, and
-    BatchNorm's backward then reads three tensors where it could compute the sign from the two that it has.
+    BatchNorm keeps its input for the backward pass, not its output, so eager mode can overwrite the output:
+    1.06 times faster on a CPU. When compiled, in place only means that autograd saves the result for the
+    backward pass. BatchNorm's backward then reads three tensors, although it could compute the sign from two.
 
     Args:
-        negative_slope: the factor of negative values.
+        negative_slope: the factor for negative values.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The beta-VAE's objectives as modules: the part that other VAE code can take."""
+"""The beta-VAE's objectives as modules, also for use in other VAE code."""
 
 import math
 from collections.abc import Callable
@@ -23,13 +23,13 @@ def _is_weight(value: object) -> bool:
 
 
 class _Loss(nn.Module):
-    """What the two objectives share: the reconstruction term's options and the weight of the KL.
+    """The common part of both objectives: the reconstruction term's options and the weight of the KL.
 
-    The weight is beta or gamma times kl_weight. These attributes may be assigned at any time, each step too,
-    also between calls of a compiled function or replays of a captured graph: an assignment that changes the
-    product writes it to a 0-d tensor (one launch, no sync), and the kernels read it there. A step that
-    assigns nothing new launches nothing. On the reference path, and where the module was not moved to the
-    device of its arguments, the weight is the Python number, which a captured graph freezes.
+    The weight is beta or gamma times kl_weight. These attributes may be assigned at any time, in every step
+    too, and between calls of a compiled function or replays of a captured graph. An assignment that changes
+    the product writes it to a 0-d tensor (one launch, no sync), which the kernels read. A step without such
+    an assignment launches nothing. On the reference path, or if the module is not on the device of its
+    arguments, the weight is the Python number, which a captured graph freezes.
     """
 
     _weight: Tensor  # the product of the numbers; 'm_over_n' counts as 1, and multiplies in forward
@@ -70,7 +70,7 @@ class _Loss(nn.Module):
         if not _is_weight(value) and not (isinstance(value, str) and value == "m_over_n"):
             raise ValueError(f"kl_weight must be 'm_over_n' or a finite number of at least 0, got {value!r}")
         before, self._kl_weight = self._kl_weight, value
-        self._by_shape = isinstance(value, str)  # so that a compiled forward looks at no number
+        self._by_shape = isinstance(value, str)  # so a compiled forward pass does not depend on the number
         if value != before:
             self._write_weight()
 
@@ -88,14 +88,14 @@ class _Loss(nn.Module):
             self._weight.fill_(self._number())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Loss":
-        """Move the module as ever; the weight stays float32, and is filled in again after `to_empty`."""
+        """Move the module as usual; the weight stays float32, and is written again after `to_empty`."""
         super()._apply(fn, recurse)
         self._weight = self._weight.float()
         self._write_weight()
         return self
 
     def _kl_and_ratio(self, recon: Tensor, kl: Tensor, log_var: Tensor | None) -> tuple[Tensor, float]:
-        """kl `[B]` and the part of its weight that the shapes give, from (kl) or from (mu, log_var)."""
+        """kl `[B]`, from (kl) or (mu, log_var), and the part of its weight that depends on the shapes."""
         if log_var is not None:
             mu, kl = kl, ops.gaussian_kl(kl, log_var)
         if not self._by_shape:
@@ -103,7 +103,7 @@ class _Loss(nn.Module):
         if log_var is None or recon.dim() != 4:
             raise ValueError(
                 "kl_weight='m_over_n' needs mu and log_var, whose size is M, and recon [B, C, H, W], "
-                f"whose H x W is N; got recon {list(recon.shape)} and kl {list(kl.shape)}: give a number"
+                f"whose H x W is N; got recon {list(recon.shape)} and kl {list(kl.shape)}: pass a number"
             )
         return kl, math.prod(mu.shape[1:]) / math.prod(recon.shape[2:])
 
@@ -138,12 +138,12 @@ class BetaLoss(_Loss):
     Args:
         beta: at least 0.
         kl_weight: 'm_over_n' is M / N, latent dimensions over pixels (H x W), to go with a mean squared
-            error; a number is taken as it is: 1 with `reduction="sum"` is the paper's objective. It and beta
-            may be assigned later, each step too.
+            error; a number is used unchanged: 1 with `reduction="sum"` is the paper's objective. It and beta
+            may be assigned later, in every step too.
         likelihood, activation, reduction, decoder_variance: see `bvae.ops.vae_loss`.
 
-    One launch forward and one backward; with (mu, log_var) another of each, for the KL, which
-    `bvae.ops.reparam_kl` gives with the sample at no cost.
+    One launch forward and one backward. With (mu, log_var) there is one more of each, for the KL;
+    `bvae.ops.reparam_kl` computes the KL with the sample at no extra cost.
 
     >>> import torch
     >>> from bvae import BetaLoss
@@ -195,11 +195,11 @@ class CapacityLoss(_Loss):
     """loss = recon + gamma * kl_weight * |kld - C|, C rising linearly to max_capacity: Burgess et al. (2018).
 
     The step counter `step`, 0-d int64, is part of the state_dict and counts the forward passes in training
-    mode: the first has step 1. In eval mode it stands still, and C is that of the last training step. Under
-    activation checkpointing the recomputed pass counts too, as it does for BatchNorm's statistics: leave the
-    loss out of what is checkpointed.
+    mode: the first has step 1. In eval mode it does not change, and C is that of the last training step.
+    With activation checkpointing the recomputed pass counts too, as for BatchNorm's statistics: leave the
+    loss out of the checkpointed part.
 
-    Launches: those of `BetaLoss`, and the counter's.
+    Launches: those of `BetaLoss`, and one for the counter.
 
     Args:
         gamma: at least 0.

@@ -35,12 +35,12 @@ class VAEOutput(NamedTuple):
 
 
 class BetaVAE(nn.Module):
-    """A variational autoencoder; by default PyTorch-VAE's network, PyTorch-VAE's `BetaVAE`.
+    """A variational autoencoder; by default the network of PyTorch-VAE's `BetaVAE`.
 
     Args:
         in_channels: channels of the image, 1 (grey) or 3 (RGB).
         latent_dim: dimensions of z.
-        hidden_dims: pytorch-vae's alone: channels of the encoder's stages; the decoder runs them backwards.
+        hidden_dims: for pytorch-vae only: channels of the encoder's stages; the decoder has them in reverse.
         image_size: height and width in pixels, 32 to 256.
         activation: range of the images: "tanh" is [-1, 1], "sigmoid" [0, 1] (a Bernoulli's mean).
         arch: a name from `bvae.architectures`.
@@ -102,7 +102,7 @@ class BetaVAE(nn.Module):
 
     @property
     def pixel_range(self) -> tuple[float, float]:
-        """The range of the images that go in and come out, to which uint8 pixels are scaled."""
+        """The range of input and output images, to which uint8 pixels are scaled."""
         return (-1.0 if self.activation == "tanh" else 0.0), 1.0
 
     def scale(self, pixels: Tensor) -> Tensor:
@@ -110,9 +110,9 @@ class BetaVAE(nn.Module):
         return scale_pixels(pixels, self.pixel_range[0])
 
     def preprocess(self, images: Any) -> Tensor:
-        """Pictures as `encode` takes them: `[N, C, H, W]` in `pixel_range`, on the model's device.
+        """Convert pictures to the input of `encode`: `[N, C, H, W]` in `pixel_range`, on the model's device.
 
-        The largest centred square is cut out and resized; grey and RGB become what the model sees.
+        The largest centred square is cropped and resized; grey and RGB are converted to the model's channels.
 
         Args:
             images: one PIL image or a list of them; an array or tensor `[N, H, W, C]` or `[N, C, H, W]`, or
@@ -128,7 +128,7 @@ class BetaVAE(nn.Module):
         return self.scale(pixels.permute(0, 3, 1, 2).to(self.head.weight.device))
 
     def to_images(self, x: Tensor) -> "list[Image]":
-        """Images `[N, C, H, W]` in `pixel_range`, such as `decode` gives, as PIL images (RGB)."""
+        """Images `[N, C, H, W]` in `pixel_range`, such as the output of `decode`, as PIL images (RGB)."""
         from PIL import Image
 
         from bvae.images import to_uint8
@@ -142,8 +142,8 @@ class BetaVAE(nn.Module):
             x: `[N, C, H, W]`, uint8, or floating point in `pixel_range`.
 
         Raises:
-            UsageError: another shape, or pixels out of that range; they are looked at on a CPU alone, where
-                that stops no device.
+            UsageError: another shape, or pixels out of that range. The range is checked on a CPU only; on a
+                GPU the check would make the host wait.
         """
         if x.dim() != 4 or x.shape[1:] != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
@@ -161,7 +161,7 @@ class BetaVAE(nn.Module):
 
     def _check_range(self, x: Tensor) -> None:
         (low, high), (least, most) = self.pixel_range, (bound.item() for bound in torch.aminmax(x.detach()))
-        margin = 0.1 * (high - low)  # what resizing and noise may add
+        margin = 0.1 * (high - low)  # resizing and noise may add this much
         if least < low - margin or most > high + margin:
             raise UsageError(
                 f"x must lie in [{low:g}, {high:g}], got {least:.4g} to {most:.4g}: give uint8 pixels, or "
@@ -173,7 +173,7 @@ class BetaVAE(nn.Module):
         return reparam_kl(mu, log_var)[0]
 
     def decode_raw(self, z: Tensor) -> Tensor:
-        """z [N, latent_dim] to images before the activation: what the fused losses take."""
+        """z [N, latent_dim] to images before the activation, the input of the fused losses."""
         return self.decoder(self.decoder_input(z).view(-1, *self.code_shape))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class BetaVAE(nn.Module):
         return self.activate(self.decode_raw(z))
 
     def activate(self, raw: Tensor) -> Tensor:
-        """What `decode_raw` gives to images in `pixel_range`."""
+        """The output of `decode_raw` to images in `pixel_range`."""
         return ACTIVATIONS[self.activation](raw)
 
     def forward(self, x: Tensor) -> VAEOutput:
@@ -201,7 +201,7 @@ class BetaVAE(nn.Module):
         return self.decode(self.encode(x)[0])
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, which is made if need be.
+        """Write `config.json` and `model.safetensors` into a folder, which is created if needed.
 
         >>> import tempfile
         >>> from bvae import BetaVAE
@@ -224,15 +224,15 @@ class BetaVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, which: Literal["last", "best"] = "last") -> "BetaVAE":
-        """The model of a folder, in evaluation mode: what `save_pretrained` wrote, or a run at any time.
+        """Load a model, in evaluation mode, from a folder of `save_pretrained` or a run folder at any time.
 
         Args:
             folder: of a saved model, or of a run that has ended, was stopped or is still training.
-            which: of a run, the newest state, or the checkpoint of the highest ELBO in validation.
+            which: for a run, the newest state, or the checkpoint of the highest ELBO in validation.
 
         Raises:
             MissingError: the folder holds no model, or no best checkpoint.
-            UsageError: its files are damaged, or they are not of one model.
+            UsageError: its files are damaged, or belong to different models.
 
         >>> import tempfile
         >>> import torch
@@ -264,10 +264,10 @@ class BetaVAE(nn.Module):
 
     @classmethod
     def from_pytorch_vae(cls, path: str | Path) -> "BetaVAE":
-        """A checkpoint of PyTorch-VAE's BetaVAE or VanillaVAE, in evaluation mode, with the same outputs.
+        """Load PyTorch-VAE's checkpoint of BetaVAE or VanillaVAE, in evaluation mode, with the same outputs.
 
         Takes a bare state dict or a Lightning checkpoint, read with `weights_only`, so that no pickled code
-        in it runs. The sizes are read off the weights.
+        in it runs. The sizes are taken from the weights.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -293,14 +293,14 @@ def build(config: "Config") -> BetaVAE:
 
 def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
     """The state dict of a model's folder."""
-    from bvae.training import checkpoint  # the trainer's, which a saved model does not need
+    from bvae.training import checkpoint  # part of the trainer, which a saved model does not need
 
     if which not in ("last", "best"):
         raise UsageError(f"which must be last or best, got {which!r}")
     if which == "best":
         best = checkpoint.best(folder / checkpoint.FOLDER)
         if best is None:
-            raise MissingError(f"{folder} holds no checkpoint that a validation found best")
+            raise MissingError(f"{folder} holds no best checkpoint: use which='last'")
         return checkpoint.weights(best)
     path = folder / "model.safetensors"
     newest = checkpoint.checkpoints(folder / checkpoint.FOLDER)[-1:]
@@ -314,11 +314,11 @@ def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
         raise UsageError(f"{path} is damaged: {error}") from None
 
 
-def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """What keeps weights from being loaded; None if nothing does."""
+def _difference(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """The first reason why weights cannot be loaded; None if they can."""
     for name, value in expected.items():
-        if name not in found:
+        if name not in weights:
             return f"it lacks {name}"
-        if found[name].shape != value.shape:
-            return f"{name} is {list(found[name].shape)} instead of {list(value.shape)}"
-    return next((f"nothing takes its {name}" for name in found if name not in expected), None)
+        if weights[name].shape != value.shape:
+            return f"{name} is {list(weights[name].shape)} instead of {list(value.shape)}"
+    return next((f"the model has no {name}" for name in weights if name not in expected), None)

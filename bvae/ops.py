@@ -63,7 +63,7 @@ def _counter(name: str, value: Tensor | int, device: torch.device) -> Tensor:
         raise TypeError(
             f"{name} must be an int64 tensor or a Python int, got {type(value).__name__} {value!r}"
         )
-    if name == "seed" and 2**63 <= value < 2**64:  # torch.initial_seed() may be: its 64 bits are the seed
+    if name == "seed" and 2**63 <= value < 2**64:  # as torch.initial_seed() may be: use the same 64 bits
         value -= 2**64
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit into 64 bits, got {value}")
@@ -85,18 +85,18 @@ def reparam_kl(
         z = mu + exp(log_var / 2) * eps,    KL = 0.5 * (mu^2 + exp(log_var) - 1 - log_var)
 
     The noise eps is a function of (seed, step, sample, element): `bvae.kernels.noise`. The kernel does not
-    store it; its backward pass draws it again. One launch forward and one backward, with seed and step as
-    tensors: a seed of None costs one more to draw it, and each Python int one to fill it in.
+    store it; its backward pass draws it again. With seed and step as tensors, it takes one launch forward and
+    one backward. A seed of None costs one more launch, to draw it; each Python int costs one, to copy it.
 
     Args:
         mu, log_var: `[B, ...]` with one to four more dimensions, one shape and device, any strides; float32,
             bfloat16, float16, or float64, which runs the reference.
         seed: 0-d int64 tensor on mu's device, or an int up to 2**64 - 1, which a captured graph freezes. None
             draws one from torch's generator, so that `torch.manual_seed` reproduces and each call differs.
-        step: 0-d int64 tensor on mu's device, or an int: another step of one seed is other noise. None is 0.
-        first_sample: the first sample's number, where the batch is a part of a larger one: together the parts
-            draw what the whole would.
-        clamp: (low, high) bounds of log_var, at and outside which its gradient is zero; diffusers: (-30, 20).
+        step: 0-d int64 tensor on mu's device, or an int: each step of a seed has its own noise. None is 0.
+        first_sample: the first sample's number, if the batch is a part of a larger one: the parts then draw
+            the same noise as the whole.
+        clamp: (low, high) bounds of log_var; its gradient is zero at and outside them. diffusers: (-30, 20).
         per_dim: also return the batch's mean KL of each dimension.
 
     Returns:
@@ -153,7 +153,7 @@ def gaussian_kl(mu: Tensor, log_var: Tensor, *, clamp: tuple[float, float] | Non
 
 
 def _as_recon(target: Tensor, recon: Tensor) -> Tensor:
-    """`target` as a view of recon's shape: as it is, or from channels last if only that fits."""
+    """`target` as a view of recon's shape: unchanged, or from channels last if only that fits."""
     if target.shape == recon.shape:
         return target
     if target.dim() == 4 and target.permute(0, 3, 1, 2).shape == recon.shape:
@@ -165,13 +165,13 @@ def _as_recon(target: Tensor, recon: Tensor) -> Tensor:
 
 
 def _check_kl_scale(scale: Tensor, device: torch.device) -> None:
-    """Raise for a weight of the KL that is a tensor, and not a 0-d float32 one on `device`."""
+    """Raise if a tensor that weighs the KL is not 0-d float32 on `device`."""
     if scale.dtype != torch.float32:
         raise TypeError(f"kl_weight must be a number or a 0-d float32 tensor, got {_describe(scale)}")
     if scale.dim() != 0 or scale.device != device:
         raise ValueError(f"kl_weight must be a number or 0-d on {device}, got {_describe(scale)}")
     if scale.requires_grad and torch.is_grad_enabled():
-        raise ValueError("kl_weight gets no gradient: give kl_weight.detach()")
+        raise ValueError("kl_weight gets no gradient: pass kl_weight.detach()")
 
 
 def _check_loss(recon: Tensor, target: Tensor, kl: Tensor, objective: Objective) -> Tensor:
@@ -193,12 +193,12 @@ def _check_loss(recon: Tensor, target: Tensor, kl: Tensor, objective: Objective)
     if objective.likelihood == "bernoulli":
         _check_probabilities(target)
     if target.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"target gets no gradient: give target.detach(), got {_describe(target)}")
+        raise ValueError(f"target gets no gradient: pass target.detach(), got {_describe(target)}")
     return target
 
 
 def _check_probabilities(target: Tensor) -> None:
-    """Raise for a Bernoulli target outside [0, 1] where looking costs no synchronisation: eager, on a CPU."""
+    """Raise for a Bernoulli target outside [0, 1]; only in eager mode on a CPU, where no sync is needed."""
     if torch.compiler.is_compiling() or target.device.type != "cpu" or not target.is_floating_point():
         return
     if target.numel() == 0:
@@ -248,26 +248,25 @@ def vae_loss(
             ways is read as `[B, C, H, W]`.
         kl: `[B]` floating point, nats per image.
         kl_weight: the factor of the KL term: beta or gamma, times M/N where the reconstruction is a mean. A
-            number, or a 0-d float32 tensor on recon's device, which the kernel loads. A number is compiled
-            in: under `torch.compile` each new one is compiled again, until the limit of recompilations, and a
-            captured graph keeps the one it saw. Where the weight changes from step to step, give a tensor
-            and write into it, or anneal the attributes of `bvae.losses`' modules, which do that.
+            number, or a 0-d float32 tensor on recon's device, which the kernel loads. `torch.compile`
+            compiles again for each new number, up to its limit, and a captured graph keeps the number that it
+            was captured with. If the weight changes from step to step, pass a tensor and write into it, or
+            anneal the attributes of `bvae.losses`' modules, which do that.
         step: 0-d int64 tensor on recon's device, or an int, which a captured graph freezes: the training
             step, 1 on the first. None is the objective without a capacity.
         max_capacity, capacity_iters: C's last value in nats, and the step that reaches it.
 
-    The kernel reads recon and target once and, where recon needs a gradient, writes it up to a factor, which
-    the backward pass applies: with bfloat16 and uint8 that is 5 bytes an element forward and 4 backward, one
-    launch each, and a tensor like recon kept in between.
+    The kernel reads recon and target once. If recon needs a gradient, the kernel also writes it up to a
+    factor, which the backward pass applies. With bfloat16 and uint8 that is 5 bytes per element forward and 4
+    backward, in one launch each; a tensor like recon is kept in between.
 
     Returns:
-        `LossTerms`, 0-d float32 tensors; loss, recon and kld are differentiable, by recon and kl.
+        `LossTerms`, 0-d float32 tensors; loss, recon and kld are differentiable with respect to recon and kl.
 
     Raises:
         TypeError, ValueError: naming the argument, its shape and what was expected. A target that requires a
-        gradient has none to get and raises. A float target outside
-        [0, 1] for `bernoulli` raises on a CPU in eager mode; elsewhere, where looking would stop the device,
-        the loss is NaN.
+        gradient raises, because it gets none. A float target outside [0, 1] for `bernoulli` raises on a CPU
+        in eager mode; elsewhere the check would make the host wait, and the loss is NaN instead.
 
     >>> import torch
     >>> from bvae import vae_loss
@@ -303,8 +302,8 @@ def loss_of(
     The KL's weight has two factors. objective.kl_weight, a Python number, is compiled in and costs no launch.
     `kl_scale`, 0-d float32 on recon's device, is the one device scalar: the kernel loads it, so it may change
     between calls of a compiled function and replays of a captured graph. A loss module needs both: M/N comes
-    from the shapes of each call, and to write it into the scalar would be a launch that a captured graph
-    repeats, over the beta or gamma that was assigned since.
+    from the shapes of each call. Writing it into the scalar would take a launch, and a captured graph would
+    repeat that launch and overwrite a beta or gamma that was assigned later.
     """
     target = _check_loss(recon, target, kl, objective)
     if kl_scale is not None:

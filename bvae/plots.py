@@ -19,7 +19,7 @@ LABEL = 92  # pixels for a row's text, or more if it needs them
 
 
 def grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> Image.Image:
-    """Rows of uint8 images [N, H, W, 3] as one picture, with a text at the left of each row."""
+    """Rows of uint8 images [N, H, W, 3] as one picture, with a label at the left of each row."""
     height, width = rows[0].shape[1:3]
     font = ImageFont.load_default(12)
     left = _width(labels, font) if labels else 0
@@ -44,20 +44,20 @@ def _width(labels: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.Image
 
 # --- Traversals -------------------------------------------------------------------------------------------
 BATCH = 256  # images decoded at a time
-FRAMES = 8  # of a run's GIF, one way
+FRAMES = 8  # of a run's GIF, in one direction
 FACES = 4  # side by side in a run's GIF
-COLOURS = 48  # of a frame of a GIF: a run's stays under a megabyte
+COLOURS = 48  # in a frame of a GIF, to keep a run's GIF under a megabyte
 
 
 @torch.no_grad()
 def traverse(model: BetaVAE, z: Tensor, latents: Sequence[int], values: Tensor) -> Tensor:
     """Decode z [N, latent_dim] with each latent at each value: uint8 [latents, values, N, H, W, 3]."""
     n, places = len(z), len(latents) * len(values)
-    walked = z.repeat(places, 1)
+    codes = z.repeat(places, 1)
     columns = torch.tensor(latents, device=z.device).repeat_interleave(len(values) * n)
-    rows = torch.arange(len(walked), device=z.device)
-    walked[rows, columns] = values.to(z).repeat_interleave(n).repeat(len(latents))
-    images = [to_uint8(model.decode(part), model.pixel_range) for part in walked.split(BATCH)]
+    rows = torch.arange(len(codes), device=z.device)
+    codes[rows, columns] = values.to(z).repeat_interleave(n).repeat(len(latents))
+    images = [to_uint8(model.decode(part), model.pixel_range) for part in codes.split(BATCH)]
     return torch.cat(images).unflatten(0, (len(latents), len(values), n))
 
 
@@ -68,17 +68,15 @@ def most_visible(images: Tensor, count: int) -> list[int]:
 
 
 def save_traversal(images: Tensor, labels: Sequence[str], path: Path) -> None:
-    """Write uint8 [rows, values, N, H, W, 3]: a PNG with the values side by side, or a GIF there and back.
+    """Write uint8 [rows, values, N, H, W, 3]: a PNG with the values side by side, or a GIF, forward and back.
 
     A PNG shows the first of the N images, a GIF all of them.
     """
     if path.suffix.lower() == ".png":
         files.write_image(path, grid(list(images[:, :, 0]), labels))
         return
-    there_and_back = [*range(images.shape[1]), *range(images.shape[1] - 2, 0, -1)]
-    frames = [
-        grid(list(images[:, t]), labels).quantize(COLOURS, dither=Image.Dither.NONE) for t in there_and_back
-    ]
+    times = [*range(images.shape[1]), *range(images.shape[1] - 2, 0, -1)]
+    frames = [grid(list(images[:, t]), labels).quantize(COLOURS, dither=Image.Dither.NONE) for t in times]
     files.write_image(path, frames[0], save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
@@ -90,8 +88,8 @@ def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: P
 
     Args:
         x: validation images [N, C, H, W] in the decoder's range. The traversals of the PNG start from the
-            most typical one, whose mu is the shortest; those of the GIF from the first ones.
-        kl_per_dim: nats per latent; the `rows` latents with the highest are traversed, highest first.
+            most typical one, whose mu has the smallest norm; those of the GIF from the first ones.
+        kl_per_dim: nats per latent; the `rows` latents with the highest KL are traversed, highest first.
     """
     model.eval()
     parts = [part for x8 in x[:32].split(8) for part in (x8, model.reconstruct(x8))]

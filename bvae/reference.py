@@ -1,7 +1,7 @@
 """The mathematics of the objective in plain PyTorch: the specification of the kernels.
 
 It runs on any device, is differentiated by autograd, and computes in float32, or in float64 if an argument is
-float64. The tests hold the kernels to it, the benchmarks measure against it, and on a CPU it is what trains.
+float64. The tests and benchmarks compare the kernels with it, and training on a CPU uses it.
 """
 
 import math
@@ -18,21 +18,21 @@ Reduction = Literal["mean", "sum"]
 
 
 class LossTerms(NamedTuple):
-    """The objective and its parts: 0-d tensors, float32 (float64 where an argument is)."""
+    """The objective and its parts: 0-d tensors, float32 (float64 if an argument is float64)."""
 
-    loss: Tensor  # what training minimises
+    loss: Tensor  # the number that training minimises
     recon: Tensor  # the reconstruction term, as it enters the loss
     kld: Tensor  # the batch's mean KL divergence, nats per image, unweighted
-    capacity: Tensor  # C in nats; 0 where the objective has none
+    capacity: Tensor  # C in nats; 0 if the objective has none
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The options of an objective, whose meaning `bvae.ops.vae_loss` has.
+    """The options of an objective; `bvae.ops.vae_loss` documents them.
 
     Raises:
-        TypeError: an option that must be a number is not.
-        ValueError: an option out of its range, or a combination that no objective has.
+        TypeError: an option that must be a number is not one.
+        ValueError: an option out of its range, or an invalid combination.
     """
 
     kl_weight: float = 1.0
@@ -73,8 +73,8 @@ class Objective:
     def pixel_range(self) -> tuple[float, float]:
         """The range of the decoder's output, to which uint8 pixels are scaled.
 
-        [0, 1] for a Bernoulli likelihood or a sigmoid, else [-1, 1]: a tanh, or an output that comes
-        activated.
+        [0, 1] for a Bernoulli likelihood or a sigmoid. Otherwise [-1, 1], for a tanh and for outputs that are
+        already activated.
         """
         return (0.0 if self.likelihood == "bernoulli" or self.activation == "sigmoid" else -1.0), 1.0
 
@@ -85,9 +85,9 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def scale_pixels(images: Tensor, low: float = -1.0) -> Tensor:
-    """uint8 pixels as float32 in [low, 1], where `low` is -1 or 0: the first number of a `pixel_range`.
+    """uint8 pixels as float32 in [low, 1]; `low` is -1 or 0, the first number of a `pixel_range`.
 
-    The shift comes before the factor, so that a fused multiply-add cannot round it differently.
+    The shift comes before the factor, so that a fused multiply-add cannot change the rounding.
     """
     if low == 0.0:
         return images.float() * (1 / 255)
@@ -105,7 +105,7 @@ def reparam_kl(
     Args:
         mu, log_var: `[B, ...]`, of one shape.
         eps: standard normal noise of that shape.
-        clamp: bounds of log_var; its gradient at and outside them is zero. Diffusers' posterior has one.
+        clamp: bounds of log_var; its gradient at and outside them is zero. diffusers has them.
 
     Returns:
         z in mu's shape and dtype; the KL per sample, `[B]`, nats; the batch's mean KL per dimension, nats.
@@ -140,7 +140,7 @@ def vae_loss(
     without step: loss = recon + weight * kld             Higgins et al. (2017), equation 4
     with step:    loss = recon + weight * |kld - C|       Burgess et al. (2018), equation 8
 
-    The weight is the objective's kl_weight, times kl_scale if there is one: a 0-d tensor.
+    The weight is the objective's kl_weight, times kl_scale (a 0-d tensor) if it is given.
     """
     dtype = compute_dtype(recon, target, kl)
     x = recon.to(dtype)
@@ -149,7 +149,7 @@ def vae_loss(
     else:
         y = target.to(dtype)
     if objective.likelihood == "bernoulli":
-        if target.dtype != torch.uint8:  # a wrong target must show, also where nobody can look without a sync
+        if target.dtype != torch.uint8:  # make a wrong target visible without a sync
             y = torch.where((y < 0) | (y > 1), torch.nan, y)
         error = F.binary_cross_entropy_with_logits(x, y, reduction="none")
     else:

@@ -1,6 +1,6 @@
 """Draw new images from a trained model: `python -m bvae.sample runs/faces-B-1 --n 64`.
 
-They are decoded from draws of the prior, z ~ N(0, I).
+They are decoded from samples of the prior, z ~ N(0, I).
 """
 
 import sys
@@ -25,7 +25,7 @@ BATCH = 256  # images decoded at a time
 
 @dataclass(frozen=True)
 class Arguments:
-    """Which model, how many images, and where they go."""
+    """Which model, how many images, and where to write them."""
 
     run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
     """A run folder, or any folder of a saved model."""
@@ -34,16 +34,16 @@ class Arguments:
     seed: int = 0
     """The same seed draws the same z."""
     which: Literal["last", "best"] = "last"
-    """Of a run: the newest state, or the best checkpoint by validation ELBO."""
+    """For a run: the newest state, or the best checkpoint by validation ELBO."""
     out: Path | None = None
-    """A .png file takes all images as one picture, a folder takes each as 00000.png and so on.
+    """A .png file: all images in one picture. A folder: each image in a file, 00000.png and so on.
     None: samples-<n>.png in the run folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
 
 def sample(arguments: Arguments) -> Path:
-    """Draw and write the images; where they are."""
+    """Draw and write the images; return their path."""
     if arguments.n < 1:
         raise UsageError(f"--n must be positive, got {arguments.n}")
     model = BetaVAE.from_pretrained(arguments.run, arguments.which).to(choose_device(arguments.device))
@@ -53,8 +53,8 @@ def sample(arguments: Arguments) -> Path:
     out = arguments.out or arguments.run / f"samples-{arguments.n}.png"
     if out.suffix.lower() == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
-        across = max(1, round(arguments.n**0.5))
-        files.write_image(out, grid(torch.cat(images).split(across)))
+        columns = max(1, round(arguments.n**0.5))
+        files.write_image(out, grid(torch.cat(images).split(columns)))
         return out
     out.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(picture for part in images for picture in part):
@@ -63,7 +63,7 @@ def sample(arguments: Arguments) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 not as asked for."""
+    """Exit status: 0 done, 2 input that cannot be used."""
     arguments = tyro.cli(Arguments, args=argv, description=__doc__, prog="python -m bvae.sample")
     return exit_status(lambda: print(sample(arguments)))
 

@@ -1,10 +1,10 @@
-"""Train a preset along a grid with several seeds, evaluate every model, and draw what the grid does.
+"""Train a preset on a grid of values with several seeds, evaluate every model, and plot the results.
 
   python -m bvae.sweep locatello_sprites_beta4 --grid beta=1,4 --seeds 5
-  python -m bvae.sweep --baselines      what codes without training score, beside the beta-VAE paper's figures
+  python -m bvae.sweep --baselines      scores of codes without training, and the beta-VAE paper's figures
 
-Options that are not listed here go to bvae.train (--max-steps 2000). The same command again goes on where it
-was stopped. In its folder are sweep.md, sweep.png and a run folder for each model.
+Options that are not listed here are passed to bvae.train (--max-steps 2000). The same command again continues
+where it was stopped. Its folder holds sweep.md, sweep.png and a run folder for each model.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ with needs_train_extra(__name__):
     from bvae.training.cli import parse
 
 BASELINES = "baselines.json"
-BINS = 20  # of the metrics: fewer points than that cannot be measured
-SETTINGS = "sweep.yaml"  # what all runs have in common
+BINS = 20  # of the metrics, which need at least as many points
+SETTINGS = "sweep.yaml"  # the options that all runs share
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to train, and how much of the protocols to measure it with."""
+    """What to train, and with how many points and seeds to measure it."""
 
     preset: Annotated[str | None, tyro.conf.arg(name="PRESET"), tyro.conf.Positional] = None
     """A preset's name or a YAML file, as for --config of bvae.train."""
@@ -52,7 +52,7 @@ class Arguments:
     baselines: bool = False
     """Measure codes that need no training, and nothing else."""
     metric_seeds: int = 1
-    """How many times each metric draws its points anew; the spread shown is that of the runs."""
+    """How many times each metric draws new points; the spread shown is that of the runs."""
     points: int = 10_000
     """Points that the metrics' estimators are trained on, as for bvae.evaluate."""
     out: Path | None = None
@@ -61,7 +61,7 @@ class Arguments:
     """auto: the GPU if there is one."""
 
     def check(self) -> None:
-        """Raise ValueError for what cannot be used."""
+        """Raise ValueError for the first option that cannot be used."""
         if not self.baselines and (self.preset is None or self.grid is None):
             raise UsageError(
                 "name a preset and a grid (locatello_sprites_beta4 --grid beta=1,4), or --baselines"
@@ -119,8 +119,8 @@ def plan(arguments: Arguments, out: Path, others: Sequence[str]) -> tuple[str, l
 
 
 def _settings(command: list[str]) -> Config:
-    """What bvae.train would run."""
-    with contextlib.redirect_stdout(io.StringIO()):  # its notes come again with the run
+    """The configuration that bvae.train would run."""
+    with contextlib.redirect_stdout(io.StringIO()):  # the run prints its notes again
         return parse(command, train.__doc__ or "").settings
 
 
@@ -128,9 +128,9 @@ def check_same(file: Path, wanted: Config) -> None:
     """Raise ValueError if the sweep in the folder is of another configuration."""
     if not file.is_file():
         return
-    found = config.read(file)[0]
+    existing = config.read(file)[0]
     for section in vars(wanted):
-        old, new = (vars(getattr(each, section)) for each in (found, wanted))
+        old, new = (vars(getattr(each, section)) for each in (existing, wanted))
         for name, value in new.items():
             if old[name] != value:
                 raise UsageError(
@@ -141,21 +141,21 @@ def check_same(file: Path, wanted: Config) -> None:
 
 # --- One run ----------------------------------------------------------------------------------------------
 def is_trained(run: Path) -> bool:
-    """Whether training came to its end: the pictures are the last thing that it writes."""
+    """Whether training has finished: the pictures are written last."""
     return (run / "traversals.gif").is_file()
 
 
 def read_evaluation(run: Path, arguments: Arguments) -> dict[str, Any] | None:
-    """What bvae.evaluate found with these protocols, if it did."""
+    """The result of bvae.evaluate with the same seeds and points, if there is one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((run / "evaluation.json").read_text())
-        if (found["seeds"], found["points"]) == (arguments.metric_seeds, arguments.points):
-            return found
+        result = json.loads((run / "evaluation.json").read_text())
+        if (result["seeds"], result["points"]) == (arguments.metric_seeds, arguments.points):
+            return result
     return None
 
 
 def train_and_evaluate(job: Job, arguments: Arguments) -> int:
-    """Do what is left of a run; the exit status of what failed, or 0."""
+    """Do the unfinished part of a run; return the exit status of the failure, or 0."""
     if not is_trained(job.out):
         command = job.command
         if checkpoint.checkpoints(job.out / checkpoint.FOLDER):
@@ -169,19 +169,19 @@ def train_and_evaluate(job: Job, arguments: Arguments) -> int:
     return exit_status(lambda: print(run_folder.evaluate(job.out, protocol), end=""))
 
 
-def _alone(job: Job, arguments: Arguments) -> None:
-    """`train_and_evaluate` as the whole of a process, which Ctrl-C reaches through the sweep alone."""
+def _run_process(job: Job, arguments: Arguments) -> None:
+    """Run `train_and_evaluate` as a process. Only the sweep gets Ctrl-C, and passes it on."""
     os.setpgid(0, 0)
     sys.exit(train_and_evaluate(job, arguments))
 
 
 def in_its_own_process(job: Job, arguments: Arguments) -> int:
-    """What kills a run leaves the sweep alive. The exit status; negative: the signal that ended it.
+    """Run a job in a process, so that a crash does not end the sweep. Returns its exit status or -signal.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGUSR1, after the run has written its checkpoint.
     """
-    process = multiprocessing.get_context("spawn").Process(target=_alone, args=(job, arguments))
+    process = multiprocessing.get_context("spawn").Process(target=_run_process, args=(job, arguments))
     process.start()
     try:
         process.join()
@@ -195,7 +195,7 @@ def in_its_own_process(job: Job, arguments: Arguments) -> int:
 
 # --- All of them ------------------------------------------------------------------------------------------
 def sweep(arguments: Arguments, others: Sequence[str]) -> int:
-    """Train and evaluate what is left, and report; 1 if a run failed."""
+    """Train and evaluate the unfinished runs, and report; return 1 if a run failed."""
     arguments.check()
     if arguments.baselines:
         if others:
@@ -221,31 +221,31 @@ def sweep(arguments: Arguments, others: Sequence[str]) -> int:
         if status := in_its_own_process(job, arguments):
             failed.append(f"{job.out} ({signal.Signals(-status).name if status < 0 else f'status {status}'})")
 
-    found: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
     for job in jobs:
         if result := read_evaluation(job.out, arguments):
-            found.setdefault(job.value, []).append(result)
-    text = sweep_report.table(key, found)
-    if found and jobs[0].config.data.name in SHAPES:
+            results.setdefault(job.value, []).append(result)
+    text = sweep_report.table(key, results)
+    if results and jobs[0].config.data.name in SHAPES:
         text += "\n" + sweep_report.paper_table(
-            measure_baselines(arguments, out), found if key == "beta" else {}
+            measure_baselines(arguments, out), results if key == "beta" else {}
         )
-    if found:
+    if results:
         files.write_text(out / "sweep.md", text)
-        sweep_report.draw(key, found).savefig(out / "sweep.png", dpi=120)
+        sweep_report.draw(key, results).savefig(out / "sweep.png", dpi=120)
         print(f"{text}\nresults: {out}/ (see sweep.png, sweep.md)")
     if failed:
         print(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}", file=sys.stderr)
-        print("their messages are above; the same command tries them again", file=sys.stderr)
+        print("their messages are above; run the same command to try them again", file=sys.stderr)
     return 1 if failed else 0
 
 
 def measure_baselines(arguments: Arguments, out: Path) -> sweep_report.Baselines:
-    """Measured now, unless the folder says what they are for as many points."""
+    """The baselines' scores: read from the folder if it has them for as many points, else measured."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        kept = json.loads((out / BASELINES).read_text())
-        if kept["points"] == arguments.points:
-            return kept["scores"]
+        stored = json.loads((out / BASELINES).read_text())
+        if stored["points"] == arguments.points:
+            return stored["scores"]
     scores = baselines.measure(arguments.points, device=choose_device(arguments.device))
     text = json.dumps({"points": arguments.points, "scores": scores}, indent=1) + "\n"
     files.write_text(out / BASELINES, text)
@@ -253,11 +253,11 @@ def measure_baselines(arguments: Arguments, out: Path) -> sweep_report.Baselines
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a run failed, 2 not as asked for, 130 stopped."""
+    """Exit status: 0 done, 1 a run failed, 2 input that cannot be used, 130 stopped."""
     arguments, others = tyro.cli(
         Arguments, args=argv, description=__doc__, prog="python -m bvae.sweep", return_unknown_args=True
     )
-    stops = (signal.SIGTERM, signal.SIGUSR1)  # as Ctrl-C does
+    stops = (signal.SIGTERM, signal.SIGUSR1)  # they stop the sweep as Ctrl-C does
     before = [signal.signal(number, signal.default_int_handler) for number in stops]
     try:
         return exit_status(lambda: sweep(arguments, others))

@@ -1,6 +1,6 @@
 """Train a beta-VAE.
 
-  python -m bvae.train                                    drawn faces; on a CPU a preset of under 4 minutes
+  python -m bvae.train                                    drawn faces; under 4 minutes on a CPU
   python -m bvae.train --data celeba --data-root DIR --amp
   python -m bvae.train --data folder --data-root DIR --loss-type H --beta 4
   python -m bvae.train --config bbvae.yaml                PyTorch-VAE's configurations run as written
@@ -19,13 +19,13 @@ with needs_train_extra(__name__):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done or stopped on request, 1 the run failed, 2 it could not start as asked for.
+    """Exit status: 0 done or stopped on request, 1 the run failed, 2 it could not start.
 
     130: stopped on request before there was a checkpoint.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not {"-h", "--help"}.isdisjoint(argv):
-        # This shows the options and exits. What follows imports torch, which takes seconds.
+        # This prints the options and exits. The import below loads torch, which takes seconds.
         return exit_status(lambda: print(parse(argv, __doc__)))
     from bvae.training.command import execute
 

@@ -1,4 +1,4 @@
-"""Walk along a model's latents and show what each does: `python -m bvae.traverse runs/faces-B-1`.
+"""Change a model's latents and show what each does: `python -m bvae.traverse runs/faces-B-1`.
 
 A row starts from the code of an image (or from z = 0) and changes one latent at a time.
 """
@@ -25,23 +25,23 @@ SHOWN = 10  # latents, unless they are named
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to walk along, and where the picture goes."""
+    """Which latents to change, and where to write the picture."""
 
     run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
     """A run folder, or any folder with model.safetensors and config.json."""
     image: Path | None = None
     """The picture to start from. None: z = 0, the mean of the prior."""
     crop: int | None = None
-    """Side of the centred square that is cut out of the image, in pixels (148 for CelebA and the drawn
-    faces, if that is what the model was trained on). None: the largest square."""
+    """Side of the centred square that is cropped from the image, in pixels (148 if the model was trained on
+    CelebA or the drawn faces). None: the largest square."""
     latents: tuple[int, ...] = ()
-    """Which latents, in this order. None given: the ten that change the picture most."""
+    """Which latents, in this order. Without it: the ten that change the picture most."""
     range: tuple[float, float] = (-3, 3)
     """First and last value of a latent, in standard deviations of the prior."""
     steps: int = 11
-    """Pictures from the first to the last value."""
+    """Number of pictures from the first to the last value."""
     out: Path | None = None
-    """The picture to write: .png shows all steps side by side, .gif one after another, there and back.
+    """The picture to write: .png shows all steps side by side, .gif one after another, forward and backward.
     None: traverse.png in the folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
@@ -62,7 +62,7 @@ class Arguments:
 
 
 def draw(arguments: Arguments) -> Path:
-    """Walk, and give the path of the picture."""
+    """Decode and write the picture; return its path."""
     model = BetaVAE.from_pretrained(arguments.run).to(choose_device(arguments.device))
     arguments.check(model.latent_dim)
     device = model.head.weight.device
@@ -76,9 +76,9 @@ def draw(arguments: Arguments) -> Path:
     if latents:
         images = traverse(model, z, latents, values)
     else:
-        everything = traverse(model, z, range(model.latent_dim), values)
-        latents = most_visible(everything, SHOWN)
-        images = everything[latents]
+        all_images = traverse(model, z, range(model.latent_dim), values)
+        latents = most_visible(all_images, SHOWN)
+        images = all_images[latents]
     out = arguments.out or arguments.run / "traverse.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     save_traversal(images, [f"latent {i}\nstarts at {z[0, i]:.2f}" for i in latents], out)
@@ -86,7 +86,7 @@ def draw(arguments: Arguments) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 not as asked for."""
+    """Exit status: 0 done, 2 input that cannot be used."""
     arguments = tyro.cli(Arguments, args=argv, description=__doc__, prog="python -m bvae.traverse")
     return exit_status(lambda: print(draw(arguments)))
 

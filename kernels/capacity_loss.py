@@ -149,7 +149,7 @@ def _forward_kernel(
             kl_ptrs = kl + image.to(tl.int64) * kl_stride
             kl_sum += tl.load(kl_ptrs, mask=image < batch, other=0.0).to(tl.float32)
         count = batch.to(tl.float32)
-        kld = tl.div_rn(tl.sum(kl_sum, 0), count)  # `/` is off by a bit at times; a kld of C must be C
+        kld = tl.div_rn(tl.sum(kl_sum, 0), count)  # `/` is sometimes off by one bit; a kld of C must be C
         if kl_scale is not None:
             kl_weight *= tl.load(kl_scale)
         if step is None:

@@ -31,14 +31,14 @@ class CounterPool:
         self._lock = threading.Lock()
         self._block: Tensor | None = None
         self._used = 0
-        self._kept: dict[Hashable, Tensor] = {}
+        self._of_stream: dict[Hashable, Tensor] = {}
 
     def counters(self, count: int, device: torch.device, stream: Hashable, capturing: bool) -> Tensor:
         """`count` zeroed int32 counters for a launch on `stream`, or one that is being captured."""
         with self._lock:
-            kept = self._kept.get(stream)
-            if not capturing and kept is not None and len(kept) >= count:
-                return kept[:count]
+            own = self._of_stream.get(stream)
+            if not capturing and own is not None and len(own) >= count:
+                return own[:count]
             if self._block is None and not capturing:
                 self._block = _allocate_in_thread(self.SLOTS, device)
             # a growing stream doubles its slice, so those it leaves behind are no larger together
@@ -48,7 +48,7 @@ class CounterPool:
             counters = self._block[self._used : self._used + slots]
             self._used += slots
             if not capturing:
-                self._kept[stream] = counters
+                self._of_stream[stream] = counters
             return counters[:count]
 
 

@@ -1,4 +1,4 @@
-"""Images given from Python as one uint8 tensor: arrays, tensors, Datasets and Hugging Face datasets."""
+"""Images from Python (arrays, tensors, Datasets, Hugging Face datasets) as one uint8 tensor."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
@@ -14,7 +14,7 @@ from bvae.pipelines.picture import Picture
 from bvae.pipelines.pillow import pixels
 
 CHUNK = 1024  # images converted at a time
-COLUMNS = ("image", "img", "images", "pixels")  # of a Hugging Face dataset, in the order that they are tried
+COLUMNS = ("image", "img", "images", "pixels")  # of a Hugging Face dataset, tried in this order
 
 
 def collect(
@@ -26,7 +26,7 @@ def collect(
 ) -> Tensor:
     """Images as uint8 [N, size, size, channels] on the CPU.
 
-    Images that do not have that size already are cut and resized by the rule of `Picture`.
+    Images of another size are cropped and resized by the rule of `Picture`.
 
     Args:
         images: an array or tensor [N, H, W, C], [N, C, H, W] or [N, H, W], uint8, bool or floating point in
@@ -34,33 +34,33 @@ def collect(
             images of any size, or arrays and tensors without N of one size.
         size: side in pixels. None: that of the images, which must then be equal squares.
         channels: 1 (grey) or 3 (RGB). None: that of the images.
-        crop: side of the centred square that is cut out, in pixels. None: the largest that fits.
+        crop: side of the centred square to crop, in pixels. None: the largest that fits.
         name: of the argument, for messages.
 
     Raises:
         UsageError: no images, another shape or dtype, values outside [0, 1], or sizes that differ.
-        TypeError: something that holds no images.
+        TypeError: an object of another type.
     """
     if isinstance(images, np.ndarray | Tensor):
-        whole = _channels_last(torch.as_tensor(images), name)
-        parts: Iterable[Tensor] = whole.split(CHUNK) if len(whole) else ()
+        batch = _channels_last(torch.as_tensor(images), name)
+        parts: Iterable[Tensor] = batch.split(CHUNK) if len(batch) else ()
     elif isinstance(images, Iterable) or hasattr(images, "__getitem__"):
         parts = _of_items(images, name)
     else:
         raise TypeError(
             f"{name} must be an array, a tensor, a folder or a Dataset of images, got {type(images).__name__}"
         )
-    done = [_convert(part, size, channels, crop, name) for part in parts]
-    if not done:
+    converted_parts = [_convert(part, size, channels, crop, name) for part in parts]
+    if not converted_parts:
         raise UsageError(f"{name} holds no images")
-    channels = channels or max(part.shape[3] for part in done)
-    shapes = {tuple(part.shape[1:3]) for part in done}
+    channels = channels or max(part.shape[3] for part in converted_parts)
+    shapes = {tuple(part.shape[1:3]) for part in converted_parts}
     if len(shapes) > 1:
         first, second, *_ = (f"{height} x {width}" for height, width in sorted(shapes))
         raise UsageError(
             f"{name} differ in size ({first} and {second} pixels): give image_size to resize them all"
         )
-    return torch.cat([_with_channels(part, channels) for part in done])
+    return torch.cat([_with_channels(part, channels) for part in converted_parts])
 
 
 def _channels_last(batch: Tensor, name: str) -> Tensor:
@@ -122,7 +122,7 @@ def _with_channels(batch: Tensor, channels: int) -> Tensor:
 
 
 def _of_items(images: Any, name: str) -> Iterator[Tensor]:
-    """The items of a Dataset, in batches of one size each."""
+    """The items of a Dataset, in batches; all images of a batch have one size."""
     count = len(images) if isinstance(images, Sized) else None
     # By index where that is possible: iterating a Dataset ends only if it raises IndexError.
     items = map(images.__getitem__, range(count)) if count is not None else iter(images)

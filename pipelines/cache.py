@@ -1,11 +1,11 @@
-"""Decoded images on disk: written once, whole or not at all, and verified whenever they are opened.
+"""Decoded images on disk: written once and atomically, and verified each time they are opened.
 
 <cache folder>/<key>/images.bin     uint8 [count, size, size, channels], row by row
-<cache folder>/<key>/manifest.json  what they are, their checksums, and the files that could not be decoded
+<cache folder>/<key>/manifest.json  their shape, their checksums, and the files that could not be decoded
 <cache folder>/<key>/files.txt      the files they come from: folder; name, bytes, time of change
-<cache folder>/<key>.lock           held by the process that builds, in <key>.unfinished
+<cache folder>/<key>.lock           held by the process that builds the cache, in <key>.unfinished
 
-The key is a hash of files.txt, the picture and the decoder: a changed source, size or crop has another key.
+The key is a hash of files.txt, the picture and the decoder: a changed source, size or crop gives another key.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from bvae.pipelines.webdataset import ImageFile
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps two processes from building the same cache at once
+except ImportError:  # Windows: two processes may build the same cache at the same time
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1  # of the files; part of the key
@@ -49,12 +49,12 @@ Bad = tuple[str, str]  # a file, and what is wrong with it
 
 
 class Damaged(Exception):
-    """A cache that is not what was written."""
+    """A cache whose bytes differ from what was written."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a cache holds: its identity."""
+    """The identity of a cache: the files, the picture and the decoder."""
 
     root: Path
     files: Sequence[ImageFile]
@@ -66,14 +66,14 @@ class Request:
         """The folder that all files are in, and a line for each file."""
         names = [str(file) for file in self.files]
         common = os.path.commonpath({os.path.dirname(name) for name in names}) if names else ""
-        state: dict[str, str] = {}  # of a shard once, rather than once for each of its members
+        state: dict[str, str] = {}  # one entry per shard, not per member
         lines = [f"{os.path.abspath(common)}\n"]
         for file, name in zip(self.files, names, strict=True):
             path = file if isinstance(file, str) else file.shard
             if path not in state:
                 try:
-                    found = os.stat(path)
-                    state[path] = f"{found.st_size}\t{found.st_mtime_ns}"
+                    status = os.stat(path)
+                    state[path] = f"{status.st_size}\t{status.st_mtime_ns}"
                 except OSError:
                     state[path] = "missing"
             lines.append(f"{name[len(common) :].lstrip(os.sep)}\t{state[path]}\n")
@@ -94,7 +94,7 @@ class Request:
 class Cached(NamedTuple):
     """A cache that was verified."""
 
-    images: Tensor  # uint8 [N, size, size, channels], mapped from disk; the files that are bad are left out
+    images: Tensor  # uint8 [N, size, size, channels], mapped from disk, without the bad files
     bad: list[Bad]
     folder: Path
 
@@ -104,7 +104,7 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bvae"
 
 
-def obtain(
+def open_or_build(
     request: Request,
     folder: Path,
     decoder: Callable[[], Decoder],
@@ -112,35 +112,35 @@ def obtain(
     rank: int = 0,
     world_size: int = 1,
 ) -> Cached:
-    """The cache that is asked for; it is built if it is not there or damaged.
+    """Open the requested cache; build it if it is missing or damaged.
 
-    Of several processes that want the same cache one builds it, and the others wait. With world_size > 1 each
+    If several processes want the same cache, one builds it and the others wait. With world_size > 1 each
     process first decodes its share, and one of them joins the shares.
 
     Args:
-        decoder: makes the decoder, if it is needed: DALI alone takes a second to load.
-        label: what the images are called in what is printed.
+        decoder: makes the decoder; called only if needed, because DALI alone takes a second to load.
+        label: the images' name in printed lines.
 
     Raises:
         OSError: the cache cannot be written; nothing of it remains.
     """
     entry = folder / request.key
     with contextlib.suppress(FileNotFoundError, Damaged):
-        found = read(entry)
-        print(f"{label}: {len(found.images)} from the cache {entry}", flush=True)
-        return found
+        cached = read(entry)
+        print(f"{label}: {len(cached.images)} from the cache {entry}", flush=True)
+        return cached
     folder.mkdir(parents=True, exist_ok=True)
     own = request.share(rank, world_size)
     if world_size > 1:
-        obtain(own, folder, decoder, f"{label}, share {rank + 1} of {world_size}")
+        open_or_build(own, folder, decoder, f"{label}, share {rank + 1} of {world_size}")
     with lock(entry, label):
         try:
-            found = read(entry)  # built while this process waited
+            cached = read(entry)  # built while this process waited
             if world_size > 1:
                 shutil.rmtree(
                     folder / own.key, ignore_errors=True
-                )  # who joined the shares may have missed it
-            return found
+                )  # the process that joined the shares may have missed it
+            return cached
         except FileNotFoundError:
             pass
         except Damaged as damage:
@@ -151,7 +151,7 @@ def obtain(
             print(f"{label}: decoding {n} with {reader.version}, once, into {entry}", flush=True)
             return _write(entry, request, _decode(request, reader, label))
         parts = [request.share(r, world_size) for r in range(world_size)]
-        shares = [obtain(part, folder, decoder, f"{label}, share") for part in parts]
+        shares = [open_or_build(part, folder, decoder, f"{label}, share") for part in parts]
         built = _write(entry, request, _join(shares))
         for share in shares:
             remove(share.folder)
@@ -163,7 +163,7 @@ def read(entry: Path) -> Cached:
 
     Raises:
         FileNotFoundError: there is none.
-        Damaged: it is not what was written; the message says how.
+        Damaged: its bytes differ from what was written; the message says how.
     """
     manifest = read_manifest(entry)
     images = _map(entry, manifest)
@@ -173,7 +173,7 @@ def read(entry: Path) -> Cached:
 
 
 def read_manifest(entry: Path) -> dict[str, Any]:
-    """What a cache says of itself. Raises as `read` does, for what the manifest tells."""
+    """A cache's manifest. Raises what `read` raises, for the manifest alone."""
     if not entry.is_dir():
         raise MissingError(f"no cache at {entry}")
     try:
@@ -187,20 +187,20 @@ def read_manifest(entry: Path) -> dict[str, Any]:
     return manifest
 
 
-def _is_manifest(found: Any) -> bool:
-    """Whether all that is read of a manifest is there, and of its kind."""
+def _is_manifest(manifest: Any) -> bool:
+    """Whether a manifest has every field that is read, with the right type."""
     kinds = {
         str: ("root", "decoder", "checksum"),
         int: ("count", "size", "channels"),
         list: ("bad", "checksums"),
     }
     return (
-        isinstance(found, dict)
-        and all(type(found.get(name)) is kind for kind, names in kinds.items() for name in names)
-        and "crop" in found
-        and found["count"] >= 0
-        and min(found["size"], found["channels"]) > 0
-        and all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in found["bad"])
+        isinstance(manifest, dict)
+        and all(type(manifest.get(name)) is kind for kind, names in kinds.items() for name in names)
+        and "crop" in manifest
+        and manifest["count"] >= 0
+        and min(manifest["size"], manifest["channels"]) > 0
+        and all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in manifest["bad"])
     )
 
 
@@ -210,14 +210,14 @@ def is_entry(folder: Path) -> bool:
 
 
 def remove(entry: Path) -> None:
-    """Delete a cache, or what a killed process left of one. Who has it open keeps reading it."""
+    """Delete a cache, finished or not. A process that has it open can still read it."""
     shutil.rmtree(entry)
 
 
 def decode_all(
     files: Sequence[ImageFile], decoder: Decoder, label: str
 ) -> Iterator[tuple[Tensor, list[tuple[ImageFile, str]]]]:
-    """Batch by batch, in order: the images of the good files, and the bad ones. Shows a progress bar."""
+    """Decode in batches, in order: yield the good files' images and the bad files. Shows a progress bar."""
     batches = [files[i : i + BATCH] for i in range(0, len(files), BATCH)]
     with tqdm(total=len(files), desc=label, unit=" images", disable=None) as bar:
         for batch, (images, bad) in zip(batches, decoder.decode(batches), strict=True):
@@ -240,12 +240,12 @@ def _join(shares: Sequence[Cached]) -> Iterator[tuple[Tensor, list[Bad]]]:
 
 
 def _write(entry: Path, request: Request, parts: Iterator[tuple[Tensor, list[Bad]]]) -> Cached:
-    """Write a cache under another name and give it its own when it is complete and on the disk."""
+    """Write a cache under a temporary name, and rename it when it is complete and on the disk."""
     picture = request.picture
     needed = len(request.files) * picture.size**2 * picture.channels
     unfinished = entry.with_name(f"{entry.name}{UNFINISHED}")
     if unfinished.exists():
-        shutil.rmtree(unfinished)  # the lock is ours: whoever wrote it is gone
+        shutil.rmtree(unfinished)  # this process holds the lock, so the process that wrote it has ended
     if needed * MARGIN > shutil.disk_usage(entry.parent).free:
         raise _full(errno.ENOSPC, needed, entry.parent)
     bad: list[Bad] = []
@@ -253,10 +253,10 @@ def _write(entry: Path, request: Request, parts: Iterator[tuple[Tensor, list[Bad
     try:
         unfinished.mkdir()
         with open(unfinished / "images.bin", "wb") as file:
-            for images, worse in parts:
+            for images, bad_in_part in parts:
                 file.write(images.contiguous().numpy().data)
                 count += len(images)
-                bad += worse
+                bad += bad_in_part
             _sync(file)
         with open(unfinished / "files.txt", "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(request.listing)
@@ -284,7 +284,7 @@ def _write(entry: Path, request: Request, parts: Iterator[tuple[Tensor, list[Bad
 
 
 def _full(number: int, needed: int, folder: Path) -> OSError:
-    """The error of a disk that is full."""
+    """The error for a full disk."""
     free = shutil.disk_usage(folder).free
     return OSError(
         number,
@@ -308,7 +308,7 @@ def _map(entry: Path, manifest: dict[str, Any]) -> Tensor:
         raise Damaged(f"images.bin holds {size} bytes instead of {expected}")
     if not expected:
         return torch.empty(shape, dtype=torch.uint8)
-    # Mode c: torch warns of memory that it must not write to, although nothing here writes.
+    # Mode c (copy on write): torch warns about read-only memory, although nothing here writes.
     return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
 
 
@@ -324,7 +324,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def lock(entry: Path, label: str) -> Iterator[None]:
-    """Hold the right to build an entry; it ends with the process, however that ends."""
+    """Hold the lock for building an entry; the system releases it when the process ends, however it ends."""
     path = entry.with_name(f"{entry.name}.lock")
     if not fcntl:
         yield
@@ -334,9 +334,9 @@ def lock(entry: Path, label: str) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"{label}: another process is making them: waiting for it", flush=True)
+                print(f"{label}: waiting for another process that prepares them", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not _has_name(file, path):
+            if not _still_named(file, path):
                 continue
             try:
                 yield
@@ -345,8 +345,8 @@ def lock(entry: Path, label: str) -> Iterator[None]:
             return
 
 
-def _has_name(file: IO[Any], path: Path) -> bool:
-    """Whether an open file is still the one of that name: who holds a lock removes its file at the end."""
+def _still_named(file: IO[Any], path: Path) -> bool:
+    """Whether an open file still has that name: the holder of a lock removes its file at the end."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:

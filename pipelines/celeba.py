@@ -15,21 +15,21 @@ SPLITS = ("train", "valid", "test")  # by their numbers in the list
 
 
 def splits(root: Path) -> dict[str, list[str]]:
-    """The paths of the images that are there, by split and in the list's order.
+    """The paths of the images on disk, by split and in the list's order.
 
-    A partial copy gives what it holds; a copy without images of the valid or test split gives empty lists.
+    A partial copy gives the images that it holds; a split without images gives an empty list.
 
     Raises:
-        FileNotFoundError: no CelebA at root; the message says what was looked for.
-        ValueError: a list file that cannot be read or leads elsewhere.
+        FileNotFoundError: no CelebA at root; the message says what is missing.
+        ValueError: a list file that cannot be read, or that names a file outside the image folder.
     """
     base, images = _locate(Path(root))
     present = set(os.listdir(images))
-    found: dict[str, list[str]] = {split: [] for split in SPLITS}
+    paths: dict[str, list[str]] = {split: [] for split in SPLITS}
     for name, number in _read_partition(base):
         if name in present:
-            found[SPLITS[number]].append(f"{images}{os.sep}{name}")  # as text: 200 000 Paths take a second
-    return found
+            paths[SPLITS[number]].append(f"{images}{os.sep}{name}")  # as text: 200 000 Paths take a second
+    return paths
 
 
 def attributes(root: Path) -> tuple[list[str], dict[str, list[int]]]:
@@ -78,7 +78,7 @@ def _locate(root: Path) -> tuple[Path, Path]:
                 f"{archive} is not a zip file. Downloads often save a 'quota exceeded' page under its name: "
                 "delete it and download the archive again"
             )
-    raise MissingError(f"{root} holds no img_align_celeba/ folder, nor does {root / 'celeba'}")
+    raise MissingError(f"neither {root} nor {root / 'celeba'} holds a folder img_align_celeba/")
 
 
 def _read_partition(base: Path) -> list[tuple[str, int]]:
@@ -100,21 +100,21 @@ def _read_partition(base: Path) -> list[tuple[str, int]]:
                 f"got {line!r}"
             )
         if "/" in words[0] or "\\" in words[0] or words[0] == "..":
-            raise UsageError(f"{path}, line {number}: {words[0]} leads out of the folder of the images")
+            raise UsageError(f"{path}, line {number}: {words[0]} is outside the image folder")
         partition.append((words[0], int(words[1])))
     return partition
 
 
-def _list_file(base: Path, name: str, what: str) -> Path:
+def _list_file(base: Path, name: str, content: str) -> Path:
     """torchvision's list or Kaggle's."""
     for end in ("txt", "csv"):
         if (base / f"{name}.{end}").exists():
             return base / f"{name}.{end}"
-    raise MissingError(f"{base} holds no {name}.txt (or .csv), which gives {what}")
+    raise MissingError(f"{base} holds no {name}.txt (or .csv), which gives {content}")
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Raises ValueError for a file that is no text, or empty."""
+    """Raises ValueError for an empty file, or one that is not text."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -23,16 +23,16 @@ MAX_BATCH = 1 << 16  # files; DALI wants a limit, and takes no memory for it
 class _Work(NamedTuple):
     """A batch that is being decoded."""
 
-    images: Tensor  # to be filled: uint8 [B, size, size, channels]
+    images: Tensor  # filled later: uint8 [B, size, size, channels]
     files: Sequence[ImageFile]
-    jpegs: list[int]  # places of what DALI decodes
-    apart: dict[int, Future[str | None]]  # places of what torchvision decodes
+    jpegs: list[int]  # positions in the batch of the files that DALI decodes
+    others: dict[int, Future[str | None]]  # those that torchvision decodes
     bad: dict[int, str]
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch's other threads would spin for a while after each operation, on cores where DALI decodes."""
+    """Use one thread of torch: idle threads spin after each operation, on the cores where DALI decodes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -42,19 +42,20 @@ def _one_thread() -> Iterator[None]:
 
 
 class DaliDecoder:
-    """Decodes batches of files, some batches ahead. DALI cuts the squares out, and torch resizes them: DALI's
-    own resizing repeats the edge where PIL's leaves it out, and differs there by up to 14 of 255.
+    """Decodes batches of files, some batches ahead. DALI crops, and torch resizes: DALI's own resizing
+    repeats the edge pixels, PIL's does not, and the two differ there by up to 14 of 255.
 
-    A damaged file ends a DALI pipeline and all that is in it. Files are therefore looked at before DALI sees
-    them, and it gets plain JPEGs only; CMYK, rotated ones and PNGs go to torchvision. If one brings it down
-    all the same, torchvision decodes the batches in flight and names the file, and DALI starts anew.
+    A damaged file stops a DALI pipeline, and every batch in it is lost. So each file is inspected first, and
+    DALI gets plain JPEGs only; torchvision decodes CMYK JPEGs, rotated JPEGs and PNGs. If a file stops the
+    pipeline anyway, torchvision decodes the batches in flight and names the file, and a new pipeline is
+    built.
 
-    A pipeline that has come to its end in peace is kept for the next epoch: to build one, and to touch the
+    A pipeline that finished without an error is kept for the next epoch. To build one, and to touch the
     memory of its buffers for the first time, takes as long as to decode some hundred images.
 
     Args:
         device: a CUDA device, or the CPU.
-        roi: decode the square that is needed rather than the whole image.
+        roi: decode only the cropped square, not the whole image.
         hw_load: share of the JPEGs for a GPU's fixed-function decoder, if it has one.
     """
 
@@ -63,12 +64,12 @@ class DaliDecoder:
     ) -> None:
         self.picture, self.device, self.roi, self.hw_load = picture, device, roi, hw_load
         self.version = f"DALI {dali.__version__} on the {'GPU' if device.type == 'cuda' else 'CPU'}"
-        self._idle: Any = None  # a pipeline with nothing in it
+        self._idle: Any = None  # an empty pipeline
 
     def decode(self, batches: Iterable[Sequence[ImageFile]]) -> Iterator[Decoded]:
         """The batches in their order, each of MAX_BATCH files at most."""
         queue: deque[_Work] = deque()
-        idle, self._idle = self._idle, None  # taken: another epoch may start before this one ends
+        idle, self._idle = self._idle, None  # not shared: another epoch may start before this one ends
         pipeline = self._pipeline() if idle is None else idle
         pool = ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,))
         try:
@@ -88,7 +89,7 @@ class DaliDecoder:
             pool.shutdown(cancel_futures=True)
 
     def _start(self, pipeline: Any, pool: ThreadPoolExecutor, files: Sequence[ImageFile]) -> _Work:
-        """Sort the files of a batch by who decodes them, and hand them over."""
+        """Choose a decoder for each file of a batch, and start both decoders."""
         picture = self.picture
         shape = (len(files), picture.size, picture.size, picture.channels)
         images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
@@ -103,13 +104,13 @@ class DaliDecoder:
                     encoded.append(np.frombuffer(data, np.uint8))
                     work.jpegs.append(i)
                 else:
-                    work.apart[i] = pool.submit(decode_into, images[i], file, picture)
+                    work.others[i] = pool.submit(decode_into, images[i], file, picture)
             except (ValueError, OSError) as error:
                 work.bad[i] = reason(error)
         if encoded:
             corners = np.array([(top, left) for top, left, _ in squares], np.int32)
             sides = np.array([(side, side) for _, _, side in squares], np.int32)
-            with suppress(RuntimeError):  # an earlier batch ended the pipeline; _collect will see
+            with suppress(RuntimeError):  # an earlier batch stopped the pipeline: _collect handles it
                 pipeline.feed_input("encoded", encoded)
                 pipeline.feed_input("corners", corners)
                 pipeline.feed_input("sides", sides)
@@ -117,34 +118,34 @@ class DaliDecoder:
         return work
 
     def _collect(self, pipeline: Any, pool: ThreadPoolExecutor, queue: deque[_Work]) -> Any:
-        """Take over what DALI made of the first batch; the pipeline to go on with."""
+        """Copy DALI's result for the first batch; return the pipeline to continue with."""
         work = queue[0]
         if not work.jpegs:
             return pipeline
         try:
             (squares,) = pipeline.share_outputs()
         except RuntimeError:
-            for lost in queue:
-                for i in lost.jpegs:
-                    lost.apart[i] = pool.submit(decode_into, lost.images[i], lost.files[i], self.picture)
-                lost.jpegs.clear()
+            for batch in queue:
+                for i in batch.jpegs:
+                    batch.others[i] = pool.submit(decode_into, batch.images[i], batch.files[i], self.picture)
+                batch.jpegs.clear()
             return self._pipeline()
         if squares.is_dense_tensor():
-            together = resize(torch.from_dlpack(squares.as_tensor()), self.picture.size)
+            resized = resize(torch.from_dlpack(squares.as_tensor()), self.picture.size)
             if len(work.jpegs) == len(work.files):
-                work.images.copy_(together)  # many times as fast as []
+                work.images.copy_(resized)  # many times as fast as []
             else:
-                work.images[work.jpegs] = together
-        else:  # of several sizes
-            for place, square in zip(work.jpegs, squares, strict=True):
-                work.images[place] = resize(torch.from_dlpack(square)[None], self.picture.size)[0]
+                work.images[work.jpegs] = resized
+        else:  # the squares have several sizes
+            for position, square in zip(work.jpegs, squares, strict=True):
+                work.images[position] = resize(torch.from_dlpack(square)[None], self.picture.size)[0]
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # DALI writes to its buffers again
         pipeline.release_outputs()
         return pipeline
 
     def _finish(self, work: _Work) -> Decoded:
-        for i, task in work.apart.items():
+        for i, task in work.others.items():
             if text := task.result():
                 work.bad[i] = text
         return Decoded(work.images, work.bad)
@@ -153,14 +154,14 @@ class DaliDecoder:
         gpu = self.device.type == "cuda"
         options: dict[str, Any] = {"output_type": types.RGB if self.picture.channels == 3 else types.GRAY}
         if gpu:
-            # Fancy upsampling gives the chroma that the CPU's decoders give.
+            # Fancy upsampling gives the same chroma as the CPU's decoders.
             options |= {"hw_decoder_load": self.hw_load, "jpeg_fancy_upsampling": True}
 
         @dali.pipeline_def(
             batch_size=MAX_BATCH,
             num_threads=cores(),
             device_id=(self.device.index or 0) if gpu else None,
-            exec_pipelined=False,  # a run per batch that is fed, rather than several before the first result
+            exec_pipelined=False,  # one run per batch that is fed, not several before the first result
             prefetch_queue_depth=AHEAD + 1,
         )
         def build() -> Any:

@@ -13,21 +13,21 @@ from bvae.errors import UsageError
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.webdataset import ImageFile
 
-AHEAD = 2  # batches in work while one is used
-BATCH = 256  # files handed to a decoder at once, where nothing else decides
+AHEAD = 2  # batches being decoded while one is used
+BATCH = 256  # files per batch, where nothing else sets the number
 
 
 class Decoded(NamedTuple):
     """A batch."""
 
     images: Tensor  # uint8 [B, size, size, channels] on the decoder's device; those of bad files are zero
-    bad: dict[int, str]  # place in the batch: what is wrong with the file
+    bad: dict[int, str]  # position in the batch: what is wrong with the file
 
 
 class Decoder(Protocol):
     """Batches of files to batches of pixels."""
 
-    version: str  # for people to read
+    version: str  # for messages
 
     def decode(self, batches: Iterable[Sequence[ImageFile]]) -> Iterator[Decoded]:
         """The batches in their order; works ahead."""
@@ -50,9 +50,9 @@ def choose(name: str) -> str:
     """ "dali" or "torchvision" for a name or "auto". Imports neither.
 
     Raises:
-        ValueError: DALI is asked for and not installed.
+        ValueError: DALI is requested but not installed.
     """
-    # Other wheels make the namespace `nvidia` too; without it, a look inside would raise.
+    # Other wheels create the namespace `nvidia` too. Without it, find_spec("nvidia.dali") would raise.
     installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     if name == "dali" and not installed:
         raise UsageError("--decoder dali: DALI is not installed (pip install nvidia-dali-cuda130)")

@@ -1,4 +1,4 @@
-"""A user's own `dsprites_*.npz`, read without its pickled description and without holding it unpacked."""
+"""Read a `dsprites_*.npz` file, without its pickled part and without unpacking it whole in memory."""
 
 import os
 import zipfile
@@ -13,22 +13,22 @@ from bvae.errors import UsageError
 from bvae.pipelines.packed_loader import pack
 from bvae.pipelines.sprites import FACTORS, SIDE, SIZES
 
-AT_A_TIME = 8192  # images: 34 MB
+CHUNK = 8192  # images read at a time: 34 MB
 
 
-class Original(NamedTuple):
-    """The images of the file, and the indices that name them."""
+class Dsprites(NamedTuple):
+    """The images of the file, and their indices."""
 
-    packed: Tensor  # uint8 [N, 512], one bit a pixel
+    packed: Tensor  # uint8 [N, 512], one bit per pixel
     indices: Tensor  # int64 [N, 5], in the order of sprites.FACTORS
 
 
-def read(path: str | os.PathLike[str]) -> Original:
+def read(path: str | os.PathLike[str]) -> Dsprites:
     """The images and indices of the file, with a progress bar.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not such a file, or damaged; the message says how.
+        ValueError: it is another kind of file, or damaged; the message says how.
     """
     with open(path, "rb") as opened:
         try:
@@ -38,13 +38,13 @@ def read(path: str | os.PathLike[str]) -> Original:
                 with archive.open("imgs.npy") as file:
                     packed = _read_images(file)
             indices = _check(classes, len(packed))
-        except Exception as error:  # zipfile and numpy have no common type for all that may be wrong
+        except Exception as error:  # zipfile and numpy have no common exception type for damaged files
             raise UsageError(f"{path} is not dSprites' npz of imgs and latents_classes: {error}") from None
-    return Original(packed, torch.from_numpy(indices))
+    return Dsprites(packed, torch.from_numpy(indices))
 
 
 def _read_images(file: IO[bytes]) -> Tensor:
-    """uint8 [N, 512] from the array of images, some at a time."""
+    """uint8 [N, 512] from the array of images, in chunks."""
     version = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, columns_first, dtype = header(file)
@@ -55,8 +55,8 @@ def _read_images(file: IO[bytes]) -> Tensor:
         raise UsageError("imgs is empty")
     parts = []
     with tqdm(total=shape[0], desc="dsprites", unit=" images", disable=None) as bar:
-        for start in range(0, shape[0], AT_A_TIME):
-            count = min(AT_A_TIME, shape[0] - start)
+        for start in range(0, shape[0], CHUNK):
+            count = min(CHUNK, shape[0] - start)
             data = file.read(count * SIDE**2)
             if len(data) < count * SIDE**2:
                 raise UsageError("imgs ends too early")
@@ -69,7 +69,7 @@ def _read_images(file: IO[bytes]) -> Tensor:
 
 
 def _check(classes: np.ndarray, count: int) -> np.ndarray:
-    """The columns of FACTORS, int64 [count, 5]; the colour before them is white throughout."""
+    """The columns of FACTORS, int64 [count, 5]; the first column, the colour, is always white."""
     if classes.shape != (count, 1 + len(SIZES)) or classes.dtype.kind not in "iu":
         raise UsageError(
             f"latents_classes must be integers [{count}, {1 + len(SIZES)}], "

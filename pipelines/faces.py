@@ -15,8 +15,8 @@ from bvae.pipelines.portrait import CHUNK, FACTORS, render
 
 
 def sample_factors(n: int, seed: int = 0) -> Tensor:
-    """[n, K] independent uniform factors. Face i depends on (seed, i) only: a larger n adds faces, and
-    leaves those before as they are."""
+    """[n, K] independent uniform factors. Face i depends on (seed, i) only: a larger n adds faces and does
+    not change the first ones."""
     low, high = torch.tensor([(f.low, f.high) for f in FACTORS]).T
     unit = torch.rand(n, len(FACTORS), generator=torch.Generator().manual_seed(seed))
     binary = torch.tensor([f.kind == "binary" for f in FACTORS])
@@ -24,7 +24,7 @@ def sample_factors(n: int, seed: int = 0) -> Tensor:
 
 
 def _attributes(factors: Tensor) -> dict[str, Tensor]:
-    """What thresholds on the factors say, in CelebA's names: [n] of bool each."""
+    """Attributes with CelebA's names, from thresholds on the factors: bool [n] each."""
     value = dict(zip((f.name for f in FACTORS), factors.unbind(1), strict=True))
     hair = value["hair_colour"]
     return {
@@ -44,8 +44,9 @@ def write(
 ) -> Path:
     """Write n faces in CelebA's layout to <root>/celeba and return that folder.
 
-    Beside CelebA's images, partition (80 % train, 10 % valid, 10 % test, in order) and attributes stands
-    factors.csv, the truth. The folder takes its name when it is complete. Same arguments, same bytes."""
+    The folder holds images, partition (80 % train, 10 % valid, 10 % test, in order) and attributes as CelebA
+    does, and factors.csv with the true factors. It is renamed when it is complete. The same arguments give
+    the same bytes."""
     root = Path(root)
     target = root / "celeba"
     if target.exists():

@@ -9,9 +9,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def splits(root: Path) -> dict[str, list[ImageFile]]:
-    """The image files by split, sorted by path: of every ten, the fifth is valid, the tenth test.
+    """The image files by split, sorted by path: in every ten, the fifth is valid and the tenth is test.
 
-    A tar file's members stand in its place, in its order.
+    A tar file is replaced by its members, in the tar file's order.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bvae.kernels.noise import philox
 
-# Each use of the seed has a key of its own, so that order and flips share nothing with the noise.
+# Each use of the seed has its own key, so that order, flips and noise are independent.
 _ORDER, _FLIP = 0x6F726472, 0x666C6970
 
 
@@ -19,11 +19,12 @@ class Loader(ABC):
         count: images in the data set.
         batch_size: images in a batch.
         seed: the order of an epoch is a function of (seed, epoch), a flip of (seed, epoch, image).
-        device: where the batches are.
-        train: shuffle, and drop the last batch if it is not full; otherwise keep both order and last batch.
+        device: of the batches.
+        train: shuffle, and drop the last batch if it is not full. False keeps the order and the last batch.
         flip: mirror each image with probability one half.
-        rank, world_size: which of how many processes reads. Step s of all of them together takes the s-th
-            world_size * batch_size images of the one order; in evaluation they take turns with the batches.
+        rank, world_size: this process's number, and the number of processes. In training, step s of all of
+            them takes the s-th world_size * batch_size images of one common order; in evaluation the batches
+            go to the processes in turn.
     """
 
     def __init__(
@@ -48,15 +49,15 @@ class Loader(ABC):
         return len(range(self.rank * self.batch_size, self.count, self.world_size * self.batch_size))
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images [B, H, W, C] with their indices [B], from batch `start` on."""
+        """Batches of images [B, H, W, C] with their indices [B], starting at batch `start`."""
         order, flipped = self.plan(number)
         batches = order.to(self._order_device).split(self.batch_size)
-        mine = (batches[step * self.world_size + self.rank] for step in range(start, len(self)))
-        for images, index in self._fetch(mine):
+        own_batches = (batches[step * self.world_size + self.rank] for step in range(start, len(self)))
+        for images, index in self._fetch(own_batches):
             yield (images if flipped is None else _flip(images, flipped[index])), index
 
     def plan(self, number: int) -> tuple[Tensor, Tensor | None]:
-        """An epoch's order of all images, and which of them are mirrored [N], if any; on the device."""
+        """An epoch's order of all images [N], and a mask of the mirrored ones [N] or None; on the device."""
         if self.train:
             # 62 random bits each: the sorted order is the same on every device.
             high, low, *_ = self._random(_ORDER, number)
@@ -67,19 +68,19 @@ class Loader(ABC):
         return order, flipped
 
     def indices(self, number: int, start: int) -> Tensor:
-        """The images [world_size * B] of an epoch's batch `start`, those of all ranks."""
+        """The indices [world_size * B] of an epoch's batch `start`, for all ranks together."""
         order, _ = self.plan(number)
-        together = self.batch_size * self.world_size
-        return order[start * together : (start + 1) * together]
+        whole_batch = self.batch_size * self.world_size
+        return order[start * whole_batch : (start + 1) * whole_batch]
 
     def head(self, n: int) -> Tensor:
-        """The first n images, unflipped, whatever the rank: uint8 [n, H, W, C]."""
+        """The first n images, unflipped, the same on every rank: uint8 [n, H, W, C]."""
         index = torch.arange(min(n, self.count), device=self._order_device)
         return next(self._fetch(iter([index])))[0]
 
     @property
     def _order_device(self) -> torch.device:
-        """Where `_fetch` needs the indices: asking the device for each batch's would make the host wait."""
+        """The device on which `_fetch` needs the indices: a copy from a GPU would make the host wait."""
         return self.device
 
     @abstractmethod
@@ -90,15 +91,15 @@ class Loader(ABC):
         """Four 32-bit words for every image."""
         index = torch.arange(self.count, device=self.device)
         zero = torch.zeros_like(index)
-        # not copied over: the host would wait for a GPU that is still busy with the epoch before
+        # computed on the device: with a copy, the host would wait for a GPU that is busy with the last epoch
         low, high = zero[:1] + ((self.seed & 0xFFFFFFFF) ^ purpose), zero[:1] + (self.seed >> 32)
         return philox((index, zero + epoch, zero, zero), (low, high))
 
 
 def _flip(images: Tensor, flipped: Tensor) -> Tensor:
-    """Mirror the images [B, H, W, C] for which flipped [B] holds."""
+    """Mirror the images [B, H, W, C] where flipped [B] is true."""
     # a ^ ((b ^ a) & mask) is b under the mask and a elsewhere. In place, it takes a CPU a quarter of the time
     # of torch.where, and needs no large new memory, whose first touch costs as much as the arithmetic.
-    given, chosen = images.flatten(1), images.flip(2).flatten(1)
+    original, mirrored = images.flatten(1), images.flip(2).flatten(1)
     mask = (flipped.to(images.dtype) * 255)[:, None]
-    return chosen.bitwise_xor_(given).bitwise_and_(mask).bitwise_xor_(given).view(images.shape)
+    return mirrored.bitwise_xor_(original).bitwise_and_(mask).bitwise_xor_(original).view(images.shape)

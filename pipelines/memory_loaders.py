@@ -1,4 +1,4 @@
-"""Decoded images in memory: on the device where they fit, else on the host, a few batches ahead."""
+"""Decoded images in memory: on the device if they fit, else on the host, copied a few batches ahead."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from bvae.pipelines.loader import Loader
 
-SHARE = 0.6  # of a GPU's free memory that images may take: the model and its graphs need the rest
+SHARE = 0.6  # of a GPU's free memory for images: the model and its graphs need the rest
 AHEAD = 2  # batches on their way to the GPU
 
 
 class DeviceLoader(Loader):
-    """Images uint8 [N, H, W, C] on the device that uses them: an epoch gives the host nothing to do."""
+    """Images uint8 [N, H, W, C] on the device that uses them: the host has no work in an epoch."""
 
     def __init__(self, images: Tensor, batch_size: int, seed: int, **options: Any) -> None:
         super().__init__(len(images), batch_size, seed, images.device, **options)
@@ -24,7 +24,7 @@ class DeviceLoader(Loader):
         self._flipped: Tensor | None = None
 
     def begin(self, number: int) -> None:
-        """Write an epoch's order and flips to where `batch` reads them: the same addresses every time."""
+        """Write an epoch's order and flips where `batch` reads them, always at the same addresses."""
         order, flipped = self.plan(number)
         if self._order is None:
             self._order, self._flipped = order, flipped
@@ -34,9 +34,9 @@ class DeviceLoader(Loader):
                 self._flipped.copy_(flipped)
 
     def batch(self, position: Tensor) -> Tensor:
-        """The images [B, H, W, C] of the begun epoch's batch `position`, 0-d int64 on the device.
+        """The images [B, H, W, C] of batch `position` (0-d int64 on the device) of the current epoch.
 
-        What `epoch` yields there, from device operations alone, so that a CUDA graph can hold them.
+        They are the same as from `epoch`. Only device operations are used, so a CUDA graph can hold them.
         """
         assert self._order is not None, "begin an epoch first"
         device = self.device
@@ -65,7 +65,7 @@ class _Batch(NamedTuple):
 class HostLoader(Loader):
     """Images uint8 [N, H, W, C] in the host's memory, or mapped from disk.
 
-    A thread gathers the next batches into pinned memory, and a stream of their own copies them to the device.
+    A thread gathers the next batches into pinned memory, and a separate stream copies them to the device.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class HostLoader(Loader):
     ) -> None:
         super().__init__(len(images), batch_size, seed, device, **options)
         self.images = images
-        # One for all epochs: each stream has memory of its own, which another cannot use again.
+        # One stream for all epochs: memory that one stream has used cannot be reused by another.
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -84,14 +84,14 @@ class HostLoader(Loader):
         side = self._side
 
         def gather(index: Tensor) -> _Batch:
-            # The allocator of pinned memory waits for copies before it gives the same memory out again.
+            # The allocator of pinned memory waits for the copy before it reuses the memory.
             shape, pinned = (len(index), *self.images.shape[1:]), side is not None
             staged = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
             torch.index_select(self.images, 0, index, out=staged)
             with torch.cuda.stream(side):
                 images = staged.to(self.device, non_blocking=True)
-                there = index.to(self.device, non_blocking=True)
-                return _Batch(images, there, side.record_event() if side else None)
+                indices_on_device = index.to(self.device, non_blocking=True)
+                return _Batch(images, indices_on_device, side.record_event() if side else None)
 
         queue: deque[Future[_Batch]] = deque()
         pool = ThreadPoolExecutor(1)
@@ -115,18 +115,18 @@ class HostLoader(Loader):
         return batch.images, batch.indices
 
 
-def place(
+def choose_loader(
     images: Tensor, batch_size: int, seed: int, device: torch.device, **options: Any
 ) -> tuple[DeviceLoader | HostLoader, str]:
-    """The data set of images that are mapped from disk, and a line that says where they are and why."""
+    """The loader for images that are mapped from disk, and a line that says where they are kept and why."""
     size = f"{images.nbytes / 1e9:.2f} GB"
     if device.type == "cpu":
         return DeviceLoader(images, batch_size, seed, **options), f"{size} in memory, mapped from disk"
     free, _ = torch.cuda.mem_get_info(device)
-    limit = f"{SHARE:.0%} of the {free / 1e9:.1f} GB that are free there"
+    limit = f"{SHARE:.0%} of the {free / 1e9:.1f} GB that are free on it"
     if images.nbytes <= SHARE * free:
         return DeviceLoader(
             images.to(device), batch_size, seed, **options
         ), f"{size} on the GPU, under {limit}"
-    line = f"{size} on the host, through pinned memory: on the GPU they would take more than {limit}"
+    line = f"{size} on the host, copied through pinned memory: on the GPU they would take more than {limit}"
     return HostLoader(images, batch_size, seed, device, **options), line

@@ -1,4 +1,4 @@
-"""Black and white images of one bit a pixel: an eighth of the memory, unpacked on the device when used."""
+"""Black and white images of one bit per pixel: an eighth of the memory, unpacked on the device when used."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -15,16 +15,16 @@ GATHER = -0x7FBFDFEFF7FBFDFF  # 0x8040201008040201: as a factor, bit 8 i goes to
 def pack(images: Tensor) -> Tensor:
     """uint8 [N, ...] of 0 and 1, a multiple of 8 pixels each, to uint8 [N, pixels / 8], first pixel highest.
 
-    That is `numpy.packbits`, on any device.
+    The same as `numpy.packbits`, on any device.
     """
     eight = images.flatten(1).contiguous().view(torch.int64)
     return ((eight * GATHER) >> 56).to(torch.uint8)
 
 
 def unpack(packed: Tensor, side: int, pixels: Tensor | None = None) -> Tensor:
-    """uint8 [N, side^2 / 8] of one bit a pixel to images, uint8 [N, side, side, 1] of 0 and 255.
+    """uint8 [N, side^2 / 8] of one bit per pixel to images, uint8 [N, side, side, 1] of 0 and 255.
 
-    A caller that is compiled gives `pixels_of_bytes`: torch.compile would make the table anew, on the host.
+    A compiled caller must pass `pixels_of_bytes`: torch.compile would build the table again, on the host.
     """
     pixels = pixels_of_bytes(packed.device) if pixels is None else pixels
     eight = pixels.index_select(0, packed.flatten().int())
@@ -39,7 +39,7 @@ def pixels_of_bytes(device: torch.device) -> Tensor:
 
 
 class PackedLoader(DeviceLoader):
-    """Images of one bit a pixel, uint8 [N, side^2 / 8], on the device that uses them; never mirrored."""
+    """Images of one bit per pixel, uint8 [N, side^2 / 8], on the device that uses them; never mirrored."""
 
     def __init__(self, packed: Tensor, side: int, batch_size: int, seed: int, **options: Any) -> None:
         super().__init__(packed, batch_size, seed, flip=False, **options)
@@ -47,7 +47,7 @@ class PackedLoader(DeviceLoader):
         self._pixels = pixels_of_bytes(packed.device)
 
     def batch(self, position: Tensor) -> Tensor:
-        """The images [B, side, side, 1] of the begun epoch's batch `position`; see `DeviceLoader.batch`."""
+        """Images [B, side, side, 1] of batch `position` of the current epoch; see `DeviceLoader.batch`."""
         return unpack(super().batch(position), self.side, self._pixels)
 
     def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,21 +1,22 @@
-"""What pixels an image file becomes, whoever decodes it, and what its header tells before anyone does."""
+"""The rule from image files to pixels, the same for all decoders, and the check of a file's header."""
 
 import struct
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-MAX_PIXELS = 80_000_000  # a larger image is taken for a decompression bomb
-MAX_SCANS = 30  # of a progressive JPEG: each goes over all pixels, and a few bytes are enough for one
+MAX_PIXELS = 80_000_000  # a larger image may be a decompression bomb
+MAX_SCANS = 30  # of a progressive JPEG: each visits all pixels, and a few bytes are enough to ask for one
 ORIENTATION = 0x0112  # the EXIF tag
 
 
 @dataclass(frozen=True)
 class Picture:
-    """The one rule from an image file to uint8 [size, size, channels].
+    """The rule from an image file to uint8 [size, size, channels].
 
-    EXIF rotation is applied. The centred square of `crop` pixels (None: the largest that fits) is cut out as
-    torchvision's `CenterCrop` does and resized by antialiased bilinear interpolation, PIL's `BILINEAR`. Of 16
-    bits the upper 8 count, transparency is dropped, grey becomes three equal channels, and CMYK RGB.
+    EXIF rotation is applied. The centred square of `crop` pixels (None: the largest that fits) is cropped as
+    by torchvision's `CenterCrop` and resized by antialiased bilinear interpolation, PIL's `BILINEAR`. 16-bit
+    values keep their upper 8 bits, transparency is dropped, grey becomes three equal channels, CMYK is
+    converted to RGB.
     """
 
     crop: int | None
@@ -23,7 +24,7 @@ class Picture:
     channels: int
 
     def square(self, width: int, height: int) -> tuple[int, int, int]:
-        """Top, left and side of the square that is cut out, in pixels.
+        """Top, left and side of the cropped square, in pixels.
 
         Raises:
             ValueError: the image is smaller than the crop.
@@ -35,19 +36,18 @@ class Picture:
 
 
 class Header(NamedTuple):
-    """What an image file says of itself."""
+    """What an image file's header says."""
 
     kind: Literal["jpeg", "png"]
     width: int
     height: int
-    plain: bool  # an upright 8-bit grey or YCbCr JPEG, which all decoders read alike
+    plain: bool  # an upright 8-bit grey or YCbCr JPEG, which all decoders decode in the same way
 
 
 def inspect(data: bytes) -> Header:
-    """The header of a JPEG or PNG file that is whole, as far as one can tell without decoding it.
+    """Read the header of a JPEG or PNG file, and check as far as possible without decoding that it is whole.
 
-    A flipped bit inside the compressed data of a JPEG gives another, valid JPEG more often than not: only PNG
-    has checksums.
+    A flipped bit in the compressed data of a JPEG usually gives another valid JPEG: only PNG has checksums.
 
     Raises:
         ValueError: not an image, truncated, a broken header or too many pixels; the message says which.
@@ -58,7 +58,7 @@ def inspect(data: bytes) -> Header:
         elif data.startswith(b"\x89PNG\r\n\x1a\n"):
             header = _png(data)
         else:
-            raise ValueError(_what_it_is_instead(data))
+            raise ValueError(_describe_other_file(data))
     except (struct.error, IndexError):
         raise ValueError("truncated in its header") from None
     if header.width * header.height > MAX_PIXELS:
@@ -68,7 +68,7 @@ def inspect(data: bytes) -> Header:
     return header
 
 
-def _what_it_is_instead(data: bytes) -> str:
+def _describe_other_file(data: bytes) -> str:
     if not data:
         return "empty"
     start = data[:512].lstrip().lower()
@@ -93,7 +93,7 @@ def _jpeg(data: bytes) -> Header:
         (length,) = struct.unpack_from(">H", data, at + 2)
         if (
             marker <= 0x01 or 0xD0 <= marker <= 0xD8 or length < 2
-        ):  # decoders would read on elsewhere than we do
+        ):  # decoders would continue at another place than this function
             raise ValueError("broken header: a JPEG marker where none belongs")
         body = at + 4
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
@@ -111,7 +111,7 @@ def _jpeg(data: bytes) -> Header:
         at += 2 + length
     if not components:
         raise ValueError("broken header: a JPEG without an image")
-    # In compressed data 0xFF is followed by 0 or a restart marker: the end cannot appear by chance.
+    # In compressed data, 0 or a restart marker follows 0xFF: the end marker cannot appear by chance.
     if data.rfind(b"\xff\xd9", at) < 0:
         raise ValueError("truncated: the end of the JPEG is missing")
     if progressive and (scans := data.count(b"\xff\xda", at)) > MAX_SCANS:
@@ -120,7 +120,7 @@ def _jpeg(data: bytes) -> Header:
 
 
 def _upright(tiff: bytes) -> bool:
-    """Whether EXIF data ask for no rotation; what cannot be read is taken for a request."""
+    """Whether EXIF data ask for no rotation. False if they cannot be read."""
     try:
         order = {b"II": "<", b"MM": ">"}[tiff[:2]]
         (first,) = struct.unpack_from(f"{order}I", tiff, 4)

@@ -1,4 +1,4 @@
-"""A Pillow image's pixels: one rule for files, Datasets and single pictures."""
+"""A Pillow image's pixels: the same rule for files, Datasets and single pictures."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "F")
 
 
 def pixels(image: Image.Image, channels: int | None = None) -> NDArray[np.uint8]:
-    """An image turned upright (EXIF), as uint8 [H, W, channels]; of 16 bits the upper 8 count.
+    """An image rotated upright (EXIF), as uint8 [H, W, channels]; 16-bit values keep their upper 8 bits.
 
     Args:
         channels: 1 (grey) or 3 (RGB). None: 1 for grey images, else 3.

@@ -1,13 +1,13 @@
 """Draw portraits from known factors.
 
-A head that only ever turns about the vertical axis can be ray cast in closed form. Every solid (skull, nose,
-ear, neck, shell of hair) is a stack of ellipses, one per image row; turning it keeps every ellipse in its
-row, so a pixel's depth is the root of one quadratic whose coefficients are constant along the row. Features
-are painted in the head's own coordinates at the point hit, so they shift, foreshorten and wrap out of view.
+The head turns only about the vertical axis, so rays can be cast in closed form. Every solid (skull, nose,
+ear, neck, shell of hair) is a stack of ellipses, one per image row. Turning keeps every ellipse in its row,
+so a pixel's depth is the root of one quadratic whose coefficients are constant along the row. Features are
+painted in head coordinates at the point that the ray hits, so they move and foreshorten as the head turns.
 
 Image coordinates: x to the right from the image's middle column, y down from its top row, z towards the
-viewer, all in pixels. Head coordinates are the same turned back by the azimuth, so y is shared. Colours are
-linear light, the square of what is displayed. Planes are [N, h, w], images [N, 3, h, w].
+viewer, all in pixels. Head coordinates are image coordinates rotated back by the azimuth; y is the same.
+Colours are linear light, the square of what is displayed. Planes are [N, h, w], images [N, 3, h, w].
 """
 
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def _profile(y: Sequence[float], **knots: Sequence[float]) -> Tensor:
     cubic = bend.diff()[:, i] / (6 * gap[i])
     value = values[:, i] + inside * (start + inside * (bend[:, i] / 2 + inside * cubic))
     beyond = (t - inside) * (start + inside * (bend[:, i] + 3 * inside * cubic))
-    value[0] += beyond[0]  # the width goes straight on past the last knots, the rest stays
+    value[0] += beyond[0]  # beyond the knots the width is linear, the rest constant
     return value.float()
 
 
@@ -99,11 +99,11 @@ BODY = _profile(
     depth=[1, 1, 0.95, 0.75, 0.55, 0.48, 0.45],
     centre=[-8, -7, -6, -5, -4, -4, -4],
 )
-SPECTACLES = torch.tensor([65.0**2, 1, -10])[:, None].expand(3, HEIGHT)  # the cylinder that bears the rims
+SPECTACLES = torch.tensor([65.0**2, 1, -10])[:, None].expand(3, HEIGHT)  # the cylinder on which the rims lie
 
 
 class Box(NamedTuple):
-    """A window of the image: everything is computed only where it can be seen."""
+    """A window of the image: everything is computed only where it is visible."""
 
     top: int
     bottom: int
@@ -408,7 +408,7 @@ def _draw_head(canvas: Tensor, scene: Scene) -> Hit:
 
 
 def _seen(z: Tensor, cover: Tensor, head: Hit, box: Box) -> Tensor:
-    """What the head leaves to see of a thing at depth z that covers this much of its pixels."""
+    """The visible share of a thing at depth z with coverage `cover`: the head hides the rest."""
     inner = box.within(HEAD_BOX)
     return cover * (1 - inner.of(head.cover) * _edge(inner.of(head.z) - z, 3.0))
 
@@ -448,7 +448,7 @@ def _draw_glasses(canvas: Tensor, scene: Scene, head: Hit) -> None:
 
 # --- Hair -------------------------------------------------------------------------------------------------
 def _around(hit: Hit, z: Tensor, pose: Pose, box: Box) -> Tensor:
-    """Where around its row's ellipse a point is: the unit circle's chord to the front, 0..2; 1.41 beside."""
+    """A point's angle around its row's ellipse, as the unit circle's chord: 0 front, 1.41 side, 2 back."""
     x0, z0, depth = hit.centre
     ahead = pose.ahead(box.grid(z.device)[0] - x0, z - z0)
     return (2 - 2 * (ahead / depth).clamp_(-1, 1)).sqrt_()
@@ -518,7 +518,7 @@ def _wall(scene: Scene) -> Tensor:
 
 
 def _draw_body(canvas: Tensor, scene: Scene) -> None:
-    """Neck and shoulders in a jumper. They stay put."""
+    """Neck and shoulders in a jumper. They do not turn."""
     still = torch.zeros_like(scene.pose.sin)
     body = _cast(BODY, Pose(still + 1, still), BODY_BOX)
     x, y = BODY_BOX.grid(canvas.device)

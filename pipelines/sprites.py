@@ -1,6 +1,6 @@
 """2D shapes with known factors: the images of dSprites (Matthey et al. 2017), drawn instead of downloaded.
 
-An image is named by five indices: shape (square, ellipse, heart), scale (0.5 to 1), orientation (0 to a full
+Five indices name an image: shape (square, ellipse, heart), scale (0.5 to 1), orientation (0 to a full
 turn, both ends, so the last equals the first), x and y (left to right, top to bottom). A pixel is 1 if its
 centre lies inside the shape; nothing is antialiased.
 
@@ -30,11 +30,11 @@ from bvae.pipelines.packed_loader import pack
 
 FACTORS = ("shape", "scale", "orientation", "x", "y")
 SIZES = (3, 6, 40, 32, 32)  # values of each factor
-COUNT = math.prod(SIZES)  # images in the whole set
+COUNT = math.prod(SIZES)  # all images
 TURN = SIZES[2] - 1  # orientations in a full turn
 SIDE = 64  # pixels of an image
-PACKED = SIDE * SIDE // 8  # bytes of an image of one bit a pixel
-FILE = "sprites-1.bin"  # the whole set, one bit a pixel, and a checksum; the number changes with the drawing
+PACKED = SIDE * SIDE // 8  # bytes of an image of one bit per pixel
+FILE = "sprites-1.bin"  # all images, one bit per pixel, and a checksum; the 1 changes with the drawing
 CHECKSUM = 4  # bytes, CRC-32
 
 # At scale 1, in pixels.
@@ -42,14 +42,14 @@ SQUARE = 9.598  # half the side
 ELLIPSE = (12.766, 7.2135)  # semi-axes: across and up, at orientation 0
 HEART = (9.5938, 0.6622, 1.4363)  # half the width, the stretch upwards, the shift upwards
 
-WINDOW = 29  # pixels: covers 13.6 to either side of a shape's centre, wherever in a pixel that lies
-CHUNK = 256  # images drawn at a time: what is computed for them stays in a core's cache
+WINDOW = 29  # pixels: covers 13.6 on either side of a shape's centre, at any position within a pixel
+CHUNK = 256  # images drawn at a time: their intermediate results fit into a core's cache
 BLOCK = 16 * CHUNK  # images that a worker draws at a time
 
 
 # --- Names of images --------------------------------------------------------------------------------------
 def unravel(number: Tensor) -> Tensor:
-    """Numbers [N] in the whole set, where y runs fastest, to indices [N, 5]."""
+    """Numbers [N] among all images, with y varying fastest, to indices [N, 5]."""
     columns = []
     for size in reversed(SIZES):
         columns.append(number % size)
@@ -80,8 +80,8 @@ def render(indices: Tensor) -> Tensor:
     for shape, inside in enumerate((_in_square, _in_ellipse, _in_heart)):
         rows = (indices[:, 0] == shape).nonzero().squeeze(1)
         for chunk in rows.split(CHUNK):
-            drawn, where = _draw(inside, indices[chunk].long())
-            images[chunk] = torch.zeros_like(images[chunk]).scatter_(1, where, drawn)
+            drawn, pixel_index = _draw(inside, indices[chunk].long())
+            images[chunk] = torch.zeros_like(images[chunk]).scatter_(1, pixel_index, drawn)
     return images.view(-1, SIDE, SIDE)
 
 
@@ -89,9 +89,9 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _draw(inside: Callable[[Tensor, Tensor], Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
-    """One kind of shape: uint8 [N, WINDOW^2], and the pixels' places in the image, int64 [N, WINDOW^2]."""
+    """One kind of shape: uint8 [N, WINDOW^2], and the pixels' indices in the image, int64 [N, WINDOW^2]."""
     _, scale, orientation, *position = indices.unbind(1)
-    # float64: the geometry meets pixels' centres to within 1e-3 pixels, and no device rounds them otherwise.
+    # float64: an edge comes within 1e-3 pixels of a pixel's centre, and all devices must draw the same image.
     size = 0.5 + 0.1 * scale.double()
     angle = orientation.remainder(TURN).double() * (2 * math.pi / TURN)
     offset = torch.arange(WINDOW, device=indices.device)
@@ -100,8 +100,8 @@ def _draw(inside: Callable[[Tensor, Tensor], Tensor], indices: Tensor) -> tuple[
     cos, sin = (angle.cos() / size)[:, None, None], (angle.sin() / size)[:, None, None]
     right, up = dx[:, None, :], -dy[:, :, None]
     drawn = inside(cos * right + sin * up, cos * up - sin * right)
-    where = (top[:, None] + offset)[:, :, None] * SIDE + (left[:, None] + offset)[:, None, :]
-    return drawn.flatten(1).to(torch.uint8), where.flatten(1)
+    pixel_index = (top[:, None] + offset)[:, :, None] * SIDE + (left[:, None] + offset)[:, None, :]
+    return drawn.flatten(1).to(torch.uint8), pixel_index.flatten(1)
 
 
 def _window(position: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,11 +132,11 @@ def _in_heart(u: Tensor, v: Tensor) -> Tensor:
     return (((v - shift) / stretch - even).abs() < odd) & (u.abs() < width)
 
 
-# --- The whole set ----------------------------------------------------------------------------------------
-def whole(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Tensor:
-    """All images in the order of `unravel`, one bit a pixel: uint8 [737 280, 512] on a device, 377 MB.
+# --- All images -------------------------------------------------------------------------------------------
+def all_sprites(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Tensor:
+    """All images in the order of `unravel`, one bit per pixel: uint8 [737 280, 512] on a device, 377 MB.
 
-    A GPU draws them where it needs them. A CPU draws them once, and they are kept in the folder.
+    A GPU draws them each time. A CPU draws them once, and keeps them in the folder.
 
     Raises:
         OSError: the file cannot be written; nothing of it remains.
@@ -159,7 +159,7 @@ def whole(folder: str | os.PathLike[str], device: torch.device | str = "cpu") ->
 
 
 def _write(path: Path) -> Tensor:
-    """Draw the whole set; the file takes its name when it is complete."""
+    """Draw all images; the file is renamed when it is complete."""
     if (free := shutil.disk_usage(path.parent).free) < COUNT * PACKED:
         raise OSError(
             errno.ENOSPC,
@@ -198,13 +198,13 @@ def _draw_all(device: torch.device) -> Tensor:
         try:
             for done in pool.map(draw, range(0, COUNT, BLOCK)):
                 bar.update(done)
-        finally:  # after an error or Ctrl-C, do not draw the blocks that wait
+        finally:  # after an error or Ctrl-C, do not draw the blocks in the queue
             pool.shutdown(cancel_futures=True)
     return packed
 
 
 def _read(path: Path) -> Tensor:
-    """uint8 [COUNT, PACKED]. Raises FileNotFoundError, or ValueError if it is not what was written."""
+    """uint8 [COUNT, PACKED]. Raises FileNotFoundError, or ValueError if the file was changed."""
     expected, size = COUNT * PACKED + CHECKSUM, path.stat().st_size
     if size != expected:
         raise UsageError(f"{size} bytes instead of {expected}")

@@ -1,4 +1,4 @@
-"""Epochs straight from the image files, for data that fit nowhere."""
+"""Batches straight from the image files, for data that fit neither memory nor disk once decoded."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from bvae.pipelines.webdataset import ImageFile, read
 
 
 class StreamingLoader(Loader):
-    """Files that are decoded whenever they are used, some batches ahead."""
+    """Files that are decoded each time they are used, some batches ahead."""
 
     def __init__(
         self,
@@ -37,27 +37,27 @@ class StreamingLoader(Loader):
 
     def _fetch(self, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Raises UsageError for a file that cannot be decoded."""
-        taken: deque[Tensor] = deque()
+        pending: deque[Tensor] = deque()
 
         def batches() -> Iterator[list[ImageFile]]:
             for index in indices:
-                taken.append(index)
+                pending.append(index)
                 yield [self.files[i] for i in index.tolist()]
 
         for images, bad in self.decoder.decode(batches()):
-            index = taken.popleft()
-            for place, text in bad.items():
+            index = pending.popleft()
+            for position, text in bad.items():
                 raise UsageError(
-                    f"{self.files[int(index[place])]} cannot be decoded: {text}. "
+                    f"{self.files[int(index[position])]} cannot be decoded: {text}. "
                     "`python -m bvae.data check` finds all such files; repair or remove them"
                 )
             yield images.to(self.device), index.to(self.device)
 
 
-def glance(files: Sequence[ImageFile], label: str) -> dict[int, str]:
-    """Read all files without decoding them: the places of those that are damaged for all to see, and how."""
+def inspect_files(files: Sequence[ImageFile], label: str) -> dict[int, str]:
+    """Read all files without decoding them; return the positions of damaged ones, and what is wrong."""
 
-    def look(file: ImageFile) -> str | None:
+    def find_damage(file: ImageFile) -> str | None:
         try:
             inspect(read(file))
         except (ValueError, OSError) as error:
@@ -65,7 +65,7 @@ def glance(files: Sequence[ImageFile], label: str) -> dict[int, str]:
         return None
 
     with ThreadPoolExecutor(cores()) as pool:
-        found: Iterable[str | None] = tqdm(
-            pool.map(look, files), total=len(files), desc=label, unit=" images", disable=None
+        results: Iterable[str | None] = tqdm(
+            pool.map(find_damage, files), total=len(files), desc=label, unit=" images", disable=None
         )
-        return {place: text for place, text in enumerate(found) if text}
+        return {position: text for position, text in enumerate(results) if text}

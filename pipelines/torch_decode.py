@@ -50,13 +50,13 @@ def _decode_png(data: bytes, header: Header, channels: int) -> Tensor:
             if file.size != (header.width, header.height):
                 raise UsageError("it has two headers")
             image = pixels(file, channels)
-    except Exception as error:  # of a kind for each way of being damaged
+    except Exception as error:  # each kind of damage raises another type
         raise UsageError(f"broken PNG: {error}") from None
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
 def decode_into(out: Tensor, file: ImageFile, picture: Picture) -> str | None:
-    """Decode a file into out, uint8 [size, size, channels]; or say what is wrong with the file."""
+    """Decode a file into out, uint8 [size, size, channels]; return what is wrong with the file, or None."""
     try:
         out.copy_(decode_bytes(read(file), picture))
     except (RuntimeError, ValueError, OSError) as error:
@@ -94,5 +94,5 @@ class TorchDecoder:
                     yield finish()
             while queue:
                 yield finish()
-        finally:  # after an error, Ctrl-C or a reader that stops early, do not decode the files that wait
+        finally:  # after an error, Ctrl-C or a reader that stops early, do not decode the files in the queue
             pool.shutdown(cancel_futures=True)

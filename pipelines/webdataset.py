@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bvae.errors import UsageError
 
-MAX_BYTES = 1 << 30  # a longer file is no image
+MAX_BYTES = 1 << 30  # a longer file is not an image
 
 
 class Member(NamedTuple):
@@ -31,14 +31,14 @@ def read(file: ImageFile) -> bytes:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is a pipe or a device, or too long for an image, or its shard ends too early.
+        ValueError: it is a pipe or a device, or too long for an image, or its shard is truncated.
     """
     path, size = (file, None) if isinstance(file, str) else (file.shard, file.size)
-    with open(path, "rb", buffering=0, opener=_without_waiting) as opened:
-        found = os.fstat(opened.fileno())
-        if not stat.S_ISREG(found.st_mode):
+    with open(path, "rb", buffering=0, opener=_open_nonblocking) as opened:
+        status = os.fstat(opened.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise UsageError("not a regular file")
-        if (length := found.st_size if size is None else size) > MAX_BYTES:
+        if (length := status.st_size if size is None else size) > MAX_BYTES:
             raise UsageError(f"{length:,} bytes are more than {MAX_BYTES:,}: not read")
         if isinstance(file, str):
             return opened.read()
@@ -48,31 +48,31 @@ def read(file: ImageFile) -> bytes:
     return data
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Open a file; a pipe that nobody writes to as well."""
+def _open_nonblocking(path: str, flags: int) -> int:
+    """Open a file without blocking: opening a pipe without a writer would block."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def members(shard: str | Path, suffixes: tuple[str, ...]) -> list[Member]:
-    """The shard's regular files with one of the suffixes, in its order; reads the tar headers alone.
+    """The shard's regular files with one of the suffixes, in the shard's order; reads only the tar headers.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: not an uncompressed tar file, one that ends too early, or a name that leads out of it.
+        ValueError: not an uncompressed tar file, one that ends too early, or a name that points outside it.
     """
-    found: list[Member] = []
+    members_found: list[Member] = []
     try:
         with tarfile.open(shard, "r:") as tar:
             last = -1
             for entry in tar:
-                if entry.size < 0 or entry.offset <= last:  # tarfile would go in circles for ever
+                if entry.size < 0 or entry.offset <= last:  # tarfile would loop for ever
                     raise tarfile.ReadError("a negative size")
                 last = entry.offset
                 if not entry.isreg() or entry.issparse() or not entry.name.lower().endswith(suffixes):
                     continue
                 if entry.name.startswith("/") or ".." in entry.name.split("/"):
-                    raise tarfile.ReadError(f"{entry.name!r} leads out of the folder that it stands for")
-                found.append(Member(str(shard), entry.name, entry.offset_data, entry.size))
+                    raise tarfile.ReadError(f"{entry.name!r} points outside the shard's folder")
+                members_found.append(Member(str(shard), entry.name, entry.offset_data, entry.size))
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise UsageError(f"{shard} is not a tar file that can be read ({error}): fetch it again") from None
-    return found
+    return members_found

@@ -279,7 +279,7 @@ def test_a_record_names_its_machine_and_its_commit(tmp_path, monkeypatch):
 def test_a_file_that_is_no_record_is_refused_at_once(tmp_path, measured):
     assert records.Record(CPU, cold=True).path is None
     (tmp_path / "mine.json").write_text("{}")
-    with pytest.raises(ValueError, match="mine.json is no record of bench/: move it away"):
+    with pytest.raises(ValueError, match="mine.json is not a record of bench/: move it away"):
         records.Record(CPU, cold=True, path=tmp_path / "mine.json")
 
 
@@ -378,7 +378,7 @@ def test_a_run_that_is_killed_keeps_what_it_measured(tmp_path):
     assert "1 failed, 1 passed" in done.stdout
     assert "| last |" in done.stdout
     done, _ = bench("--quick", *keep)
-    assert "--quick measures nothing: leave --record out" in done.stderr
+    assert "--quick measures nothing: remove --record" in done.stderr
 
 
 def write(folder, **more):

@@ -38,11 +38,11 @@ def request(root, picture=PICTURE, name="torchvision"):
     return cache.Request(root, sorted(str(path) for path in root.iterdir()), picture, name)
 
 
-def obtain(root, folder, rank=0, world_size=1):
+def open_or_build(root, folder, rank=0, world_size=1):
     def make():
         return decoder.build("torchvision", PICTURE, CPU)
 
-    return cache.obtain(request(root), folder, make, "images", rank, world_size)
+    return cache.open_or_build(request(root), folder, make, "images", rank, world_size)
 
 
 def decoded(root):
@@ -67,7 +67,7 @@ class Elsewhere:
 
         torch_decode.decode_bytes = slowly
         with open(self.log, "w", buffering=1) as log, contextlib.redirect_stdout(log):
-            images = obtain(root, folder, rank=rank, world_size=world_size).images
+            images = open_or_build(root, folder, rank=rank, world_size=world_size).images
             print(zlib.crc32(images.numpy().tobytes()))
 
     def printed(self):
@@ -85,11 +85,11 @@ def wait_for(found):
 
 
 def test_decodes_once(root, folder, capsys, monkeypatch):
-    first = obtain(root, folder)
+    first = open_or_build(root, folder)
     assert "images: decoding 20 with torchvision" in capsys.readouterr().out
     assert torch.equal(first.images, decoded(root))
     monkeypatch.setattr(decoder, "build", None)  # nothing to decode with
-    second = obtain(root, folder)
+    second = open_or_build(root, folder)
     assert f"images: 20 from the cache {first.folder}" in capsys.readouterr().out
     assert torch.equal(second.images, first.images)
     assert second.bad == []
@@ -98,7 +98,7 @@ def test_decodes_once(root, folder, capsys, monkeypatch):
 
 
 def test_the_manifest_says_what_the_cache_holds(root, folder):
-    entry = obtain(root, folder).folder
+    entry = open_or_build(root, folder).folder
     manifest = json.loads((entry / "manifest.json").read_text())
     assert manifest["root"] == str(root)
     assert (manifest["count"], manifest["crop"], manifest["size"], manifest["channels"]) == (20, None, 32, 3)
@@ -134,7 +134,7 @@ def test_a_change_is_another_cache(root, folder, change):
 def test_bad_files_are_left_out_and_remembered(root, folder):
     (root / "004.jpg").write_bytes(b"")
     for _ in range(2):
-        found = obtain(root, folder)
+        found = open_or_build(root, folder)
         assert found.bad == [(str(root / "004.jpg"), "empty")]
         assert len(found.images) == 19
     good = decoded(root)[[i for i in range(20) if i != 4]]
@@ -155,7 +155,7 @@ def test_bad_files_are_left_out_and_remembered(root, folder):
     ],
 )
 def test_damage_is_named_and_mended(root, folder, damage, capsys):
-    entry = obtain(root, folder).folder
+    entry = open_or_build(root, folder).folder
     images, manifest = entry / "images.bin", entry / "manifest.json"
     said = "manifest.json is not what was written"
     if damage == "truncated":
@@ -180,7 +180,7 @@ def test_damage_is_named_and_mended(root, folder, damage, capsys):
     else:
         manifest.write_text("[]")
     capsys.readouterr()
-    found = obtain(root, folder)
+    found = open_or_build(root, folder)
     printed = capsys.readouterr().out
     assert f"{entry} is damaged ({said}" in printed
     assert "decoding again" in printed
@@ -216,7 +216,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(root, folder):
     second = Elsewhere(root, folder)
     one, two = first.printed(), second.printed()
     assert "decoding 20 with" in one
-    assert "another process is making them: waiting for it" in two
+    assert "waiting for another process that prepares them" in two
     assert "decoding 20" not in two
     assert one.splitlines()[-1] == two.splitlines()[-1]  # the same bytes
     assert [path.suffix for path in folder.iterdir()] == [""]
@@ -235,7 +235,7 @@ def test_who_waits_for_a_killed_process_builds(root, folder):
 def test_many_threads_leave_one_cache_and_no_lock(root, folder):
     """Locks are removed by who held them: those who waited for one must not both build."""
     results = []
-    threads = [threading.Thread(target=lambda: results.append(obtain(root, folder))) for _ in range(6)]
+    threads = [threading.Thread(target=lambda: results.append(open_or_build(root, folder))) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -259,7 +259,7 @@ def test_ranks_decode_their_shares(root, folder, world_size):
 
 def test_a_rank_that_never_comes_is_stood_in_for(root, folder):
     (root / "002.jpg").write_bytes(b"")
-    found = obtain(root, folder, rank=1, world_size=4)
+    found = open_or_build(root, folder, rank=1, world_size=4)
     assert found.bad == [(str(root / "002.jpg"), "empty")]
     assert torch.equal(found.images, decoded(root)[[i for i in range(20) if i != 2]])
     assert [path.name for path in folder.iterdir()] == [found.folder.name]
@@ -271,7 +271,7 @@ def test_too_little_room_is_said_before_any_work(root, folder, monkeypatch):
     with pytest.raises(
         OSError, match="make room, choose another disk with --cache-dir, or .* --stream"
     ) as error:
-        obtain(root, folder)
+        open_or_build(root, folder)
     assert error.value.errno == errno.ENOSPC
     assert list(folder.iterdir()) == []
 
@@ -288,10 +288,10 @@ def test_a_disk_that_fills_up_leaves_nothing(root, folder, full, monkeypatch):
 
     monkeypatch.setattr(cache, "_sync", sync)
     with pytest.raises(OSError, match="No space left on device"):
-        obtain(root, folder)
+        open_or_build(root, folder)
     assert list(folder.iterdir()) == []
     monkeypatch.undo()
-    assert len(obtain(root, folder).images) == 20
+    assert len(open_or_build(root, folder).images) == 20
 
 
 def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
@@ -303,7 +303,7 @@ def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
 
 
 def test_a_cache_that_is_removed_stays_readable_where_it_is_open(root, folder):
-    found = obtain(root, folder)
+    found = open_or_build(root, folder)
     expected = found.images.clone()
     cache.remove(found.folder)
     assert not found.folder.exists()

@@ -46,10 +46,10 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path):
     for step, score in [(1, -9.0), (2, -5.0), (3, None), (4, -7.0), (5, float("nan")), (6, -6.0)]:
         write(tmp_path, step)
         if score is not None:
-            checkpoint.rate(tmp_path, step, score)
+            checkpoint.mark_best(tmp_path, step, score)
     assert names(tmp_path) == ["best.json", "step-00000002.pt", "step-00000005.pt", "step-00000006.pt"]
     write(tmp_path, 7)
-    checkpoint.rate(tmp_path, 7, -4.0)
+    checkpoint.mark_best(tmp_path, 7, -4.0)
     checkpoint.save(tmp_path, 8, state(8))
     assert names(tmp_path) == ["best.json", "step-00000007.pt", "step-00000008.pt"]
     assert_holds(tmp_path, 8)
@@ -60,7 +60,7 @@ def test_record_of_the_best_that_is_damaged(tmp_path, text):
     write(tmp_path, 1)
     (tmp_path / "best.json").write_text(text)
     write(tmp_path, 2)
-    checkpoint.rate(tmp_path, 2, -1.0)
+    checkpoint.mark_best(tmp_path, 2, -1.0)
     write(tmp_path, 3, 4)
     assert names(tmp_path) == ["best.json", "step-00000002.pt", "step-00000003.pt", "step-00000004.pt"]
 
@@ -227,7 +227,7 @@ def test_disk_full_at_every_write(tmp_path, full_disk):
     Filling.left = writes
     checkpoint.save(tmp_path, 3, state(3))
     with pytest.raises(OSError, match=r"best.json needs \d+ bytes"):
-        checkpoint.rate(tmp_path, 3, -1.0)
+        checkpoint.mark_best(tmp_path, 3, -1.0)
     assert_holds(tmp_path, 3)
     assert "best.json" not in names(tmp_path)
 

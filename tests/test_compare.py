@@ -12,7 +12,7 @@ from bvae import compare
 from bvae.compare import Arguments, loss_name, main
 from bvae.config import Config, DataConfig, ObjectiveConfig
 from bvae.evaluation import measure
-from bvae.evaluation.measure import Protocol, shares
+from bvae.evaluation.measure import Protocol, information_shares
 from bvae.model import BetaVAE
 from bvae.pipelines import faces
 from bvae.plots import LABEL, MARGIN
@@ -72,20 +72,20 @@ def test_the_table(runs, made):
         ["third", "B, gamma 10, C 25"],
     ]
     model = BetaVAE.from_pretrained(runs / "second")
-    known = measure.open_truth(runs / "second", Protocol(factor_bins=2), model, torch.device("cpu"))
-    drawn = measure.some(known, 40)
-    found = measure.describe(model, known, drawn, 0.5, torch.device("cpu"))
-    codes = measure.encode(model, known, drawn, torch.device("cpu"))
-    told = shares(codes, known.factors[drawn])
-    glasses = known.names.index("glasses")
-    latent = told[:, glasses].argmax()
-    other = sorted(told[latent])[-2] if told[latent].argmax() == glasses else told[latent].max()
-    expected = [found["kl_per_latent"][latent], told[latent, glasses], other, found["kl"]]
+    truth = measure.open_truth(runs / "second", Protocol(factor_bins=2), model, torch.device("cpu"))
+    drawn = measure.sample_numbers(truth, 40)
+    found = measure.compute_statistics(model, truth, drawn, 0.5, torch.device("cpu"))
+    codes = measure.encode(model, truth, drawn, torch.device("cpu"))
+    shares = information_shares(codes, truth.factors[drawn])
+    glasses = truth.names.index("glasses")
+    latent = shares[:, glasses].argmax()
+    other = sorted(shares[latent])[-2] if shares[latent].argmax() == glasses else shares[latent].max()
+    expected = [found["kl_per_latent"][latent], shares[latent, glasses], other, found["kl"]]
     row = rows[1]
     shown = [float(row[3]), float(row[4]), float(row[5].split()[1]), float(row[6])]
     assert int(row[2]) == latent
     assert shown == pytest.approx(expected, abs=0.0051)
-    assert told[latent, known.names.index(row[5].split()[0])] == other
+    assert shares[latent, truth.names.index(row[5].split()[0])] == other
     assert float(row[8]) == pytest.approx(found["mse"], abs=1e-4)
 
 
@@ -110,12 +110,12 @@ def test_all_models_start_from_the_same_image(runs, monkeypatch):
 
     monkeypatch.setattr(compare, "traverse", noted)
     arguments = Arguments((), "smile", points=40, factor_bins=2)
-    first = compare.ask(runs / "first", arguments, None)
-    second = compare.ask(runs / "second", arguments, first.start)
+    first = compare.walk_latent(runs / "first", arguments, None)
+    second = compare.walk_latent(runs / "second", arguments, first.start)
     assert second.start == first.start
     for name, (model, (z, _)) in zip(("first", "second"), started.items(), strict=True):
-        known = measure.open_truth(runs / name, Protocol(factor_bins=2), model, torch.device("cpu"))
-        image = known.images(measure.some(known, 40)[[first.start]])
+        truth = measure.open_truth(runs / name, Protocol(factor_bins=2), model, torch.device("cpu"))
+        image = truth.images(measure.sample_numbers(truth, 40)[[first.start]])
         with torch.no_grad():
             assert torch.allclose(z, model.encode(image)[0], atol=1e-4)
 
@@ -128,14 +128,14 @@ def test_the_latent_that_tells_most(data, runs, monkeypatch):
     smile = np.array([float(row["smile"]) for row in rows])
     smile = smile > (smile.min() + smile.max()) / 2  # its two bins
 
-    def codes(model, known, numbers, device):
+    def codes(model, truth, numbers, device):
         rng = np.random.default_rng(0)
         noise = rng.normal(size=(len(numbers), 4)).astype(np.float32)
         noise[:, 2] = glasses[numbers] + 0.1 * smile[numbers]
         return noise
 
     monkeypatch.setattr(measure, "encode", codes)
-    row = compare.ask(runs / "first", Arguments((), "glasses", points=N, factor_bins=2), 0).row
+    row = compare.walk_latent(runs / "first", Arguments((), "glasses", points=N, factor_bins=2), 0).row
     assert (row.latent, row.other) == (2, "smile")
     assert row.share == pytest.approx(1)
     assert row.other_share > 0.9
@@ -169,7 +169,7 @@ def test_models_that_do_not_go_together(runs, tmp_path, capsys):
     (tmp_path / "larger" / "config.yaml").write_text((runs / "first" / "config.yaml").read_text())
     options = ["--factor", "smile", *FEW, "--out", str(tmp_path / "out")]
     assert main([str(runs / "first"), str(tmp_path / "larger"), *options]) == 2
-    assert "larger gives images of 64 pixels and" in capsys.readouterr().err
+    assert "larger has images of 64 pixels and" in capsys.readouterr().err
     others = faces.write(tmp_path / "faces", n=N, seed=1, progress=False).parent
     settings = Config(data=DataConfig(root=others, image_size=SIDE))
     (tmp_path / "larger" / "config.yaml").write_text(settings.to_yaml())

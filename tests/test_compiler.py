@@ -68,7 +68,7 @@ def test_only_what_is_cut_short_is_removed(cache, capsys):
         (cache / "a2" / name).write_bytes(content)
     compiler.remove_truncated()
     assert {path.name for path in (cache / "a2").iterdir()} == set(kept)
-    assert f"{len(cut)} files cut short are deleted" in capsys.readouterr().err
+    assert f"{len(cut)} truncated files are deleted" in capsys.readouterr().err
 
 
 def test_what_another_process_is_writing_stays(cache):
@@ -121,7 +121,7 @@ def test_a_damaged_file_is_deleted_and_compiled_again(cache, capsys):
     assert torch.equal(attempt.run(), torch.ones(3).sin())
     assert attempt.compiles
     assert not path.exists()
-    assert "file too short): the files concerned are deleted and compiled again" in capsys.readouterr().err
+    assert "file too short): its files are deleted and compiled again" in capsys.readouterr().err
 
 
 def test_twice_in_vain_leaves_eager_mode(cache, capsys):
@@ -130,7 +130,7 @@ def test_twice_in_vain_leaves_eager_mode(cache, capsys):
     assert not attempt.compiles
     shown = capsys.readouterr().err
     assert "Traceback" in shown
-    assert "training runs in eager mode, as with --no-compile" in shown.splitlines()[-1]
+    assert "eager mode is used, as with --no-compile" in shown.splitlines()[-1]
 
 
 def test_a_failure_names_the_option(cache):
@@ -147,7 +147,7 @@ def test_a_failure_names_the_option(cache):
     ids=["python", "compiler"],
 )
 def test_full_disk(cache, error):
-    with pytest.raises(OSError, match="the compiler needs room, and [0-9,]+ bytes are free") as caught:
+    with pytest.raises(OSError, match="the compiler needs space, and [0-9,]+ bytes are free") as caught:
         Attempt(error).run()
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.__suppress_context__
@@ -179,7 +179,7 @@ def losses(data, tmp_path, rehearse):
     ]
     with open_run(parse([*TINY, *places, "--no-compile"], "")) as run:
         if rehearse:
-            run.step.rehearse(run.train.head(16))
+            run.step.compile_and_restore(run.train.head(16))
         shown = []
         for images in run.batches():
             run.advance(images)
@@ -214,7 +214,7 @@ def test_full_disk_under_the_compiler(data, tmp_path):
     done = train(data, tmp_path, "run", CXX=str(script))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "No space left on device: the compiler needs room, and " in done.stderr.splitlines()[-1]
+    assert "No space left on device: the compiler needs space, and " in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
@@ -239,12 +239,12 @@ def test_a_run_killed_while_compiling(data, tmp_path):
         cut(source, 0.5)
 
     expected, shown = trained("whole")
-    assert "cut short" not in shown
+    assert "truncated" not in shown
     saved = shutil.copytree(cache, tmp_path / "saved")
     library = sorted(cache.glob("*/*.main.so"))[0]
     module = sorted(cache.glob("??/*.py"))[0]
     damages = {
-        "library": (lambda: cut(library, 0.25), "1 files cut short are deleted"),
+        "library": (lambda: cut(library, 0.25), "1 truncated files are deleted"),
         "module": (lambda: cut(module, 0.5), "deleted and compiled again"),
         "empty": (lambda: cut(module, 0.0), "deleted and compiled again"),
         "source": (lambda: source_alone(library), "deleted and compiled again"),

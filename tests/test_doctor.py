@@ -28,7 +28,7 @@ def found(check):
 @pytest.fixture
 def quick(monkeypatch):
     """Trials that succeed at once."""
-    monkeypatch.setattr(doctor, "attempt", lambda kind: (True, f"tried {kind}"))
+    monkeypatch.setattr(doctor, "try_in_subprocess", lambda kind: (True, f"tried {kind}"))
 
 
 def test_everything_is_listed(quick, capsys):
@@ -43,7 +43,7 @@ def test_everything_is_listed(quick, capsys):
 
 
 def test_a_step_is_taken():
-    works, text = doctor.attempt("cpu no-compile")
+    works, text = doctor.try_in_subprocess("cpu no-compile")
     assert works, text
     assert text.startswith("a tiny step takes ")
 
@@ -57,7 +57,7 @@ def test_a_step_is_taken():
     ],
 )
 def test_compiled_step_and_dali(kind):
-    works, text = doctor.attempt(kind)
+    works, text = doctor.try_in_subprocess(kind)
     assert works, text
 
 
@@ -113,18 +113,18 @@ def test_package_missing_or_broken(tmp_path, module, raised, said, status):
 def test_trial_that_fails(tmp_path, monkeypatch, body, said):
     monkeypatch.setattr(sys, "executable", script(tmp_path / "python", body))
     monkeypatch.setattr(doctor, "LIMIT", 0.5)
-    assert doctor.attempt("cpu no-compile") == (False, said)
+    assert doctor.try_in_subprocess("cpu no-compile") == (False, said)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_failing_trial_says_why_in_one_line():
-    works, text = doctor.attempt("cuda no-compile")
+    works, text = doctor.try_in_subprocess("cuda no-compile")
     assert not works
     assert text.startswith("UsageError: --device cuda: PyTorch sees no GPU")
 
 
 def test_nothing_works(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "attempt", lambda kind: (False, "it crashed with signal 4"))
+    monkeypatch.setattr(doctor, "try_in_subprocess", lambda kind: (False, "it crashed with signal 4"))
     assert doctor.main([]) == 1
     shown = capsys.readouterr().out
     assert "NO  CPU, eager        it crashed with signal 4" in shown
@@ -139,7 +139,7 @@ def test_a_check_that_fails_leaves_the_others(quick, monkeypatch, capsys):
     monkeypatch.setitem(doctor.SECTIONS, "GPU", broken)
     assert doctor.main([]) == 0
     shown = capsys.readouterr().out
-    assert "NO  GPU               cannot be looked at (RuntimeError: the driver says no)" in shown
+    assert "NO  GPU               cannot be checked (RuntimeError: the driver says no)" in shown
     assert shown.splitlines()[-1].endswith("Not well: GPU.")
 
 
@@ -178,7 +178,7 @@ def test_a_compiler_that_fails(tmp_path, monkeypatch):
     text = 'case "$1" in -*) exec g++ "$@";; esac; echo "a.cpp: error: no headers" >&2; exit 1'
     monkeypatch.setenv("CXX", script(tmp_path / "c++", text))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    works, text = doctor.attempt("cpu compile")
+    works, text = doctor.try_in_subprocess("cpu compile")
     assert not works
     assert text.startswith("RuntimeError: torch.compile failed")
 
@@ -200,7 +200,7 @@ def test_interpreter_left_on(monkeypatch):
 def test_driver_without_a_torch_that_sees_it(tmp_path, monkeypatch):
     script(tmp_path / "bin" / "nvidia-smi", "echo 'NVIDIA H100, 580.65'")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    mark, text = found(doctor.graphics)["GPU"]
+    mark, text = found(doctor.gpu_and_driver)["GPU"]
     assert mark == "NO"
     assert text.startswith("NVIDIA H100, 580.65, but PyTorch does not see it; this torch is built for ")
 
@@ -210,7 +210,7 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "runs").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.chdir(tmp_path)
-    lines = found(doctor.room)
+    lines = found(doctor.memory_and_disk)
     for name, option in (("cache folder", "--cache-dir"), ("runs folder", "--out")):
         mark, text = lines[name]
         assert mark == "NO"
@@ -218,5 +218,5 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_full_disk(monkeypatch):
-    monkeypatch.setattr(doctor, "SCARCE", 1e30)
-    assert found(doctor.room)["cache folder"][0] == "NO"
+    monkeypatch.setattr(doctor, "LITTLE_DISK", 1e30)
+    assert found(doctor.memory_and_disk)["cache folder"][0] == "NO"

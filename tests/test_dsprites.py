@@ -34,7 +34,7 @@ def archive(path, **changed) -> Path:
 
 def test_images_and_indices(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dsprites, "AT_A_TIME", 5)
+    monkeypatch.setattr(dsprites, "CHUNK", 5)
     packed, indices = read(archive(tmp_path / "dsprites_64x64.npz"))
     assert indices.dtype == torch.int64
     assert torch.equal(packed, pack(render(indices)))

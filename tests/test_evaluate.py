@@ -77,9 +77,9 @@ def test_files_and_table(run):
 
 def test_what_the_posteriors_and_reconstructions_are(run, data):
     model = BetaVAE.from_pretrained(run)
-    known = ground_truth.folder(data, model, bins=2)
-    found = measure.describe(model, known, np.arange(N), 0.5, torch.device("cpu"))
-    x = known.images(np.arange(N))
+    truth = ground_truth.folder(data, model, bins=2)
+    found = measure.compute_statistics(model, truth, np.arange(N), 0.5, torch.device("cpu"))
+    x = truth.images(np.arange(N))
     with torch.no_grad():
         mu, log_var = model.encode(x)
         mse = (model.decode(mu) - x).square().mean()
@@ -110,7 +110,7 @@ def test_options_that_cannot_be_used(run, options, message, capsys):
 def test_runs_whose_factors_are_not_known(tmp_path, capsys):
     small_model().save_pretrained(tmp_path)
     assert main([str(tmp_path)]) == 2
-    assert "does not say what it was trained on: name it with --data" in capsys.readouterr().err
+    assert "does not say which data it was trained on: name them with --data" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text(Config(data=DataConfig(name="folder", root=tmp_path)).to_yaml())
     assert main([str(tmp_path)]) == 2
     assert "images without known factors" in capsys.readouterr().err
@@ -119,12 +119,12 @@ def test_runs_whose_factors_are_not_known(tmp_path, capsys):
 def test_what_is_infinite_is_said_so(tmp_path, monkeypatch):
     """Latents that repeat each other have an infinite total correlation, and JSON has no number for it."""
     factors = np.indices((2, 3)).reshape(2, -1).T.repeat(10, 0)
-    known = Truth(("a", "b"), factors, lambda numbers: torch.rand(len(numbers), 3, 32, 32) * 2 - 1)
+    truth = Truth(("a", "b"), factors, lambda numbers: torch.rand(len(numbers), 3, 32, 32) * 2 - 1)
     model = small_model()
     with torch.no_grad():
         model.head.weight[1], model.head.bias[1] = model.head.weight[0], model.head.bias[0]
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(run_folder, "open_truth", lambda *arguments: known)
+    monkeypatch.setattr(run_folder, "open_truth", lambda *arguments: truth)
     table = run_folder.evaluate(tmp_path, Protocol(seeds=1, points=30))
     assert "| total_correlation | infinite | |" in table
     text = (tmp_path / "evaluation.json").read_text()
@@ -172,7 +172,10 @@ def test_a_users_dsprites(tmp_path, capsys):
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("head", "codes[0, 0] is nan: codes must be finite"), ("decoder", "decoder gives values that are not")],
+    [
+        ("head", "codes[0, 0] is nan: codes must be finite"),
+        ("decoder", "decoder's output has values that are not"),
+    ],
 )
 def test_a_model_that_is_not_finite(tmp_path, monkeypatch, capsys, activation, part, message):
     model = small_model(1, activation, 64)
@@ -180,8 +183,8 @@ def test_a_model_that_is_not_finite(tmp_path, monkeypatch, capsys, activation, p
         next(model.get_submodule(part).parameters()).fill_(math.nan)
     model.save_pretrained(tmp_path)
     factors = np.indices((2, 3)).reshape(2, -1).T.repeat(10, 0)
-    known = Truth(("a", "b"), factors, lambda numbers: torch.rand(len(numbers), 1, 64, 64))
-    monkeypatch.setattr(run_folder, "open_truth", lambda *arguments: known)
+    truth = Truth(("a", "b"), factors, lambda numbers: torch.rand(len(numbers), 1, 64, 64))
+    monkeypatch.setattr(run_folder, "open_truth", lambda *arguments: truth)
     assert main([str(tmp_path), "--seeds", "1", "--points", "30"]) == 2
     assert message in capsys.readouterr().err
 
@@ -193,8 +196,8 @@ def test_a_sure_mistake_costs_its_logit():
     with torch.no_grad():
         last.weight.zero_()
         last.bias.fill_(20)
-    known = Truth(("a",), np.zeros((2, 1), int), lambda numbers: torch.zeros(len(numbers), 1, 64, 64))
-    found = measure.describe(model, known, np.arange(2), 0.5, torch.device("cpu"))
+    truth = Truth(("a",), np.zeros((2, 1), int), lambda numbers: torch.zeros(len(numbers), 1, 64, 64))
+    found = measure.compute_statistics(model, truth, np.arange(2), 0.5, torch.device("cpu"))
     assert found["reconstruction_nats"] == pytest.approx(20 * 64 * 64, rel=1e-6)
 
 
@@ -208,11 +211,11 @@ def test_sprites_of_which_a_factor_does_not_vary(tmp_path, monkeypatch, capsys):
 def test_attributes_are_told_by_single_latents(data, tmp_path, monkeypatch):
     """A latent that is the attribute's opposite tells it as well as any."""
     model = small_model()
-    known = ground_truth.attributes(data, model)
-    assert known.factors.shape == (6, len(known.names))  # a tenth of the images is for testing
+    truth = ground_truth.attributes(data, model)
+    assert truth.factors.shape == (6, len(truth.names))  # a tenth of the images is for testing
     with open(data / "celeba" / "factors.csv") as file:
         rows = list(csv.DictReader(file))[-6:]
-    glasses = known.factors[:, known.names.index("Eyeglasses")]
+    glasses = truth.factors[:, truth.names.index("Eyeglasses")]
     assert glasses.tolist() == [1 if float(row["glasses"]) > 0.5 else -1 for row in rows]
     codes = np.zeros((6, 4), np.float32)
     codes[:, 2] = -glasses
@@ -236,7 +239,10 @@ def test_attributes_are_told_by_single_latents(data, tmp_path, monkeypatch):
         ("2\nBald Young\n000055.jpg 1\n", "line 3: expected a file name and 2 times 1 or -1"),
         ("2\nBald Young\n000055.jpg 1 0\n", "line 3: expected a file name and 2 times 1 or -1"),
         ("2\nBald Young\n000001.jpg 1 1\n", "the list of attributes lacks 000055.jpg and 5 more"),
-        ("x\nBald\n" + "".join(f"0000{i}.jpg 1\n" for i in range(55, 61)), "in no attribute do its 6"),
+        (
+            "x\nBald\n" + "".join(f"0000{i}.jpg 1\n" for i in range(55, 61)),
+            "its 6 images have the same value in every attribute",
+        ),
     ],
 )
 def test_attributes_that_cannot_be_used(data, tmp_path, text, message):
@@ -270,41 +276,41 @@ def test_intervals_are_students():
 
 def test_the_true_factors_rate_best(tmp_path):
     factors = np.indices((2, 3, 4)).reshape(3, -1).T.repeat(20, 0)
-    known = Truth(("a", "b", "c"), factors, lambda numbers: torch.empty(0))
+    truth = Truth(("a", "b", "c"), factors, lambda numbers: torch.empty(0))
     codes = (factors / [1, 2, 3]).astype(np.float32)
     seconds: dict[str, float] = {}
-    found = measure.rate(codes, known, Protocol(seeds=2, points=400), seconds)
+    found = measure.score_codes(codes, truth, Protocol(seeds=2, points=400), seconds)
     assert found.keys() == SCORES
     for name in SCORES - {"sap"}:
         assert found[name].mean > 0.97, name
     assert seconds.keys() == {"score", "beta_vae", "factor_vae"}
-    for matrix in measure.matrices(codes[:, [1, 2, 0]], known, Protocol(points=480)).values():
+    for matrix in measure.matrices(codes[:, [1, 2, 0]], truth, Protocol(points=480)).values():
         assert matrix.argmax(0).tolist() == [2, 0, 1]
         assert np.allclose(matrix.max(0), 1, atol=0.02)
 
 
 def test_all_images_are_encoded_in_order(data):
     model = small_model()
-    known = ground_truth.folder(data, model, bins=5)
+    truth = ground_truth.folder(data, model, bins=5)
     with torch.no_grad():
-        expected = model.encode(known.images(np.arange(N)))[0]
-    codes = measure.encode(model, known, np.arange(N), torch.device("cpu"))
+        expected = model.encode(truth.images(np.arange(N)))[0]
+    codes = measure.encode(model, truth, np.arange(N), torch.device("cpu"))
     assert np.allclose(codes, expected, atol=1e-4)
 
 
 def test_faces_and_their_factors(data):
     model = small_model(image_size=64)
-    known = ground_truth.folder(data / "celeba", model, bins=5)
-    assert known.names[5] == "glasses"
+    truth = ground_truth.folder(data / "celeba", model, bins=5)
+    assert truth.names[5] == "glasses"
     with open(data / "celeba" / "factors.csv") as file:
         rows = list(csv.DictReader(file))
-    assert known.factors[:, 5].tolist() == [float(row["glasses"]) for row in rows]
+    assert truth.factors[:, 5].tolist() == [float(row["glasses"]) for row in rows]
     skin = np.array([float(row["skin"]) for row in rows])
     edges = np.linspace(skin.min(), skin.max(), 6)[1:-1]
-    assert known.factors[:, 2].tolist() == np.digitize(skin, edges).tolist()
+    assert truth.factors[:, 2].tolist() == np.digitize(skin, edges).tolist()
     drawn = faces.render(faces.sample_factors(N, 0)[[7, 3]]).permute(0, 3, 1, 2)[:, :, 35:183, 15:163]
     expected = torch.nn.functional.interpolate(drawn / 127.5 - 1, size=64, mode="bilinear", antialias=True)
-    assert (known.images(np.array([7, 3])) - expected).abs().mean() < 0.03  # JPEG's share
+    assert (truth.images(np.array([7, 3])) - expected).abs().mean() < 0.03  # JPEG's share
 
 
 @pytest.mark.parametrize("text", ["file,a\n1.jpg,x\n", "file,a,b\n1.jpg,1\n", "file,a\n1.jpg,nan\n"])
@@ -317,13 +323,13 @@ def test_factors_that_are_no_table_of_numbers(tmp_path, text):
 @pytest.mark.parametrize(("activation", "low"), [("tanh", -1), ("sigmoid", 0)])
 def test_sprites_and_their_factors(activation, low):
     indices = sprites.unravel(torch.arange(0, sprites.COUNT, 1000))
-    known = ground_truth.shapes(small_model(1, activation, 64), pack(sprites.render(indices)), indices)
+    truth = ground_truth.shapes(small_model(1, activation, 64), pack(sprites.render(indices)), indices)
     numbers = np.array([5, 700, 300])
-    assert known.factors.shape == (738, 5)
-    x = known.images(numbers)
+    assert truth.factors.shape == (738, 5)
+    x = truth.images(numbers)
     assert x.shape == (3, 1, 64, 64)
     assert x.unique().tolist() == [low, 1]
-    assert torch.equal(x[:, 0] == 1, sprites.render(torch.from_numpy(known.factors[numbers])).bool())
+    assert torch.equal(x[:, 0] == 1, sprites.render(torch.from_numpy(truth.factors[numbers])).bool())
 
 
 def test_heat_map_is_white_at_0_and_dark_at_1():

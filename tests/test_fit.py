@@ -200,7 +200,7 @@ def linear(channels, size, latent_dim, widths):
 def test_a_registered_network(images, tmp_path):
     register_architecture("test-linear", linear)
     register_architecture("test-linear", linear)  # its module was imported again
-    with pytest.raises(UsageError, match="registered already"):
+    with pytest.raises(UsageError, match="already registered"):
         register_architecture("burgess", linear)
     fitted = fit(images, arch="test-linear", out=tmp_path / "run", **TINY)
     assert len(list(fitted.model.parameters())) == 4

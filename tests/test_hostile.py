@@ -340,7 +340,7 @@ def read_cache(found, where):
     files = [str(path) for path in sorted((where / "images").iterdir())]
     request = cache.Request(where / "images", files, picture, "torchvision")
     with quiet():
-        entry = cache.obtain(request, where / "cache", reader, "images").folder
+        entry = cache.open_or_build(request, where / "cache", reader, "images").folder
         if isinstance(found, dict):
             manifest = json.loads((entry / "manifest.json").read_text())
             manifest = {k: v for k, v in {**manifest, **found}.items() if v != ABSENT and k != "checksum"}
@@ -349,7 +349,7 @@ def read_cache(found, where):
         if isinstance(found, bytes):
             (entry / "manifest.json").write_bytes(found)
         assert data.main(["ls", "--cache-dir", str(where / "cache")]) == 0
-        assert len(cache.obtain(request, where / "cache", reader, "images").images) == 3
+        assert len(cache.open_or_build(request, where / "cache", reader, "images").images) == 3
 
 
 def read_checkpoint(case, where):
@@ -537,7 +537,7 @@ def test_tar_that_goes_in_circles(tmp_path):
 @pytest.mark.parametrize("name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg"])
 def test_tar_member_that_leads_out(tmp_path, name):
     (tmp_path / "x.tar").write_bytes(tar(tarfile.GNU_FORMAT, (name, JPEG)))
-    with pytest.raises(ValueError, match=re.escape(f"{name!r} leads out of the folder")):
+    with pytest.raises(ValueError, match=re.escape(f"{name!r} points outside the shard's folder")):
         folder.splits(tmp_path)
 
 
@@ -546,9 +546,9 @@ def test_listed_file_that_leads_out(tmp_path, name):
     base = write_celeba(tmp_path) / "celeba"
     (base / "list_eval_partition.txt").write_text(f"{name} 0\n")
     (base / "factors.csv").write_text(f"file,a\n{name},1\n")
-    with pytest.raises(ValueError, match="leads out of the folder of the images"):
+    with pytest.raises(ValueError, match="is outside the image folder"):
         celeba.splits(tmp_path)
-    with pytest.raises(ValueError, match="leads out of the folder of the images"):
+    with pytest.raises(ValueError, match="is outside the image folder"):
         ground_truth.folder(tmp_path, BetaVAE(hidden_dims=[2], image_size=32), bins=5)
 
 

@@ -124,7 +124,7 @@ def test_a_folder_gets_a_file_each(run, model, tmp_path):
     ("options", "message"),
     [
         (["--n", "0"], "--n must be positive, got 0"),
-        (["--which", "best"], "no checkpoint that a validation found"),
+        (["--which", "best"], "no best checkpoint"),
     ],
 )
 def test_refused(run, options, message, capsys):

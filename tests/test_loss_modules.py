@@ -193,7 +193,7 @@ CONSTRUCTORS = {
     "weight True": (lambda: BetaLoss(kl_weight=True), "kl_weight must be .* got True"),
     "M over N of a KL": (
         lambda: BetaLoss()(torch.ones(2, 3, 8, 8), torch.ones(2, 3, 8, 8), torch.ones(2)),
-        "needs mu and log_var.*give a number",
+        "needs mu and log_var.*pass a number",
     ),
 }
 

@@ -460,7 +460,7 @@ MISUSE = {
         (images(), images().requires_grad_(), KL),
         {},
         ValueError,
-        r"target gets no gradient: give target.detach\(\)",
+        r"target gets no gradient: pass target.detach\(\)",
     ),
     "recon a list": (([1.0], images(), KL), {"step": 3}, TypeError, "recon must be a tensor, got list"),
     "step beyond 64 bits": ((images(), images(), KL), {"step": 2**63}, ValueError, "step must fit"),

@@ -365,11 +365,11 @@ def test_reconstructions():
     assert gaussian == pytest.approx((4 * 0.25, 0.25, 20 * math.log10(2 / 0.5)))
     assert reconstruction(target, target, peak=1).psnr == math.inf
     for variance in (None, 0.5):
-        with pytest.raises(ValueError, match="the decoder gives values that are not finite"):
+        with pytest.raises(ValueError, match="the decoder's output has values that are not finite"):
             reconstruction(target * math.nan, target, peak=1, variance=variance)
     with pytest.raises(ValueError, match="must be in .0, 1."):
         reconstruction(target - 1, target, peak=1)
-    with pytest.raises(ValueError, match="equally many"):
+    with pytest.raises(ValueError, match="the same shape"):
         reconstruction(target[:2], target, peak=1)
 
 

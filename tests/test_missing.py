@@ -24,7 +24,7 @@ for name in ("compare", "contenders", "race", "record", "report", "roofline", "t
              "test_scaling", "test_step"):
     importlib.import_module(f"bench.{name}")
 import bvae.training.optimizer, bvae.losses, bvae.model, bvae.training.step, torch
-from bench.contenders import Network, check, ours, seed
+from bench.contenders import Network, check, ours, pytorch_vae
 from bvae.config import TrainingConfig
 
 images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)

@@ -115,7 +115,7 @@ def test_more_processes_than_a_batch_can_feed_are_named(data, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("environment", "device", "text"),
     [
-        ({"RANK": "0"}, "cpu", "WORLD_SIZE is set, LOCAL_RANK and MASTER_ADDR and MASTER_PORT not"),
+        ({"RANK": "0"}, "cpu", "WORLD_SIZE is set, but not LOCAL_RANK and MASTER_ADDR and MASTER_PORT"),
         (
             {"RANK": "0", "LOCAL_RANK": "99", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
             "cuda",
@@ -124,7 +124,7 @@ def test_more_processes_than_a_batch_can_feed_are_named(data, tmp_path, monkeypa
         (
             {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"},
             "cpu",
-            "rank 0 could not meet the others at nowhere.invalid:1",
+            "rank 0 could not connect to the others at nowhere.invalid:1",
         ),
     ],
     ids=["incomplete", "too few GPUs", "nobody there"],
@@ -140,4 +140,4 @@ def test_a_meeting_that_cannot_be_is_named(monkeypatch, environment, device, tex
 def test_a_torchrun_that_is_none_is_named_without_a_traceback(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["--device", "cpu"]) == 2
-    assert "error: WORLD_SIZE is set, RANK and LOCAL_RANK" in capsys.readouterr().err
+    assert "error: WORLD_SIZE is set, but not RANK and LOCAL_RANK" in capsys.readouterr().err

@@ -107,5 +107,8 @@ def test_presets_train(few, name, tmp_path, monkeypatch):
 def test_shapes_without_a_configuration_are_trained_by_a_preset(few, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["--data", "sprites", *SHORT, "--out", "run"]) == 0
-    assert "the preset burgess_sprites gives what the command line leaves open" in capsys.readouterr().out
+    assert (
+        "options that are not on the command line come from the preset burgess_sprites"
+        in capsys.readouterr().out
+    )
     assert config.read("run/config.yaml")[0].model.arch == "burgess"

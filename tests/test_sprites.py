@@ -1,4 +1,4 @@
-"""Sprites: the drawing against frames of dSprites, and the whole set's cache."""
+"""Sprites: the drawing against frames of dSprites, and the cache of all images."""
 
 import contextlib
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 
 from bvae.pipelines import sprites
 from bvae.pipelines.packed_loader import pack, unpack
-from bvae.pipelines.sprites import COUNT, FACTORS, SIZES, render, unravel, whole
+from bvae.pipelines.sprites import COUNT, FACTORS, SIZES, all_sprites, render, unravel
 
 FRAMES = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "dsprites_gif_frames.npz"
 
@@ -112,7 +112,7 @@ def test_numbers_count_as_the_original_does():
     assert np.array_equal(indices.numpy(), expected)
 
 
-# --- The whole set ----------------------------------------------------------------------------------------
+# --- All images -------------------------------------------------------------------------------------------
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> int:
     """The set ends early, in the middle of a chunk: what is drawn and kept is 700 images."""
@@ -122,24 +122,24 @@ def small(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_the_cache_is_drawn_once(small, tmp_path, monkeypatch):
-    images = whole(tmp_path / "new")
+    images = all_sprites(tmp_path / "new")
     assert torch.equal(images, pack(render(unravel(torch.arange(small)))))
     (file,) = (tmp_path / "new").iterdir()
     assert file.stat().st_size == small * 512 + 4
     monkeypatch.setattr(sprites, "render", None)
-    assert torch.equal(whole(tmp_path / "new"), images)
+    assert torch.equal(all_sprites(tmp_path / "new"), images)
 
 
 @pytest.mark.parametrize("harm", ["truncated", "changed"])
 def test_a_damaged_cache_is_drawn_again(small, tmp_path, capsys, harm):
-    images = whole(tmp_path)
+    images = all_sprites(tmp_path)
     (file,) = tmp_path.iterdir()
     data = bytearray(file.read_bytes())
     data[1000] ^= 255
     file.write_bytes(data if harm == "changed" else data[:-10])
-    assert torch.equal(whole(tmp_path), images)
+    assert torch.equal(all_sprites(tmp_path), images)
     assert f"{file} is damaged" in capsys.readouterr().out
-    whole(tmp_path)
+    all_sprites(tmp_path)
     assert "damaged" not in capsys.readouterr().out
 
 
@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        whole(tmp_path)
+        all_sprites(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -158,17 +158,17 @@ def test_too_little_room_is_said_beforehand(small, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     monkeypatch.setattr(sprites, "render", None)
     with pytest.raises(OSError, match="make room or choose another folder"):
-        whole(tmp_path)
+        all_sprites(tmp_path)
 
 
 def test_a_cache_that_must_not_be_written_to_is_read(small, tmp_path, monkeypatch):
-    images = whole(tmp_path)
+    images = all_sprites(tmp_path)
     monkeypatch.setattr(sprites, "lock", None)
-    assert torch.equal(whole(tmp_path), images)
+    assert torch.equal(all_sprites(tmp_path), images)
 
 
 def test_who_waited_for_another_process_takes_what_it_drew(small, tmp_path, monkeypatch):
-    images = whole(tmp_path / "other")
+    images = all_sprites(tmp_path / "other")
 
     @contextlib.contextmanager
     def waited(path, label):
@@ -177,21 +177,21 @@ def test_who_waited_for_another_process_takes_what_it_drew(small, tmp_path, monk
 
     monkeypatch.setattr(sprites, "lock", waited)
     monkeypatch.setattr(sprites, "render", None)
-    assert torch.equal(whole(tmp_path), images)
+    assert torch.equal(all_sprites(tmp_path), images)
 
 
 @pytest.mark.gpu
 def test_a_gpu_draws_what_a_cpu_draws(tmp_path):
     numbers = torch.randint(COUNT, (20_000,), generator=torch.Generator().manual_seed(0))
-    drawn = whole(tmp_path, "cuda")[numbers.cuda()]
+    drawn = all_sprites(tmp_path, "cuda")[numbers.cuda()]
     assert not list(tmp_path.iterdir())
     assert torch.equal(drawn.cpu(), pack(render(unravel(numbers))))
 
 
 @pytest.mark.slow
 def test_all_737_280_images(tmp_path):
-    images = whole(tmp_path)
+    images = all_sprites(tmp_path)
     assert images.shape == (737_280, 512)
     numbers = torch.randint(COUNT, (2000,), generator=torch.Generator().manual_seed(0))
     assert torch.equal(unpack(images[numbers], 64)[..., 0], 255 * render(unravel(numbers)))
-    assert torch.equal(whole(tmp_path)[numbers], images[numbers])
+    assert torch.equal(all_sprites(tmp_path)[numbers], images[numbers])

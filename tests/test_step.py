@@ -228,7 +228,7 @@ def test_parts_of_a_batch_are_compiled_twice_at_most():
 
 
 def test_parts_must_be_equal():
-    with pytest.raises(ValueError, match="8 images cannot be cut into 3 equal parts"):
+    with pytest.raises(ValueError, match="8 images cannot be divided into 3 equal parts"):
         build_step(accumulate=3)(batch())
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bvae.losses import BetaLoss
-from bvae.pipelines.memory_loaders import place
+from bvae.pipelines.memory_loaders import choose_loader
 from bvae.reference import scale_pixels
 from bvae.training.validation import validate
 
@@ -37,7 +37,7 @@ class Oracle(nn.Module):
 
 
 def validated(answer):
-    data, _ = place(IMAGES, 4, 0, torch.device("cpu"), train=False, flip=False)
+    data, _ = choose_loader(IMAGES, 4, 0, torch.device("cpu"), train=False, flip=False)
     return validate(Oracle(answer), BetaLoss(kl_weight=0.5, activation="tanh"), data, 0, None)
 
 

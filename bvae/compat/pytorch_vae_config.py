@@ -1,4 +1,4 @@
-"""PyTorch-VAE's YAML configurations, of its older dialect and its newer one, in our words."""
+"""Translate PyTorch-VAE's YAML configurations, in the older and the newer dialect, into ours."""
 
 import difflib
 import reprlib
@@ -10,7 +10,7 @@ from bvae.errors import UsageError
 
 _SECTIONS = ("model_params", "data_params", "exp_params", "trainer_params", "logging_params")
 
-# Their key -> ours, "section.key". None: a switch of Lightning or of the DataLoader, without a counterpart.
+# PyTorch-VAE's key -> our "section.key". None: an option of Lightning or the DataLoader, not used here.
 _KEYS: dict[str, str | None] = {
     "model_params.in_channels": "data.channels",
     "model_params.latent_dim": "model.latent_dim",
@@ -44,14 +44,14 @@ _NETWORKS = {"BetaVAE": {}, "VanillaVAE": {"loss_type": "VAE"}}
 
 
 def is_dialect(config: Mapping[str, Any]) -> bool:
-    """Whether a YAML mapping is written in PyTorch-VAE's words."""
+    """Whether a YAML mapping has PyTorch-VAE's sections."""
     return any(section in config for section in _SECTIONS)
 
 
 def translate(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str], Path | None]:
-    """A PyTorch-VAE configuration in our words.
+    """Translate a PyTorch-VAE configuration into ours.
 
-    Keys that are absent, or null, keep our defaults, not PyTorch-VAE's.
+    Keys that are missing, or null, have our defaults, not PyTorch-VAE's.
 
     Returns:
         our sections; the keys that have no counterpart here; the run folder `save_dir/name`, if named.
@@ -59,29 +59,29 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], lis
     Raises:
         ValueError: an unknown key (with the nearest one), or a network other than BetaVAE and VanillaVAE.
     """
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for section, values in config.items():
         if section not in _SECTIONS:
             raise unknown_key(section, _SECTIONS)
         if not isinstance(values or {}, Mapping):
             raise UsageError(f"{section} must be a section of keys, got {brief(values)}")
-        given.update(
+        options.update(
             {f"{section}.{key}": value for key, value in (values or {}).items() if value is not None}
         )
     for key in ("model_params.name", "logging_params.save_dir", "logging_params.name"):
-        if not isinstance(given.get(key, ""), str):
-            raise UsageError(f"{key} must be text, got {brief(given[key])}")
+        if not isinstance(options.get(key, ""), str):
+            raise UsageError(f"{key} must be text, got {brief(options[key])}")
 
-    network = given.pop("model_params.name", "BetaVAE")
+    network = options.pop("model_params.name", "BetaVAE")
     if network not in _NETWORKS:
         raise UsageError(f"model_params.name: {network} is not trained here, only {' and '.join(_NETWORKS)}")
-    save_dir, name = given.pop("logging_params.save_dir", None), given.pop("logging_params.name", None)
+    save_dir, name = options.pop("logging_params.save_dir", None), options.pop("logging_params.name", None)
     out = Path(save_dir or "runs") / (name or network) if save_dir or name else None
 
-    # PyTorch-VAE trains on CelebA unless told otherwise.
+    # PyTorch-VAE trains on CelebA by default.
     ours: dict[str, dict[str, Any]] = {"data": {"name": "celeba"}, "objective": dict(_NETWORKS[network])}
     unused = []
-    for key, value in given.items():
+    for key, value in options.items():
         if key not in _KEYS:
             raise unknown_key(
                 key, [*_KEYS, "model_params.name", "logging_params.name", "logging_params.save_dir"]
@@ -96,17 +96,17 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], lis
 
 
 def brief(value: object) -> str:
-    """A value as it is shown in a message: a few lines of YAML can stand for billions of values."""
+    """A short form of a value for messages: a few lines of YAML can expand to billions of values."""
     shown = reprlib.Repr()
     shown.maxlevel, shown.maxstring, shown.maxother = 2, 100, 100
     return shown.repr(value)
 
 
-def unknown_key(key: object, known: Iterable[str]) -> UsageError:
+def unknown_key(key: object, names: Iterable[str]) -> UsageError:
     """The error for a mistyped key; it names the nearest one."""
-    known = list(known)
-    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    names = list(names)
+    nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     return UsageError(
         f"unknown key '{key}'"
-        + (f", did you mean '{nearest[0]}'?" if nearest else f"; known: {', '.join(known)}")
+        + (f", did you mean '{nearest[0]}'?" if nearest else f"; known: {', '.join(names)}")
     )

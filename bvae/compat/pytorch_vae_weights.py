@@ -1,8 +1,8 @@
 """PyTorch-VAE's BetaVAE checkpoints, in both directions.
 
 PyTorch-VAE keeps a bias in every convolution before a BatchNorm. BatchNorm subtracts the batch's mean and the
-bias with it, so in training it does nothing; in evaluation BN(conv + b) with mean m is BN(conv) with mean
-m - b. Import subtracts it from the running mean; export writes zeros.
+bias with it, so in training the bias has no effect. In evaluation BN(conv + b) with mean m is BN(conv) with
+mean m - b: import subtracts the bias from the running mean; export writes zeros.
 """
 
 from collections.abc import Mapping
@@ -49,39 +49,39 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _blocks(depth: int) -> list[tuple[str, str, str]]:
-    """(our block, its convolution there, its BatchNorm there) for every convolution with a BatchNorm."""
+    """(our block, PyTorch-VAE's convolution, its BatchNorm) for every convolution with a BatchNorm."""
     encoder = [(f"encoder.{i}", f"encoder.{i}.0", f"encoder.{i}.1") for i in range(depth)]
     decoder = [(f"decoder.{i}", f"decoder.{i}.0", f"decoder.{i}.1") for i in range(depth - 1)]
     return [*encoder, *decoder, (f"decoder.{depth - 1}", "final_layer.0", "final_layer.1")]
 
 
 def _import_state(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    ours = {
+    imported = {
         f"head.{kind}": torch.cat([state[f"fc_mu.{kind}"], state[f"fc_var.{kind}"]])
         for kind in ("weight", "bias")
     }
     for kind in ("weight", "bias"):
-        ours[f"decoder_input.{kind}"] = state[f"decoder_input.{kind}"]
-        ours[f"decoder.{depth}.{kind}"] = state[f"final_layer.3.{kind}"]
+        imported[f"decoder_input.{kind}"] = state[f"decoder_input.{kind}"]
+        imported[f"decoder.{depth}.{kind}"] = state[f"final_layer.3.{kind}"]
     for block, conv, norm in _blocks(depth):
-        ours[f"{block}.0.weight"] = state[f"{conv}.weight"]
+        imported[f"{block}.0.weight"] = state[f"{conv}.weight"]
         for name in ("weight", "bias", "running_var", "num_batches_tracked"):
-            ours[f"{block}.1.{name}"] = state[f"{norm}.{name}"]
-        ours[f"{block}.1.running_mean"] = state[f"{norm}.running_mean"] - state[f"{conv}.bias"]
-    return ours
+            imported[f"{block}.1.{name}"] = state[f"{norm}.{name}"]
+        imported[f"{block}.1.running_mean"] = state[f"{norm}.running_mean"] - state[f"{conv}.bias"]
+    return imported
 
 
 def export_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`BetaVAE.state_dict()` under PyTorch-VAE's names, for its `load_state_dict`."""
     depth = len({name.split(".")[1] for name in state if name.startswith("encoder.")})
-    theirs: dict[str, Tensor] = {}
+    exported: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
-        theirs[f"fc_mu.{kind}"], theirs[f"fc_var.{kind}"] = state[f"head.{kind}"].chunk(2)
-        theirs[f"decoder_input.{kind}"] = state[f"decoder_input.{kind}"]
-        theirs[f"final_layer.3.{kind}"] = state[f"decoder.{depth}.{kind}"]
+        exported[f"fc_mu.{kind}"], exported[f"fc_var.{kind}"] = state[f"head.{kind}"].chunk(2)
+        exported[f"decoder_input.{kind}"] = state[f"decoder_input.{kind}"]
+        exported[f"final_layer.3.{kind}"] = state[f"decoder.{depth}.{kind}"]
     for block, conv, norm in _blocks(depth):
-        theirs[f"{conv}.weight"] = state[f"{block}.0.weight"]
-        theirs[f"{conv}.bias"] = torch.zeros_like(state[f"{block}.1.bias"])
+        exported[f"{conv}.weight"] = state[f"{block}.0.weight"]
+        exported[f"{conv}.bias"] = torch.zeros_like(state[f"{block}.1.bias"])
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-            theirs[f"{norm}.{name}"] = state[f"{block}.1.{name}"]
-    return theirs
+            exported[f"{norm}.{name}"] = state[f"{block}.1.{name}"]
+    return exported

@@ -1,1 +1,1 @@
-"""Trained models on data with known factors: measured, tabulated and compared."""
+"""Measure trained models on data with known factors, and report the results."""

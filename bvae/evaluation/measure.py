@@ -29,20 +29,20 @@ BATCH = {"cpu": 64, "cuda": 4096}  # images encoded at a time; on a CPU what a c
 
 @dataclass(frozen=True)
 class Protocol:
-    """On which data, and how much of disentanglement_lib's protocols."""
+    """The data, and the sizes for disentanglement_lib's protocols."""
 
     data: Literal["auto", "faces", "celeba", "sprites", "dsprites"] = "auto"
-    """What the model is measured on. auto: what the run's config.yaml names."""
+    """The data on which the model is measured. auto: those of the run's config.yaml."""
     data_root: Path | None = None
-    """Folder of the faces and their factors.csv, of CelebA and its list_attr_celeba, or dSprites' npz.
+    """Folder of the faces and their factors.csv, or of CelebA and its list_attr_celeba; or dSprites' npz.
     None: the one in config.yaml, or data/faces."""
     factor_bins: int = 10
-    """A factor of more values than this is cut into as many bins of equal width (faces)."""
+    """A factor with more values than this is divided into this many bins of equal width (faces)."""
     seeds: int = 5
     """How many times each metric draws new points: the intervals are over these seeds."""
     points: int = 10_000
-    """Points for MIG, modularity, posteriors and reconstructions; those to train DCI, SAP, BetaVAE and
-    FactorVAE on, which are tested on half as many."""
+    """Points for MIG, modularity, posteriors and reconstructions, and to train DCI, SAP, BetaVAE and
+    FactorVAE on. These four are tested on half as many."""
     boosting: metrics.Boosting = "histogram"
     """DCI's trees. exact: disentanglement_lib's, twenty times slower."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -62,14 +62,14 @@ class Interval(NamedTuple):
 
 
 def interval(values: list[float]) -> Interval:
-    """The mean of values and how sure it is."""
+    """The mean of values, and its interval."""
     n = len(values)
     if n == 1:
         return Interval(values[0], None)
     return Interval(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * stats.sem(values)))
 
 
-def settings(run: Path) -> Config | None:
+def trained_config(run: Path) -> Config | None:
     """The configuration that a model was trained with, if its folder holds it."""
     file = run / "config.yaml"
     return config.read(file)[0] if file.is_file() else None
@@ -81,12 +81,12 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
     Raises:
         ValueError, FileNotFoundError: no data with factors or attributes are named or found.
     """
-    trained = settings(run)
+    trained = trained_config(run)
     data = trained.data if trained else DataConfig()
     name = protocol.data
     if name == "auto":
         if trained is None:
-            raise UsageError(f"{run} does not say what it was trained on: name it with --data")
+            raise UsageError(f"{run} does not say which data it was trained on: name them with --data")
         if data.name == "folder" or data.name == "memory":
             raise UsageError(f"{run} was trained on images without known factors: name others with --data")
         name = data.name
@@ -95,7 +95,7 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
         return ground_truth.folder(root or DRAWN_ROOT, model, protocol.factor_bins, crop)
     if name == "sprites":
         ground_truth.check_shapes(model)
-        packed = sprites.whole(data.cache_dir or default_folder(), device)
+        packed = sprites.all_sprites(data.cache_dir or default_folder(), device)
         return ground_truth.shapes(model, packed, sprites.unravel(torch.arange(len(packed))))
     if root is None:
         raise UsageError(f"--data {name} needs --data-root")
@@ -107,9 +107,9 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
 
 @torch.no_grad()
 def encode(
-    model: BetaVAE, known: Truth, numbers: NDArray[np.int64], device: torch.device
+    model: BetaVAE, truth: Truth, numbers: NDArray[np.int64], device: torch.device
 ) -> NDArray[np.float32]:
-    """The posterior means [n, D] of the images of those numbers, with a progress bar.
+    """The posterior means [n, D] of the images with these numbers; shows a progress bar.
 
     Raises:
         ValueError: means that are not finite, or a single latent.
@@ -118,44 +118,44 @@ def encode(
     codes = np.empty((n, model.latent_dim), np.float32)
     with tqdm(total=n, desc="encoding", unit=" images", disable=None) as bar:
         for start in range(0, n, batch):
-            x = known.images(numbers[start : start + batch]).to(device)
+            x = truth.images(numbers[start : start + batch]).to(device)
             codes[start : start + batch] = model.encode(x)[0].cpu().numpy()
             bar.update(len(x))
     inputs.check_codes(codes)
     return codes
 
 
-def some(known: Truth, points: int) -> NDArray[np.int64]:
-    """The numbers of as many images, or of all if there are fewer; the same ones on every call."""
-    return np.random.default_rng(0).permutation(len(known.factors))[:points]
+def sample_numbers(truth: Truth, points: int) -> NDArray[np.int64]:
+    """Draw the numbers of `points` images, or of all if there are fewer; the same numbers on every call."""
+    return np.random.default_rng(0).permutation(len(truth.factors))[:points]
 
 
 @torch.no_grad()
-def describe(
-    model: BetaVAE, known: Truth, drawn: NDArray[np.int64], variance: float, device: torch.device
+def compute_statistics(
+    model: BetaVAE, truth: Truth, drawn: NDArray[np.int64], variance: float, device: torch.device
 ) -> dict[str, Any]:
-    """Posteriors and reconstructions of the images of those numbers.
+    """Statistics of the posteriors and reconstructions of the images with these numbers.
 
     Args:
-        variance: the Gaussian likelihood's; a model whose images are a Bernoulli's means has none.
+        variance: of the Gaussian likelihood; not used if the model has a Bernoulli likelihood.
     """
     mus: list[Tensor] = []
     log_vars: list[Tensor] = []
-    closeness: list[tuple[float, ...]] = []
+    sums: list[tuple[float, ...]] = []
     low, high = model.pixel_range
     spread = None if model.activation == "sigmoid" else variance
     batch = BATCH[device.type]
     for start in tqdm(range(0, len(drawn), batch), desc="decoding", disable=None):
-        x = known.images(drawn[start : start + batch]).to(device)
+        x = truth.images(drawn[start : start + batch]).to(device)
         mu, log_var = model.encode(x)
-        # float64: in float32 the sigmoid of 17 is 1, and a wrong pixel as sure as that would cost 100 nats.
+        # float64: in float32 the sigmoid of 17 is 1, and such a wrong pixel would cost 100 nats.
         mean = ACTIVATIONS[model.activation](model.decode_raw(mu).double())
-        found = metrics.reconstruction(mean, x, peak=high - low, variance=spread)
+        distances = metrics.reconstruction(mean, x, peak=high - low, variance=spread)
         mus.append(mu.cpu())
         log_vars.append(log_var.cpu())
-        closeness.append(tuple(len(x) * value for value in found))
+        sums.append(tuple(len(x) * value for value in distances))
     mu, log_var = torch.cat(mus), torch.cat(log_vars)
-    nats, mse, psnr = np.sum(closeness, 0) / len(drawn)
+    nats, mse, psnr = np.sum(sums, 0) / len(drawn)
     kl = metrics.kl_per_latent(mu, log_var)
     return {
         "kl": kl.sum().item(),
@@ -169,14 +169,14 @@ def describe(
     }
 
 
-def rate(
-    codes: NDArray[np.float32], known: Truth, protocol: Protocol, seconds: dict[str, float]
+def score_codes(
+    codes: NDArray[np.float32], truth: Truth, protocol: Protocol, seconds: dict[str, float]
 ) -> dict[str, Interval]:
-    """All metrics over the seeds; adds what each group of them took."""
-    sample, sizes = metrics.Table(known.factors), protocol.sizes
+    """All metrics over the seeds; adds the seconds of each group of metrics to `seconds`."""
+    sample, sizes = metrics.Table(truth.factors), protocol.sizes
     groups: dict[str, Callable[[int], Mapping[str, float]]] = {
         "score": lambda seed: metrics.score(
-            codes, known.factors, seed=seed, points=protocol.points, boosting=protocol.boosting, **sizes
+            codes, truth.factors, seed=seed, points=protocol.points, boosting=protocol.boosting, **sizes
         ),
         "beta_vae": lambda seed: {
             "beta_vae": metrics.beta_vae(lambda rows: codes[rows], sample, seed=seed, **sizes)
@@ -199,27 +199,27 @@ def rate(
     return {name: interval(each) for name, each in values.items()}
 
 
-def shares(codes: NDArray[np.float32], factors: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How much of each factor's entropy each latent tells, 0 to 1: [D, K]."""
+def information_shares(codes: NDArray[np.float32], factors: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mutual information of each latent and factor, as a share of the factor's entropy, 0 to 1: [D, K]."""
     checked, factors = inputs.check(codes, factors)
     return mutual_information(discretise(checked), factors) / entropy(factors)
 
 
-def matrices(codes: NDArray[np.float32], known: Truth, protocol: Protocol) -> dict[str, NDArray[np.float64]]:
-    """What each latent knows of each factor [D, K]: the share of its entropy, and DCI's importance."""
-    drawn = some(known, protocol.points)
-    trees = metrics.dci(codes, known.factors, boosting=protocol.boosting, **protocol.sizes)
+def matrices(codes: NDArray[np.float32], truth: Truth, protocol: Protocol) -> dict[str, NDArray[np.float64]]:
+    """Matrices of latents by factors [D, K]: mutual information over entropy, and DCI's importance."""
+    drawn = sample_numbers(truth, protocol.points)
+    trees = metrics.dci(codes, truth.factors, boosting=protocol.boosting, **protocol.sizes)
     return {
-        "mutual information / entropy of the factor": shares(codes[drawn], known.factors[drawn]),
+        "mutual information / entropy of the factor": information_shares(codes[drawn], truth.factors[drawn]),
         "importance (DCI)": trees.importance,
     }
 
 
 def best_latents(areas: NDArray[np.float64], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of AUROCs [D, K]: for each attribute the latent that tells most, and its area if it rises with it."""
-    either_way = np.maximum(areas, 1 - areas)
-    best = either_way.argmax(0)
+    """The best latent for each attribute, from AUROCs [D, K], and its area; 1 - area if below 0.5."""
+    folded = np.maximum(areas, 1 - areas)
+    best = folded.argmax(0)
     return {
-        name: {"latent": int(latent), "auroc": float(either_way[latent, k])}
+        name: {"latent": int(latent), "auroc": float(folded[latent, k])}
         for k, (name, latent) in enumerate(zip(names, best, strict=True))
     }

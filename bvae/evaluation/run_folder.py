@@ -16,13 +16,13 @@ from bvae.errors import UsageError
 from bvae.evaluation.measure import (
     Protocol,
     best_latents,
-    describe,
+    compute_statistics,
     encode,
     matrices,
     open_truth,
-    rate,
-    settings,
-    some,
+    sample_numbers,
+    score_codes,
+    trained_config,
 )
 from bvae.metrics import auroc
 from bvae.model import BetaVAE
@@ -36,15 +36,15 @@ def _spread(half_width: float | None) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The result as a table that people read."""
+    """The result as a Markdown table."""
     lines = [f"| {result['images']} images | mean | 95 % interval |", "|---|---|---|"]
     lines += [
         f"| {name} | {value['mean']:.3f} | {_spread(value['half_width'])} |"
         for name, value in result["scores"].items()
     ]
     lines += [
-        f"| AUROC of {name}, by latent {told['latent']} | {told['auroc']:.3f} | |"
-        for name, told in result["attributes"].items()
+        f"| AUROC of {name}, by latent {best['latent']} | {best['auroc']:.3f} | |"
+        for name, best in result["attributes"].items()
     ]
     plain = {k: v for k, v in result["model"].items() if not k.endswith("per_latent")}
     lines += [
@@ -65,43 +65,46 @@ def evaluate(run: Path, protocol: Protocol) -> str:
             raise UsageError(f"--{name} must be positive, got {getattr(protocol, name)}")
     device = choose_device(protocol.device)
     model = BetaVAE.from_pretrained(run).to(device)
-    known = open_truth(run, protocol, model, device)
-    trained = settings(run)
+    truth = open_truth(run, protocol, model, device)
+    trained = trained_config(run)
     variance = (trained or Config()).objective.decoder_variance
     seconds: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()
-        done = work()
+        outcome = work()
         seconds[name] = time.perf_counter() - start
-        return done
+        return outcome
 
-    codes = timed("encoding", lambda: encode(model, known, np.arange(len(known.factors)), device))
-    drawn = some(known, protocol.points)
-    described = timed("posterior and reconstruction", lambda: describe(model, known, drawn, variance, device))
-    if known.independent:
-        scores = rate(codes, known, protocol, seconds)
-        found = timed("matrices", lambda: matrices(codes, known, protocol))
-        told = {}
+    codes = timed("encoding", lambda: encode(model, truth, np.arange(len(truth.factors)), device))
+    drawn = sample_numbers(truth, protocol.points)
+    statistics = timed(
+        "posterior and reconstruction", lambda: compute_statistics(model, truth, drawn, variance, device)
+    )
+    if truth.independent:
+        scores = score_codes(codes, truth, protocol, seconds)
+        pictured = timed("matrices", lambda: matrices(codes, truth, protocol))
+        best = {}
     else:
-        areas = timed("AUROC", lambda: auroc(codes, known.factors))
-        scores, found, told = {}, {"|2 AUROC - 1|": np.abs(2 * areas - 1)}, best_latents(areas, known.names)
+        areas = timed("AUROC", lambda: auroc(codes, truth.factors))
+        scores, best = {}, best_latents(areas, truth.names)
+        pictured = {"|2 AUROC - 1|": np.abs(2 * areas - 1)}
     seconds["in all"] = sum(seconds.values())
 
-    kl = described["kl_per_latent"]
+    kl = statistics["kl_per_latent"]
     shown = sorted(range(model.latent_dim), key=lambda i: -kl[i])[:ROWS]
     labels = [f"latent {i}, {kl[i]:.2f} nats" for i in shown]
-    picture = heat_map({title: matrix[shown] for title, matrix in found.items()}, labels, known.names)
+    picture = heat_map({title: matrix[shown] for title, matrix in pictured.items()}, labels, truth.names)
     result = {
-        "images": len(known.factors),
-        "factors": known.names,
+        "images": len(truth.factors),
+        "factors": truth.names,
         "seeds": protocol.seeds,
         "points": protocol.points,
         "boosting": protocol.boosting,
         "scores": {name: value._asdict() for name, value in scores.items()},
-        "attributes": told,
-        "model": {k: v if np.isfinite(v).all() else None for k, v in described.items()},  # JSON has no inf
-        "matrices": {title: matrix.tolist() for title, matrix in found.items()},
+        "attributes": best,
+        "model": {k: v if np.isfinite(v).all() else None for k, v in statistics.items()},  # JSON has no inf
+        "matrices": {title: matrix.tolist() for title, matrix in pictured.items()},
         "seconds": seconds,
     }
     table = markdown(result)
@@ -111,6 +114,6 @@ def evaluate(run: Path, protocol: Protocol) -> str:
     images = traverse(model, typical, shown, torch.linspace(-3, 3, 11))
     labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
     save_traversal(images, labels, run / "evaluation_traversals.png")
-    # Last, because a sweep takes it for the sign that nothing is missing.
+    # Last: for a sweep, this file means that the evaluation is complete.
     files.write_text(run / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return table

@@ -1,4 +1,4 @@
-"""What a sweep shows: scores and reconstructions along its grid, in a table and a plot; the paper's table."""
+"""The report of a sweep: scores and reconstructions for each value, as table and plot; the paper's table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +9,8 @@ from matplotlib.figure import Figure
 
 from bvae.evaluation import baselines
 
-Found = Mapping[str, Sequence[Mapping[str, Any]]]  # of each value of the grid, its runs' evaluations
-Baselines = Mapping[
-    str, Mapping[str, Sequence[float]]
-]  # of each code and each set of factors, a score a seed
+Results = Mapping[str, Sequence[Mapping[str, Any]]]  # value of the grid: evaluations of its runs
+Baselines = Mapping[str, Mapping[str, Sequence[float]]]  # code: set of factors: one score per seed
 
 SCORES = {
     "beta_vae": "BetaVAE",
@@ -33,7 +31,7 @@ def values(results: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def spread(numbers: Sequence[float], digits: int, factor: float = 1) -> str:
-    """Mean and, of several runs, their standard deviation."""
+    """The mean and, for several runs, the standard deviation."""
     if not numbers:
         return ""
     scaled = factor * np.array(numbers)
@@ -41,22 +39,22 @@ def spread(numbers: Sequence[float], digits: int, factor: float = 1) -> str:
     return f"{text} ± {scaled.std(ddof=1):.{digits}f}" if len(numbers) > 1 else text
 
 
-def table(key: str, found: Found) -> str:
+def table(key: str, by_value: Results) -> str:
     """A row for each value of the grid; mean and standard deviation over training seeds."""
-    names = [name for name in SCORES if any(values(results, name) for results in found.values())]
+    names = [name for name in SCORES if any(values(results, name) for results in by_value.values())]
     lines = [
         " | ".join([f"| {key} | runs", *(SCORES[n] for n in names), *MODEL.values()]) + " |",
         "|---" * (2 + len(names) + len(MODEL)) + "|",
     ]
-    for value, results in found.items():
+    for value, results in by_value.items():
         cells = [value, str(len(results)), *(spread(values(results, name), 3) for name in names)]
         cells += [spread(values(results, name), 1) for name in MODEL]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def paper_table(scores: Baselines, found: Found) -> str:
-    """BetaVAE scores in percent: of codes without training, of the models found, and the paper's."""
+def paper_table(scores: Baselines, by_value: Results) -> str:
+    """BetaVAE scores in percent: of codes without training, of the sweep's models, and of the paper."""
     columns = list(baselines.FACTORS)
     lines = [
         " | ".join(["| BetaVAE score, %", *columns, "paper [S]"]) + " |",
@@ -68,36 +66,38 @@ def paper_table(scores: Baselines, found: Found) -> str:
 
     for name, paper in baselines.PAPER.items():
         row(name, [spread(scores[name][column], 1, 100) for column in columns], paper)
-    of_beta: dict[float | None, Sequence[Mapping[str, Any]]] = {float(v): each for v, each in found.items()}
+    by_beta: dict[float | None, Sequence[Mapping[str, Any]]] = {
+        float(v): each for v, each in by_value.items()
+    }
     for name, (beta, paper) in baselines.TRAINED.items():
-        row(name, [spread(values(of_beta.get(beta, ()), "beta_vae"), 1, 100), ""], paper)
+        row(name, [spread(values(by_beta.get(beta, ()), "beta_vae"), 1, 100), ""], paper)
     return "\n".join(lines) + f"\n\n{baselines.NOTES}"
 
 
-def draw(key: str, found: Found) -> Figure:
-    """Scores at the left, reconstruction and KL at the right along the grid: a dot a run, a line of means."""
+def draw(key: str, by_value: Results) -> Figure:
+    """Plot scores (left), reconstruction and KL (right) over the grid: a dot per run, a line of means."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, label in SCORES.items():
-        _line(left, found, name, label)
+        _line(left, by_value, name, label)
     for name in ("reconstruction_nats", "kl"):
-        _line(right, found, name, MODEL[name])
+        _line(right, by_value, name, MODEL[name])
     left.set(ylabel="score", ylim=(0, 1.02))
     right.set(ylabel="nats per image", ylim=(0, None))
     for axes in (left, right):
-        axes.set(xlabel=key, xticks=range(len(found)), xticklabels=list(found))
+        axes.set(xlabel=key, xticks=range(len(by_value)), xticklabels=list(by_value))
         if axes.lines:
             axes.legend(fontsize="small")
     return figure
 
 
-def _line(axes: Axes, found: Found, name: str, label: str) -> None:
-    each = [values(results, name) for results in found.values()]
-    places = [place for place, numbers in enumerate(each) if numbers]
-    if not places:
+def _line(axes: Axes, by_value: Results, name: str, label: str) -> None:
+    columns = [values(results, name) for results in by_value.values()]
+    xs = [x for x, numbers in enumerate(columns) if numbers]
+    if not xs:
         return
-    kept = [each[place] for place in places]
-    line = axes.plot(places, [np.mean(numbers) for numbers in kept], label=label)[0]
+    ys = [columns[x] for x in xs]
+    line = axes.plot(xs, [np.mean(numbers) for numbers in ys], label=label)[0]
     colour = line.get_color()
-    axes.fill_between(places, [min(n) for n in kept], [max(n) for n in kept], color=colour, alpha=0.15, lw=0)
-    axes.scatter(np.repeat(places, [len(n) for n in kept]), np.concatenate(kept), s=12, color=colour)
+    axes.fill_between(xs, [min(n) for n in ys], [max(n) for n in ys], color=colour, alpha=0.15, lw=0)
+    axes.scatter(np.repeat(xs, [len(n) for n in ys]), np.concatenate(ys), s=12, color=colour)

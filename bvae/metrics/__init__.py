@@ -1,9 +1,10 @@
-"""How well a code separates known factors of variation, and what its posterior holds: arrays in, numbers out.
+"""Measure how well a code separates known factors, and what its posterior holds: arrays in, numbers out.
 
-`score` rates arrays of codes and factors by `mig`, `dci`, `sap` and `modularity`, which can be called alone;
-`auroc` is for attributes that are not independent. `beta_vae` and `factor_vae` draw their own observations,
-from any encoder and any `Sampler`. Protocols and default sizes are those of disentanglement_lib (Locatello et
-al. 2019), so that scores can be held against published ones. All randomness is a function of `seed`.
+`score` measures arrays of codes and factors by `mig`, `dci`, `sap` and `modularity`, which can be called
+alone; `auroc` is for attributes that are not independent. `beta_vae` and `factor_vae` draw their own
+observations, with any encoder and any `Sampler`. Protocols and default sizes are those of disentanglement_lib
+(Locatello et al. 2019), so that scores can be compared with published ones. All randomness is a function of
+`seed`.
 """
 
 from bvae.metrics._auroc import auroc

@@ -1,4 +1,4 @@
-"""How well each latent alone tells each attribute: for attributes that are not independent, as CelebA's."""
+"""How well each latent alone predicts each attribute: for attributes that are not independent (CelebA's)."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,12 +11,12 @@ from bvae.metrics.inputs import check_codes
 def auroc(codes: ArrayLike, attributes: ArrayLike) -> np.ndarray:
     """Area under the ROC curve of each latent for each attribute.
 
-    That is the chance that an image with the attribute has the higher code than one without; ties count half
+    It is the chance that an image with the attribute has a higher code than one without it; ties count half
     (Hanley & McNeil 1982, "The meaning and use of the area under a receiver operating characteristic curve").
 
     Args:
         codes: [N, D >= 2] floats.
-        attributes: [N, K] of two values; the higher one is the attribute's presence.
+        attributes: [N, K] of two values; the higher one means that the attribute is present.
 
     Returns:
         float64 [D, K], latent by attribute: 0.5 is chance; 1 (rises with the attribute) and 0 are perfect.

@@ -17,10 +17,10 @@ def beta_vae(
     test: int = 5_000,
     batch: int = 4096,
 ) -> float:
-    """Accuracy with which a linear classifier tells the factor that pairs of observations share.
+    """Accuracy with which a linear classifier predicts the factor that pairs of observations share.
 
-    One point is the mean over `pairs` pairs of |z1 - z2|; all its pairs agree in the same factor, each in a
-    value of its own. From Higgins et al. 2017, "beta-VAE: learning basic visual concepts with a constrained
+    One point is the mean of |z1 - z2| over `pairs` pairs. All its pairs agree in the same factor, each pair
+    in its own value. From Higgins et al. 2017, "beta-VAE: learning basic visual concepts with a constrained
     variational framework".
 
     Args:
@@ -29,7 +29,7 @@ def beta_vae(
         seed: of the draws.
         pairs: per point.
         train, test: points. A point takes 2 `pairs` observations.
-        batch: about how many observations `encode` gets at a time.
+        batch: about how many observations `encode` gets per call.
 
     Returns:
         Test accuracy, 0 to 1; chance is 1 / number of factors.
@@ -48,10 +48,10 @@ def beta_vae(
     factor = rng.integers(sample.n_factors, size=train + test)
     if (factor[:train] == factor[0]).all():
         raise UsageError(f"the {train} points to train on all share factor {factor[0]}: draw more of them")
-    at_once = max(1, batch // (2 * pairs)) * 2 * pairs  # whole points: only their means are kept
-    each = groups(encode, sample, np.repeat(factor, pairs), 2, rng, at_once)
+    batch_size = max(1, batch // (2 * pairs)) * 2 * pairs  # whole points: only their means are kept
+    batches = groups(encode, sample, np.repeat(factor, pairs), 2, rng, batch_size)
     points = np.concatenate(
-        [np.abs(codes[:, 0] - codes[:, 1]).reshape(-1, pairs, codes.shape[2]).mean(1) for codes in each]
+        [np.abs(codes[:, 0] - codes[:, 1]).reshape(-1, pairs, codes.shape[2]).mean(1) for codes in batches]
     )
     classifier = LogisticRegression(max_iter=10_000).fit(points[:train], factor[:train])
     return float(classifier.score(points[train:], factor[train:]))

@@ -14,12 +14,12 @@ Boosting = Literal["histogram", "exact"]
 
 
 class DCI(NamedTuple):
-    """Three scores from 0 to 1, and what they come from."""
+    """Three scores from 0 to 1, and the matrix that they are computed from."""
 
-    disentanglement: float  # whether each latent serves one factor
-    completeness: float  # whether each factor is served by one latent
+    disentanglement: float  # whether each latent encodes one factor
+    completeness: float  # whether one latent encodes each factor
     informativeness: float  # test accuracy, the mean over factors
-    importance: np.ndarray  # [D, K], each factor's column sums to 1, or to 0 where no latent serves it
+    importance: np.ndarray  # [D, K], each factor's column sums to 1, or to 0 if no latent encodes it
 
 
 def dci(
@@ -31,7 +31,7 @@ def dci(
     test: int = 5_000,
     boosting: Boosting = "histogram",
 ) -> DCI:
-    """Predict each factor from all latents by boosted trees; see which latents the trees use.
+    """Predict each factor from all latents by boosted trees, and see which latents the trees use.
 
     From Eastwood & Williams 2018, "A framework for the quantitative evaluation of disentangled
     representations".
@@ -42,9 +42,9 @@ def dci(
         train, test: points drawn; if there are fewer, two thirds and one third of them.
         boosting: "exact" is disentanglement_lib's, scikit-learn's GradientBoostingClassifier: every value of
             a latent is a possible threshold, importance is the decrease in squared error. "histogram" grows
-            as many trees of the same depth at the same rate on 255 bins a latent, twenty times faster, and
-            its importance is the decrease in loss to second order. That gives late trees, which fit noise,
-            more weight: nearly perfect codes score up to 0.05 lower, others alike.
+            as many trees of the same depth at the same rate on 255 bins per latent, twenty times faster. Its
+            importance is the decrease in loss to second order, which gives late trees, which fit noise, more
+            weight: nearly perfect codes score up to 0.05 lower, other codes the same.
 
     Returns:
         disentanglement, completeness and informativeness, 0 to 1 each, and the importance matrix [D, K].
@@ -96,13 +96,13 @@ def _histogram(data: inputs.Split, k: int, seed: int) -> tuple[np.ndarray, float
         early_stopping=False,
         random_state=seed,
     )
-    # Threads wait for each other after every node of these small trees: where other processes keep the cores
-    # busy, two take ten times as long as one.
+    # Threads wait for each other after every node of these small trees: if other processes keep the cores
+    # busy, two threads take ten times as long as one.
     with threadpool_limits(1):
         trees = boosted.fit(data.codes, data.factors[:, k])
         accuracy = trees.score(data.test_codes, data.test_factors[:, k])
     importance = np.zeros(data.codes.shape[1])
-    for tree in (tree for stage in trees._predictors for tree in stage):  # public API has no gains
+    for tree in (tree for stage in trees._predictors for tree in stage):  # the public API has no gains
         inner = tree.nodes[tree.nodes["is_leaf"] == 0]
         np.add.at(importance, inner["feature_idx"], inner["gain"])
     total = importance.sum()
@@ -110,9 +110,9 @@ def _histogram(data: inputs.Split, k: int, seed: int) -> tuple[np.ndarray, float
 
 
 def _concentration(importance: np.ndarray) -> float:
-    """1 - entropy of each row's distribution, to the base of its length; rows weigh as their sums.
+    """1 - entropy of each row's distribution, to the base of its length; a row's weight is its sum.
 
-    A matrix of zeros counts as one of ones: nothing is concentrated anywhere.
+    A matrix of zeros gives 0, as a matrix of ones does.
     """
     weights = importance.sum(1)
     if weights.sum() == 0:

@@ -18,11 +18,11 @@ def factor_vae(
     inactive: float = 0.05,
     batch: int = 4096,
 ) -> float:
-    """Accuracy with which the latent that varies least in a group tells the factor that the group shares.
+    """Accuracy with which the latent that varies least in a group predicts the factor that the group shares.
 
-    Variances are taken over those of the whole data. The classifier is a vote: each latent stands for the
-    factor that it was most often right for in training. From Kim & Mnih 2018, "Disentangling by
-    factorising".
+    Variances are divided by those of the whole data. The classifier is a vote: each latent predicts the
+    factor that the training groups shared most often when this latent varied least. From Kim & Mnih 2018,
+    "Disentangling by factorising".
 
     Args:
         encode: observations to posterior means [n, D].
@@ -30,12 +30,12 @@ def factor_vae(
         seed: of the draws.
         size: observations in a group.
         train, test: groups.
-        variance_points: observations that give the variances of the whole data.
-        inactive: latents whose standard deviation is below it do not take part, nor do constant ones.
-        batch: about how many observations `encode` gets at a time.
+        variance_points: observations for the variances of the whole data.
+        inactive: latents with a smaller standard deviation are left out, and so are constant ones.
+        batch: about how many observations `encode` gets per call.
 
     Returns:
-        Test accuracy, 0 to 1; chance is 1 / number of factors. 0 where no latent is active.
+        Test accuracy, 0 to 1; chance is 1 / number of factors. 0 if no latent is active.
 
     Raises:
         ValueError: sizes that are not positive, a single observation to take a variance of, or codes that
@@ -52,15 +52,15 @@ def factor_vae(
         )
     rng = np.random.default_rng(seed)
     alone = np.zeros(variance_points, np.int64)  # groups of one share nothing
-    whole = np.concatenate([codes[:, 0] for codes in groups(encode, sample, alone, 1, rng, batch)])
-    variance = whole.var(0, ddof=1)
+    all_codes = np.concatenate([codes[:, 0] for codes in groups(encode, sample, alone, 1, rng, batch)])
+    variance = all_codes.var(0, ddof=1)
     active = np.flatnonzero((np.sqrt(variance) >= inactive) & (variance > 0))
     if not len(active):
         return 0.0
     factor = rng.integers(sample.n_factors, size=train + test)
-    each = groups(encode, sample, factor, size, rng, batch)
+    batches = groups(encode, sample, factor, size, rng, batch)
     least = np.concatenate(
-        [(codes[:, :, active].var(1, ddof=1) / variance[active]).argmin(1) for codes in each]
+        [(codes[:, :, active].var(1, ddof=1) / variance[active]).argmin(1) for codes in batches]
     )
     votes = np.zeros((len(active), sample.n_factors), np.int64)
     np.add.at(votes, (least[:train], factor[:train]), 1)

@@ -8,17 +8,17 @@ from bvae.metrics.information import discretise, entropy, mutual_information
 
 
 def mig(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20) -> float:
-    """How much more the best latent knows of a factor than the second best, over the factor's entropy.
+    """The gap in mutual information between the best two latents of a factor, over the factor's entropy.
 
     From Chen et al. 2018, "Isolating sources of disentanglement in variational autoencoders". Even a perfect
     code scores below 1 for factors of more values than bins.
 
     Args:
         codes: [N, D] floats, the posterior means. factors: [N, K] integers.
-        bins: of equal width, into which each latent's range is cut.
+        bins: of equal width, into which each latent's range is divided.
 
     Returns:
-        The mean over factors: 0 (no latent knows more than all others) to 1.
+        The mean over factors: 0 (no latent has more information than all others) to 1.
 
     Raises:
         ValueError: other shapes or types, codes that are not finite, a factor without variation, fewer than
@@ -29,7 +29,7 @@ def mig(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20) -> float:
     >>> factors = np.indices((2, 2)).reshape(2, 4).T.repeat(50, 0)  # two independent bits
     >>> round(mig(factors.astype(float), factors), 6)
     1.0
-    >>> mixed = factors @ [[1, 1], [1, -1]]  # both latents know as much of both
+    >>> mixed = factors @ [[1, 1], [1, -1]]  # both latents have as much information about both
     >>> round(mig(mixed.astype(float), factors), 6)
     0.0
     """

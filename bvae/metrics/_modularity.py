@@ -8,18 +8,18 @@ from bvae.metrics.information import discretise, mutual_information
 
 
 def modularity(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20) -> float:
-    """Whether each latent knows of one factor only.
+    """Whether each latent has information about one factor only.
 
     A latent whose mutual information with the factors is m scores
-    1 - sum of the other m^2 / (largest m^2 (K - 1)); one that knows nothing scores 0. From Ridgeway & Mozer
+    1 - sum of the other m^2 / (largest m^2 (K - 1)); one without information scores 0. From Ridgeway & Mozer
     2018, "Learning deep disentangled embeddings with the f-statistic loss".
 
     Args:
         codes: [N, D] floats, the posterior means. factors: [N, K] integers.
-        bins: of equal width, into which each latent's range is cut.
+        bins: of equal width, into which each latent's range is divided.
 
     Returns:
-        The mean over latents: 0 (each knows as much of every factor, or nothing) to 1.
+        The mean over latents: 0 (the same information about every factor, or none) to 1.
 
     Raises:
         ValueError: other shapes or types, codes that are not finite, a factor without variation, fewer than
@@ -29,7 +29,7 @@ def modularity(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20) -> float
     >>> from bvae.metrics import modularity
     >>> factors = np.indices((2, 2)).reshape(2, 4).T.repeat(50, 0)  # two independent bits
     >>> codes = np.column_stack([factors[:, 0], factors.sum(1)]).astype(float)
-    >>> round(modularity(codes, factors), 6)  # the first latent knows one factor, the second both alike
+    >>> round(modularity(codes, factors), 6)  # the first latent encodes one factor, the second both
     0.5
     """
     codes, factors = inputs.check(codes, factors)

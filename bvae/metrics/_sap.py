@@ -30,7 +30,7 @@ def sap(
     >>> import numpy as np
     >>> from bvae.metrics import sap
     >>> factors = np.indices((2, 2)).reshape(2, 4).T.repeat(50, 0)  # two independent bits
-    >>> round(sap(factors.astype(float), factors), 1)  # the other bit is right half the time
+    >>> round(sap(factors.astype(float), factors), 1)  # the other bit predicts it half the time
     0.5
     """
     return sap_of(inputs.split(*inputs.check(codes, factors), train, test, seed))
@@ -42,7 +42,7 @@ def sap_of(data: inputs.Split) -> float:
     for latent in range(accuracy.shape[0]):
         fitted, tested = data.codes[:, [latent]], data.test_codes[:, [latent]]
         for k in range(accuracy.shape[1]):
-            # The primal problem has the dual's optimum, and needs no random order to find it.
+            # The primal problem has the same optimum as the dual, and needs no random order.
             machine = LinearSVC(C=0.01, class_weight="balanced", dual=False).fit(fitted, data.factors[:, k])
             accuracy[latent, k] = machine.score(tested, data.test_factors[:, k])
     accuracy.sort(0)

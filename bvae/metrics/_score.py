@@ -1,4 +1,4 @@
-"""The metrics that need nothing but codes and factors, together."""
+"""All metrics that need only codes and factors."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,11 +22,11 @@ def score(
     bins: int = 20,
     boosting: Boosting = "histogram",
 ) -> dict[str, float]:
-    """Rate codes by the factors that their images were made from, with all metrics that need no encoder.
+    """Measure codes against the factors of their images, with all metrics that need no encoder.
 
     Sizes are those of Locatello et al. 2019, "Challenging common assumptions in the unsupervised learning of
-    disentangled representations". DCI and SAP share their points, which are those of `dci` and `sap` alone
-    with the same seed.
+    disentangled representations". DCI and SAP use the same points, which are also those of `dci` and `sap`
+    called alone with the same seed.
 
     Args:
         codes: [N, D] floats, one row per image: the posterior means.
@@ -57,7 +57,7 @@ def score(
     codes, factors = inputs.check(codes, factors)
     drawn = np.random.default_rng(seed).permutation(len(codes))[:points]
     data = inputs.split(codes, factors, train, test, seed)
-    gap = mig(codes[drawn], factors[drawn], bins=bins)  # before the trees, which take long: it checks bins
+    gap = mig(codes[drawn], factors[drawn], bins=bins)  # before the slow trees, because it checks bins
     trees = dci_of(data, boosting, seed)
     return {
         "mig": gap,

@@ -5,11 +5,11 @@ import numpy as np
 from bvae.errors import UsageError
 from bvae.metrics.inputs import Codes, Factors
 
-ROUNDING = 1e-12  # nats; what is left of nothing when entropies are subtracted
+ROUNDING = 1e-12  # nats; the rounding error of a difference of entropies
 
 
 def discretise(codes: Codes, bins: int = 20) -> Factors:
-    """Each latent's range in equal bins: [N, D] of 0 to bins - 1.
+    """Each latent's range in bins of equal width: [N, D] of 0 to bins - 1.
 
     Raises:
         ValueError: fewer than 2 bins, or fewer points than bins.
@@ -17,14 +17,14 @@ def discretise(codes: Codes, bins: int = 20) -> Factors:
     if bins < 2:
         raise UsageError(f"bins must be at least 2, got {bins}")
     if len(codes) < bins:
-        raise UsageError(f"{len(codes)} points are fewer than {bins} bins: give more points or fewer bins")
+        raise UsageError(f"{len(codes)} points are fewer than {bins} bins: use more points or fewer bins")
     low, high = codes.min(0), codes.max(0)
     width = np.where(high > low, high - low, 1)
     return np.minimum((codes - low) / width * bins, bins - 1).astype(np.int64)
 
 
 def mutual_information(a: Factors, b: Factors) -> np.ndarray:
-    """I(a_i; b_j) of all pairs of columns of integers [N, D] and [N, K], from 0: [D, K].
+    """I(a_i; b_j) of all pairs of columns of integers from 0, [N, D] and [N, K]: [D, K].
 
     One product of indicator matrices counts all pairs of values at once.
     """
@@ -39,7 +39,7 @@ def mutual_information(a: Factors, b: Factors) -> np.ndarray:
 
 
 def entropy(a: Factors) -> np.ndarray:
-    """H(a_i) of columns of integers [N, D], from 0: [D]."""
+    """H(a_i) of columns of integers from 0, [N, D]: [D]."""
     hot, start = _indicators(a)
     return np.add.reduceat(_entropy_terms(hot.mean(0, dtype=np.float64)), start)
 

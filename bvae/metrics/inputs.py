@@ -1,4 +1,4 @@
-"""Codes and factors as every metric takes them: checked, and divided for training and testing."""
+"""Check the codes and factors for the metrics, and split them for training and testing."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ Factors = NDArray[np.int64]  # [N, K], each column 0, 1, ... without gaps
 
 
 class Split(NamedTuple):
-    """Points to fit an estimator on, and others to judge it by."""
+    """Points to fit an estimator on, and points to test it on."""
 
     codes: Codes
     factors: Factors
@@ -36,7 +36,7 @@ def check(codes: ArrayLike, factors: ArrayLike) -> tuple[Codes, Factors]:
 
 
 def check_codes(codes: ArrayLike) -> Codes:
-    """Codes [N, D >= 2] as float64; a tensor on any device will do, with a gradient or without.
+    """Codes [N, D >= 2] as float64, from an array or a tensor on any device, with a gradient or without.
 
     Raises:
         ValueError: another shape, or values that are not finite.
@@ -51,7 +51,7 @@ def check_codes(codes: ArrayLike) -> Codes:
 
 
 def check_factors(factors: ArrayLike) -> NDArray[np.integer]:
-    """Factors [N, K >= 2] as they are.
+    """Factors [N, K >= 2], unchanged.
 
     Raises:
         ValueError: another shape or type.
@@ -75,7 +75,7 @@ def check_variation(factors: NDArray[np.integer]) -> None:
 
 
 def split(codes: Codes, factors: Factors, train: int, test: int, seed: int) -> Split:
-    """`train` and `test` points at random; of fewer points than both, two thirds and one third.
+    """`train` and `test` points at random; if there are fewer points, two thirds and one third of them.
 
     Args:
         codes, factors: as `check` returns them.

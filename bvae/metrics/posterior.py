@@ -1,4 +1,4 @@
-"""What the Gaussian posteriors N(mu, exp(log_var)) of a data set hold; mu and log_var are [N, D]."""
+"""Statistics of a data set's Gaussian posteriors N(mu, exp(log_var)); mu and log_var are [N, D]."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bvae.errors import UsageError
 
-SINGULAR = 1e-12  # an eigenvalue of the correlations that rounding alone may have left
+SINGULAR = 1e-12  # an eigenvalue of the correlations that may be rounding error
 
 
 def kl_per_latent(mu: Tensor, log_var: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def entropy_per_latent(log_var: Tensor) -> Tensor:
         log_var: [N, D].
 
     Returns:
-        float64 [D], nats, the mean over images; below 0 where sigma is below 0.242.
+        float64 [D], nats, the mean over images; below 0 if sigma is below 0.242.
 
     >>> import torch
     >>> from bvae.metrics import entropy_per_latent
@@ -71,14 +71,14 @@ def active_units(mu: Tensor, threshold: float = 0.01) -> int:
 def gaussian_total_correlation(mu: Tensor) -> float:
     """KL between a Gaussian of the codes' covariance and the product of its marginals, in nats.
 
-    That is -0.5 log det of the codes' correlations. Latents that do not vary are independent of all. From
+    It is -0.5 log det of the codes' correlations. Latents that do not vary are independent of all. From
     Watanabe 1960, "Information theoretical analysis of multivariate correlation".
 
     Args:
         mu: [N >= 2, D].
 
     Returns:
-        0 (no correlation) or more; infinite where a latent is a sum of others.
+        0 (no correlation) or more; infinite if a latent is a linear combination of others.
 
     >>> import torch
     >>> from bvae.metrics import gaussian_total_correlation

@@ -1,4 +1,4 @@
-"""Ground truth to draw from: observations of which some agree in a factor."""
+"""Draw groups of observations that agree in a factor."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -67,14 +67,14 @@ class Table:
         self.n_factors = factors.shape[1]
         self._order = np.argsort(factors, 0)  # equal values lie together
         ordered = np.take_along_axis(factors, self._order, 0)
-        # For each place in that order, where its value begins and ends.
+        # For each position in that order: the start and the end of the range with the same value.
         columns = ordered.T
         self._start = np.stack([np.searchsorted(c, c, "left") for c in columns], 1)
         self._end = np.stack([np.searchsorted(c, c, "right") for c in columns], 1)
 
     def __call__(self, shared: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        place = rng.integers(len(self._order), size=len(shared))
-        start, end = self._start[place, shared], self._end[place, shared]
+        position = rng.integers(len(self._order), size=len(shared))
+        start, end = self._start[position, shared], self._end[position, shared]
         drawn = rng.integers(start[:, None], end[:, None], size=(len(shared), size))
         return self._order[drawn, shared[:, None]].reshape(-1)
 

@@ -1,4 +1,4 @@
-"""A run's state on disk: written whole or not at all, verified when it is read, without pickle."""
+"""A run's state on disk: written atomically, verified when it is read, without pickled code."""
 
 import contextlib
 import io
@@ -16,22 +16,22 @@ from bvae import __version__, files
 from bvae.errors import MissingError, UsageError
 
 FOLDER = "checkpoints"  # in the run folder
-KEPT = 2  # the newest, and the one before it; the best one too
-BEST = "best.json"  # which one that is
+KEPT = 2  # the two newest are kept, and the best one
+BEST = "best.json"  # step and score of the best one
 
 
 class Damaged(Exception):
-    """A file that is not the checkpoint that was written."""
+    """A file whose bytes differ from the checkpoint that was written."""
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `step-<step>.pt` atomically and drop all but the newest `KEPT` and the best.
+    """Write `step-<step>.pt` atomically, and delete all but the newest `KEPT` and the best.
 
-    The file is complete and on the disk before it gets its name, so that a crash or a full disk leaves the
-    ones before. `torch`'s, `bvae`'s and `triton`'s versions are added to the state.
+    The file is complete and on the disk before it gets its name, so that a crash or a full disk does not
+    damage the older ones. The versions of `torch`, `bvae` and `triton` are added to the state.
 
     Raises:
-        OSError: the file cannot be written; of a full disk it says how many bytes are needed and free.
+        OSError: the file cannot be written; for a full disk it says how many bytes are needed and free.
     """
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
@@ -40,16 +40,16 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     for old in checkpoints(folder)[:-KEPT]:
         if best is None or _step(old) != best["step"]:
             old.unlink()
-    for left in folder.glob(f"*{files.UNFINISHED}"):  # by a process that was killed
-        left.unlink()
+    for unfinished in folder.glob(f"*{files.UNFINISHED}"):  # from a process that was killed
+        unfinished.unlink()
     return path
 
 
-def rate(folder: Path, step: int, score: float) -> None:
-    """Say what the checkpoint at a step is worth: the one of the highest score is kept.
+def mark_best(folder: Path, step: int, score: float) -> None:
+    """Compare the score of the checkpoint at a step with the best one's, and mark it if it is higher.
 
     Raises:
-        OSError: it cannot be written down.
+        OSError: the mark cannot be written.
     """
     best = _best(folder)
     if score > (best["score"] if best else -math.inf):
@@ -64,17 +64,17 @@ def checkpoints(folder: Path) -> list[Path]:
 def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
     """The newest checkpoint's state, its tensors on the device.
 
-    A damaged file is renamed, which a line on stderr says, and the one before it is taken.
+    A damaged file is renamed, with a line on stderr, and the checkpoint before it is used.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
-        ValueError: all that it holds are damaged.
+        ValueError: all its checkpoints are damaged.
         OSError: the newest cannot be read.
     """
-    found = checkpoints(folder)
-    if not found:
+    paths = checkpoints(folder)
+    if not paths:
         raise MissingError(f"{folder} holds no checkpoint: the run stopped before its first one; start again")
-    for path in reversed(found):
+    for path in reversed(paths):
         try:
             return _load(path, device)
         except Damaged as damage:
@@ -86,13 +86,13 @@ def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
 
 
 def best(folder: Path) -> Path | None:
-    """The checkpoint of the highest score, if one has been rated and is there."""
-    found = _best(folder)
-    return folder / f"step-{found['step']:08d}.pt" if found else None
+    """The checkpoint of the highest score, if one was marked and exists."""
+    marked = _best(folder)
+    return folder / f"step-{marked['step']:08d}.pt" if marked else None
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """The model's state dict in a checkpoint, which stays as it is: a run may be writing beside it.
+    """The model's state dict in a checkpoint. It changes no file, because a run may still be training.
 
     Raises:
         UsageError: the file is damaged.
@@ -105,11 +105,11 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a run's numbers."""
-    found = {"torch": str(torch.__version__), "bvae": __version__}
+    """The versions of the packages that determine a run's numbers."""
+    result = {"torch": str(torch.__version__), "bvae": __version__}
     with contextlib.suppress(metadata.PackageNotFoundError):
-        found["triton"] = metadata.version("triton")
-    return found
+        result["triton"] = metadata.version("triton")
+    return result
 
 
 def _load(path: Path, device: torch.device) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _load(path: Path, device: torch.device) -> dict[str, Any]:
         state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except (Damaged, torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception:  # of a kind for each way of being damaged; torch's text would teach to run foreign code
+    except Exception:  # any type; torch's message is left out: it says how to run the file's code
         raise Damaged("it does not hold tensors and plain values alone") from None
     if not isinstance(state, dict) or state.get("step") != _step(path):
         raise Damaged("it is not the state at the step in its name")
@@ -128,7 +128,7 @@ def _load(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _verify(data: bytes) -> None:
-    """Compare every byte with its checksum: torch.save writes CRCs, and torch.load does not look at them."""
+    """Compare every byte with its checksum: torch.save writes CRCs, and torch.load does not check them."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             entries = file.infolist()
@@ -146,10 +146,10 @@ def _verify(data: bytes) -> None:
 
 
 def _best(folder: Path) -> dict[str, Any] | None:
-    """Step and score of the best checkpoint, where one is known."""
+    """Step and score of the best checkpoint, if it exists."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((folder / BEST).read_bytes())
-        best = {"step": int(found["step"]), "score": float(found["score"])}
+        record = json.loads((folder / BEST).read_bytes())
+        best = {"step": int(record["step"]), "score": float(record["score"])}
         if (folder / f"step-{best['step']:08d}.pt").is_file():
             return best
     return None
@@ -160,7 +160,7 @@ def _step(path: Path) -> int:
 
 
 def _bytes(state: Any) -> int:
-    """Of all tensors in a state."""
+    """The size of all tensors in a state."""
     if isinstance(state, torch.Tensor):
         return state.nbytes
     if isinstance(state, dict | list | tuple):

@@ -15,8 +15,8 @@ from bvae import config as configuration
 from bvae.config import Config, LossType
 from bvae.errors import MissingError, UsageError
 
-# In a resumed run: where things are, how long it goes on, the way out of a loss that is not finite, and how
-# the same step is executed.
+# What a resumed run may change: folders, length, the options that help against NaN losses, and how the same
+# step is executed.
 MAY_CHANGE = (
     *("root", "cache_dir", "epochs", "max_steps", "log_every", "checkpoint_every", "lr", "lr_gamma"),
     *("compile", "capture", "fused"),
@@ -33,7 +33,7 @@ class Arguments:
     resume: Path | None = None
     """Run folder to continue."""
     out: Path | None = None
-    """Run folder to make. None: the first free runs/<data>-<loss>-<number>."""
+    """Run folder to create. None: the first free runs/<data>-<loss>-<number>."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     module: Annotated[str | None, tyro.conf.arg(name="import")] = None
@@ -41,39 +41,39 @@ class Arguments:
     profile: bool = False
     """Record 20 of the first steps: a Chrome trace in the run folder, and a table of each part's share."""
     debug_nan: bool = False
-    """With --resume, after a loss or a gradient was not finite: continue from the last good checkpoint in
-    eager mode, name the first module that gives such a number, and write nothing."""
+    """With --resume, after a loss or a gradient was NaN or infinite: continue from the last good checkpoint
+    in eager mode, name the first module that produces such a number, and write nothing."""
     settings: Config = field(default_factory=Config)
 
 
 def parse(argv: list[str], description: str) -> Arguments:
-    """The command line over the defaults that --config, --resume or the device bring.
+    """Parse the command line, with defaults from --config, --resume or the device.
 
     Raises:
         ValueError, FileNotFoundError: a configuration that cannot be used.
         SystemExit: --help, or options that cannot be read (status 2).
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--resume", "--data", "--device", "--loss-type", "--import"):
-        early.add_argument(name, nargs="?")
-    given, _ = early.parse_known_args(argv)
-    if given.loss_type not in (None, *get_args(LossType)):
-        raise UsageError(f"Undefined loss type. --loss-type must be VAE, H or B, got {given.loss_type}")
-    if module := getattr(given, "import"):
+        early_parser.add_argument(name, nargs="?")
+    early, _ = early_parser.parse_known_args(argv)
+    if early.loss_type not in (None, *get_args(LossType)):
+        raise UsageError(f"Undefined loss type. --loss-type must be VAE, H or B, got {early.loss_type}")
+    if module := getattr(early, "import"):
         _import(module)
     base, out = Config(), None
-    notes: list[str] = []  # said once the command line turns out to be sound
-    if given.resume and given.config:
-        raise UsageError("--resume continues with the run's own configuration: leave --config out")
-    if given.resume:
-        base = _checkpointed(Path(given.resume))
-    elif given.config is not None:
-        base, unused, out = configuration.read(given.config)
+    notes: list[str] = []  # printed when the command line has been checked
+    if early.resume and early.config:
+        raise UsageError("--resume continues with the run's own configuration: remove --config")
+    if early.resume:
+        base = _checkpointed(Path(early.resume))
+    elif early.config is not None:
+        base, unused, out = configuration.read(early.config)
         if unused:
-            notes.append(f"{given.config}: no counterpart here, not used: {', '.join(unused)}")
-    elif preset := configuration.default_preset(given.data or "faces", given.device or "auto"):
+            notes.append(f"{early.config}: no counterpart here, not used: {', '.join(unused)}")
+    elif preset := configuration.default_preset(early.data or "faces", early.device or "auto"):
         base = configuration.read(preset)[0]
-        notes.append(f"the preset {preset} gives what the command line leaves open")
+        notes.append(f"options that are not on the command line come from the preset {preset}")
         description += f"\nThe defaults below are those of the preset {preset}. "
     description += "Options before --help change the defaults that it shows: --data folder --help."
 
@@ -88,7 +88,7 @@ def parse(argv: list[str], description: str) -> Arguments:
     arguments.settings.check()
     if arguments.debug_nan:
         if not arguments.resume:
-            raise UsageError("--debug-nan needs --resume and the folder of the run to look at")
+            raise UsageError("--debug-nan needs --resume and the folder of the run to examine")
         eager = dataclasses.replace(arguments.settings.training, compile=False, capture=False)
         settings = dataclasses.replace(arguments.settings, training=eager)
         arguments = dataclasses.replace(arguments, settings=settings)
@@ -100,19 +100,19 @@ def parse(argv: list[str], description: str) -> Arguments:
 
 
 def _import(module: str) -> None:
-    """Import a module of the user's, from the current folder too."""
+    """Import a user's module, also from the current folder."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
-            raise  # of what the module imports
+            raise  # the module imports something that is missing
         raise UsageError(f"--import {module}: no such module, and no {module}.py in this folder") from None
 
 
 def _checkpointed(run: Path) -> Config:
-    """The configuration with which a run was trained so far: its newest checkpoint's."""
+    """The configuration of a run, from its newest checkpoint."""
     if not (run / "config.yaml").is_file():
         raise MissingError(f"{run} is not a run folder: it holds no config.yaml")
     import torch
@@ -123,12 +123,12 @@ def _checkpointed(run: Path) -> Config:
     try:
         return configuration.from_mapping(Config, yaml.safe_load(state["config"]))
     except (KeyError, AttributeError, yaml.YAMLError) as error:
-        raise UsageError(f"{run}: its newest checkpoint is not of such a run: {error}") from None
+        raise UsageError(f"{run}: its newest checkpoint is of another kind: {error}") from None
 
 
 def _check_resumable(base: Config, arguments: Arguments) -> None:
     if arguments.out:
-        raise UsageError("--resume continues in the run's own folder: leave --out out")
+        raise UsageError("--resume continues in the run's own folder: remove --out")
     for section in ("data", "model", "objective", "training"):
         old, new = (dataclasses.asdict(getattr(c, section)) for c in (base, arguments.settings))
         for key, value in new.items():

@@ -1,4 +1,4 @@
-"""What `python -m bvae.train` does: train the run that its command line asks for."""
+"""The command `python -m bvae.train`: train the run that the command line describes."""
 
 from bvae.training import nan_debug, results
 from bvae.training.cli import Arguments, parse
@@ -24,7 +24,7 @@ def execute(argv: list[str], description: str) -> int:
                 name_kernels()
             with open_run(arguments) as run:
                 if arguments.debug_nan:
-                    print(nan_debug.find(run) or f"every number up to step {run.done} is finite")
+                    print(nan_debug.find_not_finite(run) or f"every number up to step {run.done} is finite")
                     return 0
                 profiled = arguments.profile and run.distributed.is_main
                 profile = Profile(run.out, run.step.device) if profiled and run.out else None

@@ -1,7 +1,7 @@
-"""What goes wrong with torch.compile and Triton, and what a run does about it.
+"""Failures of torch.compile and Triton, and how a run handles them.
 
-A process that is killed while it compiles leaves a file cut short in the compiler's cache, on which every
-later run would fail. Such files are deleted and compiled again.
+A process that is killed while it compiles leaves a truncated file in the compiler's cache, and every later
+run would fail on it. Such files are deleted and compiled again.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ if sys.platform != "win32":
 T = TypeVar("T")
 
 _LIBRARIES = (".so", ".cubin", ".hsaco")  # ELF files
-# What the caches call their entries: a letter and 51 base32 digits (inductor), or 52 of them (Triton).
+# Names of the caches' entries: c and 51 base32 digits (inductor), or 52 base32 digits (Triton).
 _KEYS = re.compile(r"(?<![A-Za-z0-9])(c[a-z2-7]{51}|[A-Z2-7]{52})(?![A-Za-z0-9])")
 
 
 class CompileFailed(Exception):
-    """The compiler cannot do its work here; the message says what to do."""
+    """The compiler cannot work on this machine; the message says what to do."""
 
 
 def caches() -> list[Path]:
@@ -44,18 +44,18 @@ def caches() -> list[Path]:
 
 
 def remove_truncated() -> None:
-    """Delete the libraries and JSON files in the compiler's cache that are cut short; a line says how many.
+    """Delete the truncated libraries and JSON files in the compiler's cache; print how many.
 
-    Loading such a library may end the process (SIGBUS), so this comes before anything is compiled.
+    Loading such a library may kill the process (SIGBUS), so call this before anything is compiled.
     """
     if sys.platform != "linux":  # its libraries are not ELF files
         return
     for folder in caches():
-        paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+        paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
         broken = filter(_is_truncated, paths)
         removed = [path for path in broken if _remove_unlocked(path, folder)]
         if removed:
-            _say(f"{len(removed)} files cut short are deleted from the compiler's cache {folder}")
+            _print_error(f"{len(removed)} truncated files are deleted from the compiler's cache {folder}")
 
 
 def _is_truncated(path: Path) -> bool:
@@ -73,7 +73,7 @@ def _is_truncated(path: Path) -> bool:
 
 
 def _is_whole_library(header: bytes, size: int) -> bool:
-    """Whether an ELF file reaches to the end of its tables, one of which comes last."""
+    """Whether an ELF file is as long as its tables say; one of them is last in the file."""
     if len(header) < 64 or header[:4] != b"\x7fELF":
         return False
     segments, sections = struct.unpack_from("<QQ", header, 32)
@@ -82,10 +82,10 @@ def _is_whole_library(header: bytes, size: int) -> bool:
 
 
 def _remove_unlocked(path: Path, folder: Path) -> bool:
-    """Delete a file that is cut short, unless another process is writing it: inductor holds a lock then."""
+    """Delete a truncated file, unless another process is writing it: inductor then holds a lock."""
     lock = folder / "locks" / f"{path.name.split('.')[0]}.lock"
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # locked, or another user's file
-        if lock.exists():  # Triton has none: its files appear whole
+        if lock.exists():  # Triton has no locks: it writes files atomically
             fcntl.flock(stack.enter_context(lock.open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_truncated(path):
             path.unlink()
@@ -94,14 +94,14 @@ def _remove_unlocked(path: Path, folder: Path) -> bool:
 
 
 def first_step(attempt: Callable[[], T], recompile: Callable[[bool], None], *, compile: bool) -> T:
-    """What `attempt` gives: the first call of everything that is compiled. It can be repeated.
+    """Return the result of `attempt`, which calls compiled code for the first time and can be repeated.
 
-    If it fails on files of the cache they are deleted, and it is tried again: compiled, and if that fails as
-    well in eager mode, which a line says.
+    If it fails on files of the cache, these are deleted, and it is tried again: first compiled, and if that
+    fails too, in eager mode. A line is printed each time.
 
     Args:
-        recompile: forgets what has been compiled; the next attempt is to compile, or not to.
-        compile: whether the first attempt does, by torch.compile.
+        recompile: discards the compiled code; its argument says whether the next attempt compiles.
+        compile: whether the first attempt uses torch.compile.
 
     Raises:
         CompileFailed: the compiler fails for another reason; the message names it and the option to use.
@@ -111,41 +111,41 @@ def first_step(attempt: Callable[[], T], recompile: Callable[[bool], None], *, c
         try:
             return attempt()
         except Exception as error:
-            _check(error)
-            if again and not _forget(error):
+            _raise_other_errors(error)
+            if again and not _delete_named_entries(error):
                 raise CompileFailed(_advice(error, compile)) from error
             if not again:
                 traceback.print_exc()
             failure = _reason(error)
         # Outside of the except clause: a later error does not come from this one.
         if again:
-            _say(f"torch.compile failed ({failure}): the files concerned are deleted and compiled again")
+            _print_error(f"torch.compile failed ({failure}): its files are deleted and compiled again")
         else:
-            _say(f"torch.compile failed again ({failure}): training runs in eager mode, as with --no-compile")
-        _reset()
+            _print_error(f"torch.compile failed again ({failure}): eager mode is used, as with --no-compile")
+        _discard_compiled()
         recompile(again)
     try:
         return attempt()
     except Exception as error:
-        _check(error)
+        _raise_other_errors(error)
         raise CompileFailed(_advice(error, False)) from error
 
 
-def _check(error: Exception) -> None:
-    """Raise what is not the compiler's failure."""
+def _raise_other_errors(error: Exception) -> None:
+    """Raise the error again if it is not the compiler's, and OSError for a full disk."""
     if isinstance(error, CaptureFailed) or is_out_of_memory(error) or not _is_from_compiler(error):
         raise error
     full = [each.errno for each in causes(error) if isinstance(each, OSError) and each.errno in FULL]
     full += [number for number in FULL if os.strerror(number) in _text(error)]  # from the C++ compiler
     if full:
         free = {folder: shutil.disk_usage(folder).free for folder in (*caches(), Path(tempfile.gettempdir()))}
-        place = min(free, key=lambda folder: free[folder])
-        text = f"{os.strerror(full[0])}: the compiler needs room, and {free[place]:,} bytes are free"
-        raise OSError(full[0], text, str(place)) from None
+        fullest = min(free, key=lambda folder: free[folder])
+        text = f"{os.strerror(full[0])}: the compiler needs space, and {free[fullest]:,} bytes are free"
+        raise OSError(full[0], text, str(fullest)) from None
 
 
 def _is_from_compiler(error: BaseException) -> bool:
-    """Whether an error arose in dynamo, inductor or Triton, which raise all kinds of exceptions."""
+    """Whether an error comes from dynamo, inductor or Triton, which raise many types of exceptions."""
     types = {type(each).__module__ for each in causes(error)}
     frames = {
         frame.f_globals.get("__name__", "")
@@ -156,12 +156,12 @@ def _is_from_compiler(error: BaseException) -> bool:
 
 
 def _text(error: BaseException) -> str:
-    """All that an error says, with the files in its traceback and its causes."""
+    """An error's message, with its traceback and its causes."""
     return "".join(traceback.format_exception(type(error), error, error.__traceback__))
 
 
-def _forget(error: BaseException) -> bool:
-    """Delete the cache's entries that an error names; whether there were any."""
+def _delete_named_entries(error: BaseException) -> bool:
+    """Delete the cache entries that an error names; return whether there were any."""
     paths = [
         path
         for folder in caches()
@@ -175,8 +175,8 @@ def _forget(error: BaseException) -> bool:
     return bool(paths)
 
 
-def _reset() -> None:
-    """Let this process forget what it has compiled and loaded."""
+def _discard_compiled() -> None:
+    """Discard everything that this process has compiled and loaded."""
     import torch._dynamo
     from torch._inductor.utils import clear_caches
 
@@ -187,7 +187,7 @@ def _reset() -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What failed, in one line."""
+    """The error in one line."""
     while inner := getattr(error, "inner_exception", None):
         error = inner
     lines = str(error).strip().splitlines() or [""]
@@ -195,12 +195,12 @@ def _reason(error: BaseException) -> str:
 
 
 def _advice(error: BaseException, compile: bool) -> str:
-    what, option = ("torch.compile", "--no-compile") if compile else ("a Triton kernel", "--no-fused")
+    failing, option = ("torch.compile", "--no-compile") if compile else ("a Triton kernel", "--no-fused")
     return (
-        f"{what} failed ({_reason(error)}): {option} trains without it; python -m bvae.doctor looks for what "
+        f"{failing} failed ({_reason(error)}): {option} trains without it; python -m bvae.doctor says what "
         "is missing"
     )
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

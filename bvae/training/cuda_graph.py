@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# What says so by text alone: the CPU's allocator, the driver, which makes the graph, cuBLAS and cuDNN.
+# Texts of errors without a type of their own: of the CPU's allocator, of the driver, which makes the graph,
+# of cuBLAS and of cuDNN.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "not enough memory: you tried to allocate",
@@ -23,9 +24,9 @@ class CaptureFailed(Exception):
 
 @contextmanager
 def preserved(tensors: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
-    """Let a block change tensors; afterwards they hold what they held, at the same addresses.
+    """Restore tensors after a block that changes them: the old values, at the same addresses.
 
-    Those that `tensors` gives only afterwards, such as an optimizer's state, are new, and become zero.
+    Tensors that exist only after the block, such as an optimizer's state, are set to zero.
     """
     # A tensor's hash is its identity. Detached: a clone with a graph keeps the parameter's AccumulateGrad
     # node alive, which belongs to this stream, and a capture on another stream must not wait for this one.
@@ -42,13 +43,13 @@ def preserved(tensors: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
 
 
 def capture(step: Callable[[], None], state: Callable[[], Iterable[Tensor]]) -> Callable[[], None] | None:
-    """`step` as a CUDA graph: the function that replays it; None if the graph does not fit the memory.
+    """Capture `step` as a CUDA graph; return the function that replays it, or None if memory is too small.
 
-    Runs `step` some times on a side stream first. Whatever it changes must be among `state`, which is left as
-    it was: the first replay is the first step.
+    `step` first runs some times on a side stream. `state` must give every tensor that it changes; they are
+    restored, so the first replay is the first step.
 
     Raises:
-        CaptureFailed: the step does what a graph cannot hold; the message names the option to use.
+        CaptureFailed: a graph cannot hold the step; the message names the option to use.
     """
     graph, stream, fits = torch.cuda.CUDAGraph(), torch.cuda.Stream(), True
     current = torch.cuda.current_stream()
@@ -70,13 +71,13 @@ def capture(step: Callable[[], None], state: Callable[[], Iterable[Tensor]]) -> 
             fits = False
     if fits:
         return graph.replay
-    del graph  # and with it what it has taken so far
+    del graph  # and the memory that it has taken so far
     torch.cuda.empty_cache()
     return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short, on the CPU or a GPU."""
+    """Whether an error means that memory ran out, on the CPU or a GPU."""
     return any(
         isinstance(each, torch.OutOfMemoryError)
         or (isinstance(each, RuntimeError) and any(text in str(each) for text in _OUT_OF_MEMORY))
@@ -85,8 +86,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those from which it came: where ending a broken capture raises in its turn, the reason
-    is that error's context."""
+    """An error and its causes. If ending a broken capture raises another error, the cause is that error's
+    context."""
     each: BaseException | None = error
     while each:
         yield each

@@ -1,4 +1,4 @@
-"""The processes of a torchrun job, one per GPU: rank, world_size size and collective operations."""
+"""The processes of a torchrun job, one per GPU: rank, world size and collective operations."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among `world_size` of them. All ranks must call each method at the same place."""
+    """This process among `world_size` of them. All ranks must call each method at the same point."""
 
     rank: int = 0
     world_size: int = 1
@@ -50,7 +50,7 @@ class Distributed:
         torch._foreach_copy_(list(tensors), [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. This blocks the hosts; the devices do not wait."""
+        """Whether the flag is set on any rank. This blocks the host, not the device."""
         if self.world_size == 1:
             return flag
         votes = torch.tensor(int(flag))  # on the host
@@ -66,18 +66,18 @@ class Distributed:
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have called this."""
         self.any_rank(False)
 
     def close(self) -> None:
-        """Leave the job once all ranks are done: the others would see a broken connection."""
+        """Leave the job when all ranks are done; otherwise the others would see a broken connection."""
         if self.world_size > 1:
             self.barrier()
             dist.destroy_process_group()
 
 
 def init_distributed(device: torch.device) -> Distributed:
-    """Join the job if torchrun started this process, and select its GPU; else a world_size of one.
+    """Join the job if torchrun started this process, and select its GPU; else a world size of one.
 
     Raises:
         ValueError: torchrun's variables are incomplete, there are fewer GPUs than processes, or the other
@@ -88,7 +88,7 @@ def init_distributed(device: torch.device) -> Distributed:
     missing = [name for name in _SET_BY_TORCHRUN if name not in os.environ]
     if missing:
         raise UsageError(
-            f"WORLD_SIZE is set, {' and '.join(missing)} not: start with torchrun, "
+            f"WORLD_SIZE is set, but not {' and '.join(missing)}: start with torchrun, "
             "or unset WORLD_SIZE to train in one process"
         )
     rank, world_size, local_rank = (int(os.environ[name]) for name in _SET_BY_TORCHRUN[:3])
@@ -107,8 +107,8 @@ def init_distributed(device: torch.device) -> Distributed:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UsageError(f"rank {rank} could not meet the others at {where}: {error}") from None
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UsageError(f"rank {rank} could not connect to the others at {address}: {error}") from None
     return Distributed(rank, world_size, local_rank)
 
 
@@ -120,7 +120,7 @@ def silence_other_ranks() -> None:
 
 
 def rank_suffix() -> str:
-    """Names the rank that an error comes from; empty in a world_size of one."""
+    """The rank of this process, for error messages; empty if there is only one process."""
     rank = os.environ.get("RANK")
     return f" in rank {rank}" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
@@ -131,8 +131,8 @@ def lost_connection(error: RuntimeError) -> bool:
 
 
 def exit_process(status: int) -> NoReturn:
-    """End this process. One of several skips Python's finalization: gloo's threads, if they end late, abort
-    the process there (pytorch #190489)."""
+    """End this process. In a job of several, skip Python's finalization: gloo's threads abort the process if
+    they end late (pytorch #190489)."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
     sys.stdout.flush(), sys.stderr.flush()

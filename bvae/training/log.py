@@ -1,4 +1,4 @@
-"""What a run reports while it trains: a progress bar or lines, metrics.jsonl and TensorBoard."""
+"""The log of a run while it trains: a progress bar or lines, metrics.jsonl and TensorBoard."""
 
 import contextlib
 import json
@@ -18,11 +18,11 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """Progress of a run: one live bar on a terminal, else a line each `log`; records in the run folder.
+    """Progress of a run: a live bar on a terminal, else a line per `log`; records in the run folder.
 
     Args:
         out: the run folder. None: nothing is written.
-        steps, done: of the run, and those before this log.
+        steps, done: all steps of the run, and those before this log.
     """
 
     def __init__(self, out: Path | None, steps: int, done: int) -> None:
@@ -68,7 +68,7 @@ class RunLog:
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Raises OSError if what is left cannot be written."""
+        """Write the rest and close. Raises OSError if it cannot be written."""
         self._bar.close()
         if self._records:
             self._records.close()
@@ -87,13 +87,13 @@ class _Records:
         if done:
             _drop_lines_after(out / METRICS, done, validate_again=done >= steps)
         self._metrics = open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        # TensorBoard's thread passes its error to the next writer: it need not print it as well.
+        # TensorBoard's thread passes its error to the next writer, so it should not print it too.
         self._before, threading.excepthook = threading.excepthook, self._unhandled
         self._tensorboard = SummaryWriter(str(out), purge_step=done + 1)
 
     def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        record = {"split": split, "step": step, "epoch": epoch, **finite}  # JSON knows no NaN
+        record = {"split": split, "step": step, "epoch": epoch, **finite}  # JSON has no NaN
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         for name, value in values.items():
@@ -106,9 +106,9 @@ class _Records:
         finally:
             threading.excepthook = self._before
 
-    def _unhandled(self, found: threading.ExceptHookArgs) -> None:
-        if not isinstance(found.exc_value, OSError):
-            self._before(found)
+    def _unhandled(self, error: threading.ExceptHookArgs) -> None:
+        if not isinstance(error.exc_value, OSError):
+            self._before(error)
 
 
 class Throughput:
@@ -120,11 +120,11 @@ class Throughput:
         self._step, self._since = 0, time.perf_counter()
 
     def start(self, step: int) -> None:
-        """What happened since the last call was not training; `step` steps are done."""
+        """Leave out the time since the last call, which was not training; `step` steps are done."""
         self._step, self._since = step, time.perf_counter()
 
     def reach(self, step: int) -> None:
-        """What happened since the last call was training up to this step, which the device has finished."""
+        """Count the time since the last call as training up to this step, which the device has finished."""
         now = time.perf_counter()
         self._steps, self._seconds = self._steps + step - self._step, self._seconds + now - self._since
         self._step, self._since = step, now
@@ -147,12 +147,12 @@ class NullLog:
 
 
 def _drop_lines_after(path: Path, step: int, validate_again: bool) -> None:
-    """Keep the records up to the checkpoint's step: a resumed run writes those after it again."""
-    kept = []
+    """Keep the records up to the checkpoint's step: a resumed run writes the later ones again."""
+    lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short by a crash
             record = json.loads(line)
             last = step - 1 if validate_again and record["split"] == "valid" else step
             if record["step"] <= last:
-                kept.append(line + "\n")
-    files.write_text(path, "".join(kept))
+                lines.append(line + "\n")
+    files.write_text(path, "".join(lines))

@@ -12,8 +12,8 @@ def train(run: Run, monitor: Monitor, stop: StopRequest) -> Validation | None:
     In both cases the last step is in a checkpoint.
 
     Raises:
-        NotFinite: a loss or a gradient is not; the message names the step.
-        KeyboardInterrupt: a request to stop when there was nothing to save.
+        NotFinite: a loss or a gradient is NaN or infinite; the message names the step.
+        KeyboardInterrupt: a request to stop when nothing is unsaved.
         OSError: the run folder cannot be written.
     """
     result, stopping = None, False
@@ -29,12 +29,12 @@ def train(run: Run, monitor: Monitor, stop: StopRequest) -> Validation | None:
     stop.interrupt_now = True
     if run.done < run.steps:
         return None
-    return result or _save(run, monitor, stop, validating=True)  # none yet if resumed after its last step
+    return result or _save(run, monitor, stop, validating=True)  # no result if resumed after the last step
 
 
 def _stops(run: Run, monitor: Monitor, stop: StopRequest) -> bool:
-    """Whether any rank is asked to stop."""
-    # This all-reduce blocks the host, so a GPU's does it every `log_every` steps only.
+    """Whether any rank has a request to stop."""
+    # This all-reduce blocks the host, so with a GPU it is done every `log_every` steps only.
     every = 1 if run.step.device.type == "cpu" else run.config.training.log_every
     return run.done % every == 0 and run.distributed.any_rank(monitor.stop or stop.signal is not None)
 
@@ -49,7 +49,7 @@ def _save(run: Run, monitor: Monitor, stop: StopRequest, validating: bool) -> Va
         stop.interrupt_now = run.distributed.world_size == 1  # the other ranks would wait for this one
         result = run.validate()
         monitor.validation(result)
-        run.rate(result)
+        run.mark_best(result)
         stop.interrupt_now = False
     monitor.resume()
     return result

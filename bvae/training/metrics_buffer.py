@@ -1,13 +1,13 @@
-"""The last steps' numbers: written on the device, read by the host without making either wait."""
+"""The numbers of the last steps: written on the device, read by the host; neither waits for the other."""
 
 import torch
 from torch import Tensor
 
 
 class MetricsBuffer:
-    """A ring of `length` float32 rows on a device, one per step, and one copy of it on its way to the host.
+    """A ring buffer of `length` float32 rows on a device, one per step, with one copy in flight to the host.
 
-    Step k's row is row (k - 1) mod length.
+    The row of step k is row (k - 1) mod length.
     """
 
     def __init__(self, length: int, width: int, device: torch.device) -> None:
@@ -15,23 +15,23 @@ class MetricsBuffer:
         self.rows = torch.zeros(length, width, device=device)
         self._host = torch.zeros(length, width, pin_memory=cuda)
         self._copied = torch.cuda.Event() if cuda else None
-        self._sent = 0  # steps whose rows have been sent, and received
+        self._sent = 0  # steps whose rows have been sent
         self._received = 0
 
     def start(self, done: int) -> None:
-        """Go on as if `done` steps had been written and read."""
+        """Set the state as if `done` steps had been written and read."""
         self._sent = self._received = done
 
-    def place(self, step: Tensor) -> Tensor:
-        """Where the row of a step, 0-d int64 on the device, belongs: [1] int64."""
+    def row_index(self, step: Tensor) -> Tensor:
+        """The index of a step's row, int64 [1]; the step is 0-d int64 on the device."""
         return ((step - 1) % len(self.rows)).view(1)
 
-    def write(self, place: Tensor, row: Tensor) -> None:
-        """Write a row [1, width] to its place."""
-        self.rows.index_copy_(0, place, row)
+    def write(self, index: Tensor, row: Tensor) -> None:
+        """Write a row [1, width] at its index."""
+        self.rows.index_copy_(0, index, row)
 
     def send(self, done: int) -> None:
-        """Start to copy the rows of the steps up to `done`; those sent before must have been received."""
+        """Start to copy the rows of the steps up to `done`; rows sent earlier must have been received."""
         assert self._received == self._sent >= done - len(self.rows)
         self._host.copy_(self.rows, non_blocking=True)
         if self._copied:
@@ -39,7 +39,7 @@ class MetricsBuffer:
         self._sent = done
 
     def receive(self, wait: bool) -> list[tuple[int, list[float]]]:
-        """What was sent last, as (step, row) in order: once, and where not `wait`, once it has arrived."""
+        """The rows sent last, as (step, row) in order, only once. Without `wait`, [] until they arrive."""
         if self._received == self._sent:
             return []
         if self._copied:

@@ -1,4 +1,4 @@
-"""What follows a run: its numbers from the device to the log and to callbacks, and its speed."""
+"""Monitor a run: pass its numbers from the device to the log and to callbacks, and measure its speed."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,26 +13,26 @@ from bvae.training.validation import Validation
 
 
 class Callback(Protocol):
-    """What `bvae.fit` calls as a run goes on: on the host, on every rank, with numbers that have arrived.
+    """What `bvae.fit` calls during a run: on the host, on every rank, with numbers that have arrived.
 
-    Each method may be left out. One that returns True stops the run after the step, with a checkpoint.
+    Each method is optional. If one returns True, the run stops after the step, with a checkpoint.
     """
 
     def on_log(self, step: int, values: dict[str, float]) -> bool | None:
-        """Every `log_every` steps: the losses of a step, as in metrics.jsonl, some steps later on a GPU."""
+        """Every `log_every` steps: a step's losses, as in metrics.jsonl; on a GPU some steps later."""
 
     def on_validation(self, step: int, validation: Validation) -> bool | None:
         """After a validation."""
 
     def on_checkpoint(self, step: int, folder: Path | None) -> bool | None:
-        """After a checkpoint of the run folder, None where nothing is written."""
+        """After a checkpoint; the run folder, or None if nothing is written."""
 
     def on_end(self, validation: Validation | None) -> bool | None:
-        """After the last step, or the one at which the run was stopped (None)."""
+        """After the last step, or after a stop (None)."""
 
 
 class Monitor:
-    """Use it round the training loop: leaving it closes the log."""
+    """Monitors a run. Use it as a context around the training loop: leaving it closes the log."""
 
     def __init__(self, run: Run, callbacks: Sequence[Any] = (), profile: Profile | None = None) -> None:
         self._run, self._callbacks, self._profile = run, callbacks, profile
@@ -40,7 +40,7 @@ class Monitor:
         self._log = RunLog(run.out, run.steps, run.done) if run.distributed.is_main else NullLog()
         self.throughput = Throughput(run.config.training.batch_size)
         self.history: list[dict[str, Any]] = []  # every record of training and validation so far
-        self.stop = False  # whether a callback asks for it
+        self.stop = False  # whether a callback has asked to stop
 
     def __enter__(self) -> "Monitor":
         self.throughput.start(self._run.done)
@@ -65,7 +65,7 @@ class Monitor:
         self._receive(wait=False)
 
     def flush(self) -> None:
-        """Log all that was sent, and look at every step so far. Raises NotFinite."""
+        """Log the rows that were sent, and check every step so far. Raises NotFinite."""
         self._receive(wait=True)
         self._run.step.metrics_buffer.send(self._run.done)
         self._run.step.receive(wait=True)
@@ -110,5 +110,5 @@ class Monitor:
             try:
                 self.stop |= bool(call(*arguments))
             except BaseException:
-                self._run.save()  # whatever the callback did wrong, the steps so far are not lost
+                self._run.save()  # the callback failed, but the steps so far are kept
                 raise

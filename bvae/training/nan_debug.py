@@ -1,4 +1,4 @@
-"""Which module makes the first number that is not finite: training goes on in eager, all modules watched."""
+"""Find the module that makes the first NaN or Inf: train in eager mode, and check every module."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,23 +12,23 @@ from bvae.training.run import Run
 from bvae.training.step import NotFinite
 
 
-def find(run: Run) -> str | None:
-    """Train on, writing nothing, until a number is not finite: its step, and what made it. None: none was.
+def find_not_finite(run: Run) -> str | None:
+    """Continue training, without writing, until a number is not finite; say its step and source, or None.
 
-    With float16's gradient scaler only the forward pass is watched: it expects gradients to overflow.
+    With float16's gradient scaler only the forward pass is checked, because gradients may overflow there.
     """
     watch = _Watch(run, backward=not run.step.scaler.is_enabled())
-    bar = tqdm(total=run.steps, initial=run.done, desc="looking at every module", unit=" steps", disable=None)
+    bar = tqdm(total=run.steps, initial=run.done, desc="checking every module", unit=" steps", disable=None)
     with bar, warnings.catch_warnings(), torch.autograd.set_detect_anomaly(watch.backward):
-        warnings.simplefilter("ignore")  # anomaly detection warns of itself, and with a stack of calls
+        warnings.simplefilter("ignore")  # anomaly detection warns that it is on, and prints call stacks
         while run.done < run.steps:
             for images in run.batches():
                 try:
                     watch.start()
                     run.advance(images)
                     watch.finish()
-                except NotFinite as found:
-                    return str(found)
+                except NotFinite as error:
+                    return str(error)
                 except RuntimeError as error:
                     if "returned nan values" not in str(error):
                         raise
@@ -40,7 +40,7 @@ def find(run: Run) -> str | None:
 
 
 class _Watch:
-    """Looks at what enters and leaves each module, at the gradients on their way back, and at the weights."""
+    """Checks the inputs and outputs of each module, the gradients in the backward pass, and the weights."""
 
     def __init__(self, run: Run, backward: bool) -> None:
         self.run, self.backward = run, backward
@@ -66,9 +66,9 @@ class _Watch:
             self._check(parameter, f"{name} after its update")
 
     def _before(self, name: str) -> Any:
-        def hook(_: nn.Module, given: Any) -> None:
-            for tensor in _tensors(given):
-                self._check(tensor, f"what enters {name}")
+        def hook(_: nn.Module, inputs: Any) -> None:
+            for tensor in _tensors(inputs):
+                self._check(tensor, f"the input of {name}")
 
         return hook
 
@@ -77,17 +77,17 @@ class _Watch:
             for tensor in _tensors(output):
                 self._check(tensor, f"the output of {name}")
                 if backward and self.backward and tensor.requires_grad:
-                    tensor.register_hook(on_the_way_back)
+                    tensor.register_hook(check_gradient)
 
-        def on_the_way_back(gradient: Tensor) -> None:
+        def check_gradient(gradient: Tensor) -> None:
             self._check(gradient, self.backward_of)
             self._last = name
 
         return hook
 
-    def _check(self, tensor: Tensor, what: str) -> None:
+    def _check(self, tensor: Tensor, name: str) -> None:
         if not tensor.isfinite().all():
-            raise NotFinite(f"{what} is {'nan' if tensor.isnan().any() else 'inf'}", self.run.done)
+            raise NotFinite(f"{name} is {'nan' if tensor.isnan().any() else 'inf'}", self.run.done)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from bvae.config import TrainingConfig
 def build_optimizer(training: TrainingConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Adam (Kingma & Ba 2015), one launch for all parameters, or Adagrad (Duchi et al. 2011).
 
-    Adam's learning rate is a tensor beside the parameters, so that a CUDA graph can hold the update.
+    Adam's learning rate is a tensor on the parameters' device, so that a CUDA graph can hold the update.
     """
     parameters = list(parameters)
     if training.optimizer == "adagrad":

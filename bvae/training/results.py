@@ -1,4 +1,4 @@
-"""What a finished run leaves beside its log and checkpoints: the model, and pictures of what it learned."""
+"""Write the results of a finished run: the model, and pictures of what it learned."""
 
 from bvae.plots import save_pictures
 from bvae.training.run import Run
@@ -14,7 +14,7 @@ def write(run: Run, result: Validation) -> None:
 
 
 def show(run: Run, result: Validation, images_per_s: float) -> None:
-    """Print what came out, and where it is."""
+    """Print the results and their folder."""
     print(f"explained variance: {result.explained_variance:.2f}")
     print(f"validation: MSE {result.mse:.4f} per pixel, KL {result.kld:.2f} nats per image")
     if images_per_s:  # a finished run that is resumed trains no more

@@ -24,13 +24,13 @@ from bvae.training.distributed import Distributed
 from bvae.training.step import NotFinite, Scalars, TrainingStep
 from bvae.training.validation import Validation, validate
 
-PAUSE = 10  # seconds: what a checkpoint and a validation take must stay a small part of the time
-ACTIVE = 0.01  # nats; a latent whose KL is above it is in use
+PAUSE = 10  # seconds between checkpoints: they and validations must take a small part of the time
+ACTIVE = 0.01  # nats; a latent with a higher KL is active
 
 
 @dataclass
 class Run:
-    """Everything that training needs, ready to go."""
+    """Everything that training needs."""
 
     config: Config  # resolved
     out: Path | None  # the run folder; None writes nothing
@@ -40,9 +40,9 @@ class Run:
     step: TrainingStep
     train: Loader
     valid: Loader
-    files: list[str]  # of the training images; none where they are drawn
+    files: list[str]  # of the training images; empty if they are drawn
     distributed: Distributed
-    loss_is_given: bool = False  # by the caller, not built from the configuration
+    loss_is_given: bool = False  # passed by the caller, not built from the configuration
     done: int = 0  # steps
     _saved_at: float = field(default_factory=time.monotonic)
 
@@ -61,7 +61,7 @@ class Run:
         return (step - 1) // len(self.train) + 1
 
     def batches(self) -> Iterator[Tensor | None]:
-        """For each step that is left uint8 images [B, H, W, C]; None where the step gathers its own."""
+        """Yield uint8 images [B, H, W, C] for each remaining step; None if the step gathers its own."""
         while self.done < self.steps:
             number, start = divmod(self.done, len(self.train))
             if self.step.gathers and isinstance(self.train, DeviceLoader):
@@ -72,7 +72,7 @@ class Run:
             yield from islice(epoch, self.steps - self.done)
 
     def advance(self, images: Tensor | None) -> None:
-        """One training step on what `batches` gave."""
+        """One training step on the images from `batches`."""
         if self.done % len(self.train) == 0:  # an epoch begins
             self.step.set_lr(self.lr(self.done + 1))
         self.done += 1
@@ -89,7 +89,7 @@ class Run:
         return self.distributed.broadcast(time.monotonic() - self._saved_at > PAUSE)
 
     def metrics(self, scalars: Scalars) -> dict[str, float]:
-        """What a step's log record says of the objective."""
+        """The values of a step's log record."""
         values = {
             "loss": scalars.loss,
             "recon": scalars.recon,
@@ -111,26 +111,26 @@ class Run:
         return values
 
     def images(self, step: int) -> list[str]:
-        """The files, or where there are none the numbers, of the images of a step's batch."""
+        """The files of the images of a step's batch, or their numbers if they have no files."""
         index = self.train.indices(*divmod(step - 1, len(self.train))).tolist()
         return [self.files[i] if self.files else f"image {i}" for i in index]
 
     @cached_property
     def _listing(self) -> str:
-        """A checksum of the training images' names, below the folder that holds them all."""
+        """A checksum of the training images' names, relative to their common folder."""
         common = os.path.commonpath([os.path.dirname(name) for name in self.files]) if self.files else ""
         names = "\n".join(name[len(common) :].lstrip(os.sep) for name in self.files)
         return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def save(self) -> None:
-        """Average BatchNorm's statistics over the ranks, and let rank 0 write a checkpoint.
+        """Average BatchNorm's statistics over the ranks, and write a checkpoint on rank 0.
 
         Raises:
-            NotFinite: a weight is not; the checkpoints before stay as they are.
-            OSError: it cannot be written; the same.
+            NotFinite: a weight is NaN or infinite; the older checkpoints are unchanged.
+            OSError: the checkpoint cannot be written; the older ones are unchanged.
         """
         statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        self.distributed.all_reduce_mean(statistics)  # no gradient keeps them together
+        self.distributed.all_reduce_mean(statistics)  # each rank has its own; only gradients are averaged
         for name, value in self.model.state_dict().items():
             if not value.isfinite().all():
                 raise NotFinite(f"{name} is not finite", self.done)
@@ -154,19 +154,19 @@ class Run:
         seed = self.config.training.seed
         return validate(self.model, self.loss, self.valid, seed, self.step.dtype, self.distributed)
 
-    def rate(self, result: Validation) -> None:
-        """Note on rank 0 what the checkpoint of this step is worth. Raises OSError."""
+    def mark_best(self, result: Validation) -> None:
+        """Mark the checkpoint of this step if it is the best, on rank 0. Raises OSError."""
         if self.out and self.distributed.is_main:
-            checkpoint.rate(self.out / checkpoint.FOLDER, self.done, result.elbo)
+            checkpoint.mark_best(self.out / checkpoint.FOLDER, self.done, result.elbo)
         self._saved_at = time.monotonic()
 
     def restore(self) -> None:
-        """Go back to the newest checkpoint of the run folder.
+        """Load the newest checkpoint of the run folder.
 
         Raises:
             FileNotFoundError, ValueError: there is none, it is damaged, or the data have changed.
         """
-        # Each part takes its tensors to where it needs them; Adagrad counts on the host, even on a GPU.
+        # Each part copies its tensors to its own device; Adagrad's step count is on the host, even on a GPU.
         assert self.out
         state = checkpoint.load_newest(self.out / checkpoint.FOLDER, torch.device("cpu"))
         try:
@@ -174,13 +174,13 @@ class Run:
             self._load(state)
         except torch.OutOfMemoryError:
             raise
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # another version's, or made up
-            raise UsageError(f"{self.out}: its newest checkpoint is not of such a run: {error}") from None
-        if (then := state.get("versions")) not in (None, now := checkpoint.versions()):
-            print(f"trained so far with {then}, now {now}: not the same bits as in one go", flush=True)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # of another version or program
+            raise UsageError(f"{self.out}: its newest checkpoint is of another kind: {error}") from None
+        if (old := state.get("versions")) not in (None, new := checkpoint.versions()):
+            print(f"trained so far with {old}, now {new}: not bit for bit as without a stop", flush=True)
         if self.done > self.steps:
             raise UsageError(
-                f"{self.out} is at step {self.done} already, beyond the {self.steps} asked for: "
+                f"{self.out} is at step {self.done} already, beyond the {self.steps} requested: "
                 "raise --epochs or --max-steps"
             )
 
@@ -202,14 +202,14 @@ class Run:
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(own)  # this device's and this command's, not the checkpoint's
-        if state["scaler"]:  # that of a run without float16 is empty
+            group.update(own)  # the options of this device and this command, not the checkpoint's
+        if state["scaler"]:  # empty for a run without float16
             self.step.scaler.load_state_dict(state["scaler"])
         self.done = state["step"]
         self.step.restore(self.done)
         self.step.set_lr(self.lr(self.done + 1))
 
     def close(self) -> None:
-        """Leave the other ranks; nothing trains afterwards."""
+        """End this rank's part in the job; no training is possible afterwards."""
         self.step.release()  # NCCL waits for the end of every graph that uses its connections
         self.distributed.close()

@@ -1,4 +1,4 @@
-"""From a configuration to a run that is ready to train: open the data, build the parts, start or resume."""
+"""Set up a run from a configuration: open the data, build the parts, start or resume."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from torch import nn
 
 from bvae import files
 from bvae.config import Config, ObjectiveConfig, TrainingConfig
-from bvae.datasets import Data, find, open_data
+from bvae.datasets import Data, find_files, open_data
 from bvae.device import choose_device
 from bvae.errors import UsageError
 from bvae.kernels import launch
@@ -28,7 +28,7 @@ from bvae.training.optimizer import build_optimizer
 from bvae.training.run import Run
 from bvae.training.step import TrainingStep, autocast_dtype, captures, compiles
 
-FEW_STEPS = 1500  # a run of whole epochs that is shorter is called short
+FEW_STEPS = 1500  # a shorter run, if its length is given in epochs, gets a warning
 
 OpenData = Callable[[Config, int, torch.device, Distributed], Data]  # the int: images per rank and step
 
@@ -38,14 +38,14 @@ def connect(name: str) -> tuple[torch.device, Distributed]:
     """This process's device, and its place in the job."""
     device = choose_device(name)
     distributed = init_distributed(device)
-    if device.type == "cuda":  # this process's, in every thread and for every library
+    if device.type == "cuda":  # the index too, for other threads and libraries
         device = torch.device("cuda", torch.cuda.current_device())
     return device, distributed
 
 
 @contextlib.contextmanager
 def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
-    """Set the process's switches and generators as a run needs them; put all of them back afterwards."""
+    """Set the process's switches and generators for a run; restore all of them afterwards."""
     deterministic: Any = torch.utils.deterministic  # type: ignore[attr-defined]
     before = (
         launch.ENABLED,
@@ -59,11 +59,11 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
         if device.type == "cpu":
             stack.enter_context(malloc.kept())
         try:
-            torch.manual_seed(training.seed)  # all ranks begin with the same weights
+            torch.manual_seed(training.seed)  # all ranks start with the same weights
             torch.backends.cudnn.benchmark = not training.deterministic  # every step has the same shapes
             torch.use_deterministic_algorithms(training.deterministic)
             if training.deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS demands
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
                 deterministic.fill_uninitialized_memory = False
             launch.ENABLED = training.fused
             yield
@@ -76,7 +76,7 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
 # --- The run ----------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def open_run(arguments: Arguments) -> Iterator[Run]:
-    """The run that a command line asks for, with the process's switches set for it. Raises as `prepare`."""
+    """The run that a command line describes, with the process's switches set for it. Raises as `prepare`."""
     config, resume = arguments.settings, arguments.resume
     device, distributed = connect(arguments.device)
     out = distributed.broadcast(resume or arguments.out or free_run_folder(config))
@@ -97,7 +97,7 @@ def prepare(
     model: BetaVAE | None = None,
     loss: nn.Module | None = None,
 ) -> Run:
-    """Open the data, build the parts, make the run folder or restore its newest checkpoint.
+    """Open the data, build the parts, create the run folder or restore its newest checkpoint.
 
     Call it inside `switches`.
 
@@ -105,12 +105,12 @@ def prepare(
         config: not yet resolved.
         out: the run folder. None: nothing is written.
         resume: continue from the folder's newest checkpoint; otherwise the folder must not exist.
-        write: False leaves the folder as it is.
-        data: opens other images than the configuration names.
+        write: False changes nothing in the folder.
+        data: opens the images, in place of those of the configuration.
         model, loss: in place of those of the configuration.
 
     Raises:
-        UsageError, OSError: the run cannot be what was asked for.
+        UsageError, OSError: the run cannot be set up as requested.
         CompileFailed, CaptureFailed: this machine cannot compile or capture the step.
     """
     if out:
@@ -120,7 +120,7 @@ def prepare(
     if resume:
         run.restore()
     execution = _compile_and_capture(run)
-    distributed.barrier()  # nobody writes before all are ready
+    distributed.barrier()  # write only when all ranks are ready
     if out and write and distributed.is_main:
         out.mkdir(parents=True, exist_ok=True)
         files.write_text(out / "config.yaml", config.to_yaml())
@@ -141,7 +141,7 @@ def free_run_folder(config: Config) -> Path:
 
 
 def _check_run_folder(out: Path, resume: bool) -> None:
-    """Raise now what would otherwise end the run after the data have been decoded."""
+    """Raise errors of the run folder now, not only after the data have been decoded."""
     if out.exists() and not resume:
         raise UsageError(f"{out} exists: name another folder with --out, or continue with --resume {out}")
     for folder in (out, out / checkpoint.FOLDER) if resume else (out,):
@@ -150,7 +150,7 @@ def _check_run_folder(out: Path, resume: bool) -> None:
             raise UsageError(f"{nearest} is a file: name another run folder with --out")
         try:
             with tempfile.TemporaryFile(dir=nearest) as file:
-                file.write(b"some")
+                file.write(b"test")
         except OSError as error:
             text = f"{error.strerror}: name another run folder with --out, or make that one writable"
             raise OSError(error.errno, text, str(nearest)) from None
@@ -171,7 +171,7 @@ def _configured(config: Config, batch_size: int, device: torch.device, distribut
     """The images that the configuration names."""
     if distributed.world_size > 1:
         if distributed.local_rank == 0:
-            find(config.data)  # draws the faces if need be
+            find_files(config.data)  # draws the faces if needed
         distributed.barrier()
     seed, rank, world_size = config.training.seed, distributed.rank, distributed.world_size
     accumulate = config.training.accumulate
@@ -190,19 +190,19 @@ def _build(
     """All parts, untrained, on the device."""
     batch_size = data.train.batch_size * distributed.world_size
     if batch_size != config.training.batch_size:
-        print(f"{data.train.count} training images: the batch is {batch_size} of them", flush=True)
+        print(f"{data.train.count} training images: the batch size is {batch_size}", flush=True)
         config = replace(config, training=replace(config.training, batch_size=batch_size))
     config = config.resolve(len(data.train))
     if config.data.root:  # a checkpoint may be resumed from another folder
         config = replace(config, data=replace(config.data, root=config.data.root.resolve()))
     training = config.training
 
-    # channels_last is what tensor cores want, and faster on a CPU too.
+    # channels_last suits tensor cores, and is faster on a CPU too.
     model = (model or build(config)).to(device).to(memory_format=torch.channels_last).train()
-    built = (loss or build_loss(config.objective)).to(device)
+    module = (loss or build_loss(config.objective)).to(device)
     step = TrainingStep(
         model,
-        built,
+        module,
         build_optimizer(training, model.parameters()),
         seed=training.seed,
         dtype=autocast_dtype(device, training.amp)[0],
@@ -212,7 +212,7 @@ def _build(
         accumulate=training.accumulate,
         distributed=distributed,
     )
-    parts = config, out, model, built, step.optimizer, step, data.train, data.valid, data.files, distributed
+    parts = config, out, model, module, step.optimizer, step, data.train, data.valid, data.files, distributed
     return Run(*parts, loss_is_given=loss is not None)
 
 
@@ -232,10 +232,10 @@ def build_loss(objective: ObjectiveConfig) -> BetaLoss | CapacityLoss:
 
 
 def _compile_and_capture(run: Run) -> str:
-    """Compile the step and capture it where that is possible; the line that says how it is executed.
+    """Compile the step and capture it if possible; return a line that says how it is executed.
 
     Raises:
-        CompileFailed, CaptureFailed: this machine cannot; the message names the option to use.
+        CompileFailed, CaptureFailed: not possible on this machine; the message names the option to use.
     """
     step, training = run.step, run.config.training
     execution = compiles(step.device, training.compile)[1]
@@ -243,7 +243,7 @@ def _compile_and_capture(run: Run) -> str:
     if run.done < run.steps and (captured or step.compile or step.device.type == "cuda"):
         compiler.remove_truncated()
         images = run.train.head(run.train.batch_size)
-        begin: Callable[[], bool | None] = partial(step.rehearse, images)
+        begin: Callable[[], bool | None] = partial(step.compile_and_restore, images)
         if captured:
             begin = partial(step.capture, run.train if isinstance(run.train, DeviceLoader) else images)
         compiled = step.compile
@@ -256,22 +256,22 @@ def _compile_and_capture(run: Run) -> str:
 
 
 def _announce(run: Run, execution: str) -> None:
-    """Say what is about to be trained, and how."""
+    """Print what will be trained, and how."""
     training, device, world_size = run.config.training, run.step.device, run.distributed.world_size
-    where = (
+    hardware = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
     if world_size > 1:
-        where = f"{world_size} processes, {run.train.batch_size} images each per step; {where}"
+        hardware = f"{world_size} processes, {run.train.batch_size} images each per step; {hardware}"
     print(
-        f"{run.train.count} training and {run.valid.count} validation images; {where}; "
+        f"{run.train.count} training and {run.valid.count} validation images; {hardware}; "
         f"{autocast_dtype(device, training.amp)[1]}; {execution}; steps {run.done} to {run.steps}"
         + (f"; run folder {run.out}" if run.out else ""),
         flush=True,
     )
     if run.steps < FEW_STEPS and training.max_steps is None:
         print(
-            f"warning: {run.steps} steps are few for a VAE, and what it draws will be blurred: "
-            "--max-steps 5000 trains longer, over as many epochs as that takes",
+            f"warning: {run.steps} steps are few for a VAE, and its images will be blurred: "
+            "--max-steps 5000 trains longer, over as many epochs as needed",
             flush=True,
         )

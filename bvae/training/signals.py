@@ -1,18 +1,18 @@
-"""Requests to stop, from the keyboard, a scheduler or SLURM, kept until a step is done."""
+"""Requests to stop from the keyboard, a scheduler or SLURM, remembered until the step is done."""
 
 import signal
 import threading
 from collections.abc import Sequence
 from types import FrameType
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, a scheduler's, SLURM's
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # of Ctrl-C, schedulers, SLURM
 
 
 class StopRequest:
-    """Remembers a signal until the step is done; a second one acts as usual.
+    """Remembers a signal until the step is done; a second signal has its usual effect.
 
     If `interrupt_now` is set (nothing is unsaved), the signal raises KeyboardInterrupt. Python delivers
-    signals to the main thread alone: in another thread this class catches none.
+    signals to the main thread only: in another thread this class catches none.
     """
 
     def __init__(self, numbers: Sequence[int] = STOPS) -> None:
@@ -20,9 +20,9 @@ class StopRequest:
         self.interrupt_now = True
         if threading.current_thread() is not threading.main_thread():
             numbers = ()
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.signal = number
         self._restore()
         if self.interrupt_now:

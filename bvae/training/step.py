@@ -23,13 +23,13 @@ from bvae.training.metrics_buffer import MetricsBuffer
 class NotFinite(FloatingPointError):
     """A number of a step that is NaN or infinite."""
 
-    def __init__(self, what: str, step: int) -> None:
-        super().__init__(f"{what} at step {step}")
+    def __init__(self, text: str, step: int) -> None:
+        super().__init__(f"{text} at step {step}")
         self.step = step
 
 
 class Scalars(NamedTuple):
-    """What a step's row of `TrainingStep.metrics_buffer` says."""
+    """The numbers in a step's row of `TrainingStep.metrics_buffer`."""
 
     step: int
     loss: float
@@ -40,7 +40,7 @@ class Scalars(NamedTuple):
     kl_per_dim: list[float]  # nats per latent
 
 
-_HEAD = len(Scalars._fields) - 2  # of a row, before kl_per_dim; the gradient comes last
+_HEAD = len(Scalars._fields) - 2  # numbers in a row before kl_per_dim; the gradient comes last
 
 
 def autocast_dtype(device: torch.device, amp: bool) -> tuple[torch.dtype | None, str]:
@@ -77,18 +77,18 @@ def captures(device: torch.device, training: TrainingConfig) -> tuple[bool, str]
     return training.capture, "" if training.capture else "not captured"
 
 
-# What inductor is told on a GPU. The counts are those of `python -m bench.lowered`, torch 2.14, batch 144:
+# Inductor's options on a GPU. The counts are from `python -m bench.lowered`, torch 2.14, batch 144:
 INDUCTOR: dict[str, Any] = {
-    # BatchNorm's backward reads its intermediate six times, which is more than the default of four: it would
-    # be stored, in float32. Computed again each time, a step moves 7.9 MB per image instead of 10.9.
+    # BatchNorm's backward reads its intermediate six times. With the default of four it would be stored, in
+    # float32. If it is computed again each time, a step moves 7.9 MB per image instead of 10.9.
     "realize_reads_threshold": 16,
-    # Small independent kernels share launches, of which a step has 142 otherwise, and 126 so.
+    # Small independent kernels share launches: a step has 126 of them instead of 142.
     "combo_kernels": True,
 }
 
 
 def pixel_mse(model: BetaVAE, loss: nn.Module, terms: LossTerms, raw: Tensor, target: Tensor) -> Tensor:
-    """Squared error per pixel and channel, in the decoder's range, of a loss's terms and arguments."""
+    """Squared error per pixel and channel, in the decoder's range, from a loss's terms and arguments."""
     if not isinstance(loss, BetaLoss | CapacityLoss) or loss.likelihood == "bernoulli":
         return (model.activate(raw.detach().float()) - model.scale(target)).square().mean()
     mse = terms.recon.detach() * 2 * loss.decoder_variance
@@ -96,10 +96,10 @@ def pixel_mse(model: BetaVAE, loss: nn.Module, terms: LossTerms, raw: Tensor, ta
 
 
 class _Cast(torch.autograd.Function):
-    """Weights cast for autocast, all in one launch where they are compiled, and their gradients cast back.
+    """Casts weights for autocast, and their gradients back; when compiled, each in one launch.
 
-    Autocast casts each layer's weights, and each gradient where it arises: eleven launches per step that
-    inductor cannot merge. It takes a foreach operation as one kernel. The product by one changes no bit.
+    Autocast itself casts each layer's weights and each gradient separately: eleven launches per step, which
+    inductor cannot merge. It compiles a foreach operation to one kernel. The product by one changes no bit.
     """
 
     @staticmethod
@@ -112,7 +112,7 @@ class _Cast(torch.autograd.Function):
 
 
 class _Call(nn.Module):
-    """A function that runs a model, as the module that `functional_call` wants, which replaces weights."""
+    """Wraps a function that runs a model in a module, for `functional_call`, which replaces weights."""
 
     def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -127,14 +127,14 @@ class TrainingStep:
 
     Args:
         model, loss, optimizer: on one device. An optimizer whose learning rate is a tensor reads it there.
-        seed: keys the noise, with the step and the image's number in the whole batch.
+        seed: of the noise, with the step and the image's number in the whole batch.
         dtype: of autocast; None is float32. float16 gets a gradient scaler.
         compile: run the forward and backward pass under torch.compile.
-        buffer_steps: steps whose scalars are kept until `receive`; `send` at least that often.
+        buffer_steps: steps whose scalars the buffer holds; call `send` at least that often.
         clip_grad: the gradient's largest norm, or None.
-        accumulate: equal parts into which the images are cut; their gradients are averaged. BatchNorm and
-            |KL - C| see a part at a time.
-        distributed: average the gradients with the others'; each takes its B images of the whole batch.
+        accumulate: equal parts into which the images are divided; their gradients are averaged. BatchNorm and
+            |KL - C| use one part at a time.
+        distributed: the ranks whose gradients are averaged; each has its own B images of the whole batch.
     """
 
     def __init__(
@@ -156,31 +156,31 @@ class TrainingStep:
         self.clip_grad, self.accumulate, self.distributed = clip_grad, accumulate, distributed
         self.seed = torch.tensor(seed, device=self.device)
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)  # steps done
-        # Numbers on the device, which no launch has to fill in: what the first part of a step adds to its
-        # number, what the others add, and the gradient of a part's loss.
+        # Constants on the device, so that no launch has to fill them in: the first part of a step adds 1 to
+        # the step counter, other parts add 0, and `_share` is the gradient of a part's loss.
         self._one, self._zero = self.step + 1, self.step.clone()
         self._share = torch.full((), 1 / accumulate, device=self.device)
         self.metrics_buffer = MetricsBuffer(buffer_steps, _HEAD + model.latent_dim + 1, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         if self.scaler.is_enabled():
-            self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors now, before a capture
+            self.scaler.scale(torch.zeros((), device=self.device))  # creates its tensors before a capture
         self.recompile(compile)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._call = _Call(model, self._reconstruct)
-        self._cast = {  # what autocast casts of the layers that it knows
+        self._cast = {  # the weights that autocast casts
             f"{name}.weight": module.weight
             for name, module in self._call.named_modules()
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.weight.requires_grad
         }
         self._replay: Callable[[], None] | None = None
-        self._images: Tensor | None = None  # where a captured step that does not gather reads
-        self.gathers = False  # captured, and takes its images from the data set by itself
+        self._images: Tensor | None = None  # the input of a captured step that does not gather
+        self.gathers = False  # captured, and reads its images from the data set itself
 
     def __call__(self, images: Tensor | None = None) -> None:
-        """One step on uint8 images [B, H, W, C]; None where the step `gathers` its own.
+        """One step on uint8 images [B, H, W, C]; None if the step `gathers` its own.
 
         Raises:
-            ValueError: a captured step was captured for other images; says what changed.
+            ValueError: a captured step gets images of another kind; the message says what changed.
         """
         if self._replay is None:
             assert images is not None
@@ -193,11 +193,11 @@ class TrainingStep:
         self._replay()
 
     def capture(self, images: DeviceLoader | Tensor) -> bool:
-        """Make every later step a replay of one CUDA graph; False, and no change, if memory is short.
+        """Make every later step a replay of one CUDA graph; False, without a change, if memory is short.
 
         Args:
-            images: the loader, whose batches the graph gathers by itself (`DeviceLoader.begin` comes before
-                each epoch); or images like those that will be given.
+            images: the loader, whose batches the graph gathers itself (call `DeviceLoader.begin` before each
+                epoch); or images like those of later steps.
         """
         if isinstance(images, DeviceLoader):
             images.begin(0)
@@ -221,27 +221,27 @@ class TrainingStep:
         return self._replay is not None
 
     def recompile(self, compile: bool) -> None:
-        """Let the next step compile, or be eager, whatever the last one was."""
+        """Discard the compiled code; the next step compiles again, or is eager."""
         self.compile = compile
         options = INDUCTOR if self.device.type == "cuda" else None
         self._objective = torch.compile(self.objective, options=options) if compile else self.objective
 
-    def rehearse(self, images: Tensor) -> None:
-        """A step on uint8 images [B, H, W, C] that leaves no trace, so that all is compiled."""
+    def compile_and_restore(self, images: Tensor) -> None:
+        """Run one step on uint8 images [B, H, W, C], to compile it, and restore all state afterwards."""
         with preserved(self._state):
             self._update(images)
 
     def release(self) -> None:
-        """Give the captured graph up; later steps run without one."""
+        """Release the captured graph; later steps run without one."""
         self._replay, self._images, self.gathers = None, None, False
 
     def restore(self, step: int) -> None:
-        """Go on as if `step` steps had been done."""
+        """Set the counters as if `step` steps had been done."""
         self.step.fill_(step)
         self.metrics_buffer.start(step)
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the steps to come; a captured step reads it from the device."""
+        """Set the learning rate of later steps; a captured step reads it from the device."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
@@ -249,16 +249,16 @@ class TrainingStep:
                 group["lr"] = lr
 
     def receive(self, wait: bool) -> Scalars | None:
-        """The scalars of the last step that `history` has sent; None if there is nothing new.
+        """The scalars of the last step that `metrics_buffer` has sent; None if there is nothing new.
 
         Raises:
-            NotFinite: a step's loss or gradient is not; names the first such step.
+            NotFinite: a step's loss or gradient is NaN or infinite; the message names the first such step.
         """
         received = self.metrics_buffer.receive(wait)
         for step, row in received:
             if not math.isfinite(row[0]):
                 raise NotFinite(f"the loss is {row[0]}", step)
-            if not math.isfinite(row[-1]) and not self.scaler.is_enabled():  # which skips such a step
+            if not math.isfinite(row[-1]) and not self.scaler.is_enabled():  # a scaler skips such steps
                 raise NotFinite(f"the gradient is {row[-1]}", step)
         if not received:
             return None
@@ -267,13 +267,13 @@ class TrainingStep:
         return Scalars(step, loss, recon, kld, capacity, mse, kl_per_dim)
 
     def objective(self, images: Tensor, first: int, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of uint8 images [B, H, W, C], numbered from `first`; adds `counts` to the step's number.
+        """The loss of uint8 images [B, H, W, C], numbered from `first`; adds `counts` to the step counter.
 
-        What the step needs besides is here too, since compiled it costs hardly a launch of its own.
+        The metrics are computed here too, because compiled together they cost hardly any extra launch.
 
         Returns:
-            the loss 0-d; the history's row [1, width], whose last number is left to the gradient, and its
-            place [1] there.
+            the loss, 0-d; the row [1, width] of the metrics buffer, whose last number is later set to the
+            gradient; and the row's index [1].
         """
         self.step += counts
         if self.accumulate > 1 and isinstance(self.loss, CapacityLoss):
@@ -288,7 +288,7 @@ class TrainingStep:
         terms = self.loss(raw, target, kl)
         mse = pixel_mse(self.model, self.loss, terms, raw, target)
         row = F.pad(torch.cat([torch.stack([*terms, mse]), kl_per_dim]), (0, 1))
-        return terms.loss, row.detach().float().view(1, -1), self.metrics_buffer.place(self.step)
+        return terms.loss, row.detach().float().view(1, -1), self.metrics_buffer.row_index(self.step)
 
     def _reconstruct(self, target: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """The decoder's raw output for uint8 images [B, C, H, W], their KL [B] and its mean per latent."""
@@ -301,9 +301,9 @@ class TrainingStep:
             return self.model.decode_raw(z), kl, kl_per_dim
 
     def _update(self, images: Tensor) -> None:
-        """The whole step, all of it on the device."""
+        """The whole step, on the device only."""
         self.optimizer.zero_grad(set_to_none=True)
-        row, place = self._backward(images)
+        row, index = self._backward(images)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         self.distributed.all_reduce_mean([*gradients, row])
         if self.clip_grad is not None:
@@ -311,17 +311,17 @@ class TrainingStep:
             torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.metrics_buffer.write(place, row)
+        self.metrics_buffer.write(index, row)
 
     def _backward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of the mean over the parts; the history's row [1, width] and its place there."""
+        """Compute the gradients of the mean over the parts; return the metrics row [1, width], its index."""
         size, rest = divmod(len(images), self.accumulate)
         if rest:
-            raise ValueError(f"{len(images)} images cannot be cut into {self.accumulate} equal parts")
+            raise ValueError(f"{len(images)} images cannot be divided into {self.accumulate} equal parts")
         rows = []
         for number, part in enumerate(images.split(size)):
             first = (self.distributed.rank * self.accumulate + number) * size
-            loss, row, place = self._objective(part, first, self._zero if number else self._one)
+            loss, row, index = self._objective(part, first, self._zero if number else self._one)
             self.scaler.scale(loss).backward(self._share.to(loss.dtype))
             rows.append(row)
         row = rows[0] if self.accumulate == 1 else torch.stack(rows).mean(0)
@@ -329,7 +329,7 @@ class TrainingStep:
         gradient = self._parameters[0].grad
         assert gradient is not None
         torch.sum(gradient, dim=None, dtype=torch.float32, out=row[0, -1])
-        return row, place
+        return row, index
 
     def _state(self) -> Iterator[Tensor]:
         """Every tensor that a step changes."""
@@ -345,12 +345,12 @@ class TrainingStep:
 
 
 def _check_same(images: Tensor, captured: Tensor) -> None:
-    for what in ("shape", "dtype", "device"):
-        now, then = getattr(images, what), getattr(captured, what)
-        if now != then:
+    for attribute in ("shape", "dtype", "device"):
+        value, expected = getattr(images, attribute), getattr(captured, attribute)
+        if value != expected:
             raise ValueError(
-                f"the step was captured for images of {what} {_text(then)}, these have {_text(now)}: "
-                "give whole batches, or leave the step uncaptured"
+                f"the step was captured for images of {attribute} {_text(expected)}, these have "
+                f"{_text(value)}: use whole batches, or do not capture the step"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a model is worth on images that it was not trained on."""
+"""Validate a model on images that it was not trained on."""
 
 import math
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Validation(NamedTuple):
     loss: float  # the training objective, with C as in the last training step
     mse: float  # per pixel and channel, posterior samples, in the decoder's range
     kld: float  # nats per image
-    elbo: float  # nats per image, up to the constant of a Gaussian's density; the higher the better
+    elbo: float  # nats per image, without the constant of a Gaussian's density; higher is better
     explained_variance: float  # 1 - squared error of the posterior means' reconstructions / pixel variance
     kl_per_dim: list[float]  # nats per latent
 
@@ -35,9 +35,9 @@ def validate(
 ) -> Validation:
     """Run the model in evaluation mode over the data, unflipped, with the same loss weights as in training.
 
-    The pixel variance is taken around the data's mean image, so that a model which always answers with that
-    image explains 0, and a perfect one 1. The noise is a function of (seed, batch): each call draws
-    the same. With several processes, each takes its share of the batches.
+    The pixel variance is around the data's mean image: a model that always returns that image explains 0, and
+    a perfect model explains 1. The noise is a function of (seed, batch), so each call draws the same noise.
+    With several processes, each takes its share of the batches.
     """
     model.eval(), loss.eval()
     device = data.device
