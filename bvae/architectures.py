@@ -175,6 +175,8 @@ def register_architecture(name: str, builder: Builder) -> None:
         >>> BetaVAE(1, latent_dim=3, image_size=32, arch="linear").sample(2).shape
         torch.Size([2, 1, 32, 32])
     """
+    if not isinstance(name, str) or not callable(builder):
+        raise UsageError(f"register_architecture takes a name and a function, got {name!r} and {builder!r}")
     registered = ARCHITECTURES.get(name)
     if registered and (registered.__module__, registered.__qualname__) != (
         builder.__module__,

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -124,7 +125,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     """L2 penalty."""
     epochs: int = 50
-    """Passes over the training images."""
+    """Passes over the training images. Given alone, they replace the max_steps of a preset or file."""
     max_steps: int | None = None
     """Train for this many steps, over as many epochs as needed. None: for `epochs`."""
     seed: int = 1265
@@ -272,6 +273,8 @@ def override(config: Config, options: Mapping[str, Any]) -> Config:
         for section in dataclasses.fields(Config)
         for option in dataclasses.fields(getattr(config, section.name))
     }
+    if "epochs" in options and "max_steps" not in options:
+        options = {**options, "max_steps": None}  # which would win
     sections: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         if name not in places:
@@ -346,10 +349,17 @@ def from_mapping(cls: type, values: Mapping[str, Any], prefix: str = "", base: A
         try:
             arguments[key] = _convert(types[key], value)
         except TypeError:
-            kind = types[key].__name__ if isinstance(types[key], type) else str(types[key])
+            kind = _kind(types[key])
             undefined = "Undefined loss type. " if key == "loss_type" else ""
             raise UsageError(f"{undefined}{name} must be {kind}, got {brief(value)}") from None
     return cls(**arguments)
+
+
+def _kind(kind: Any) -> str:
+    """A field's type in words."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _convert(kind: Any, value: Any) -> Any:
@@ -367,6 +377,8 @@ def _convert(kind: Any, value: Any) -> Any:
     elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)  # text too: YAML 1.1 reads 5e-4 as text
+    elif kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)  # NumPy's too
     elif kind is int and isinstance(value, float | str):
         with contextlib.suppress(ValueError, OverflowError):
             if float(value).is_integer():

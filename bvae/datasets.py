@@ -1,5 +1,6 @@
 """Open the training and validation images of a configuration."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -91,8 +92,9 @@ def open_data(
         return opened_loader
 
     loaders = loader(LABELS[0], train, True), loader(LABELS[1], valid, False)
-    bad_names = {file for file, _ in bad}
-    return Data(*loaders, bad, [name for name in map(str, source.train) if name not in bad_names])
+    # A cache of another run may name them from another folder.
+    bad_paths = {os.path.abspath(file) for file, _ in bad}
+    return Data(*loaders, bad, [f for f in map(str, source.train) if os.path.abspath(f) not in bad_paths])
 
 
 def _count(split: "cache.Cached | _Streamed") -> int:

@@ -16,6 +16,7 @@ from bvae import config as configuration
 from bvae.config import SIZES, Config
 from bvae.datasets import Data, open_images
 from bvae.errors import UsageError
+from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
 from bvae.pipelines.arrays import collect
 from bvae.training import results
@@ -37,7 +38,7 @@ class Fitted(NamedTuple):
     model: BetaVAE  # in evaluation mode, on the device that trained it
     config: Config  # everything that the run depends on, resolved to numbers
     history: list[dict[str, Any]]  # the log: records of training and validation, in order
-    validation: Validation | None  # the last one; None if Ctrl-C or a callback stopped the run before its end
+    validation: Validation | None  # the last one; None if Ctrl-C stopped the run
 
 
 def fit(
@@ -102,6 +103,11 @@ def fit(
             opened = partial(_open, train_on, held_out)
         elif valid is not None:
             raise UsageError("valid needs images in memory; of a folder, every tenth image is for validation")
+        if loss is not None:
+            _check_loss(loss, config)
+        if out is not None and Path(out).exists():
+            raise UsageError(f"out: {out} exists, and fit starts a new run: name another folder")
+        _check_callbacks(callbacks)
         device, distributed = connect(device_name)
         with switches(config.training, device), StopRequest((signal.SIGINT,)) as stop:
             folder = Path(out) if out is not None else None
@@ -164,6 +170,38 @@ def _architecture(model: BetaVAE) -> dict[str, Any]:
         "channels": model.config["in_channels"],
         "likelihood": likelihood,
     }
+
+
+def _check_loss(loss: nn.Module, config: Config) -> None:
+    """Raise UsageError for a loss that cannot go with the model; give one of ours its M/N as a number."""
+    if not isinstance(loss, nn.Module):
+        raise UsageError(f"loss must be a torch module that returns LossTerms, got {loss!r}")
+    if not isinstance(loss, BetaLoss | CapacityLoss):
+        return
+    likelihood = config.objective.likelihood
+    wanted = (likelihood, "tanh" if likelihood == "gaussian" else None)
+    if (loss.likelihood, loss.activation) != wanted:
+        raise UsageError(
+            f"loss must have likelihood={wanted[0]!r} and activation={wanted[1]!r} for this model, got "
+            f"{loss.likelihood!r} and {loss.activation!r}"
+        )
+    if loss.kl_weight == "m_over_n":
+        loss.kl_weight = config.model.latent_dim / config.data.image_size**2
+
+
+def _check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Raise UsageError for a callback that nothing would ever call."""
+    known = [name for name in vars(Callback) if name.startswith("on_")]
+    if not isinstance(callbacks, Sequence):
+        raise UsageError(
+            f"callbacks must be a list of objects, got {type(callbacks).__name__}: give [callback]"
+        )
+    for callback in callbacks:
+        names = [name for name in dir(callback) if name.startswith("on_")]
+        if isinstance(callback, type) or not set(names) & set(known) or set(names) - set(known):
+            raise UsageError(
+                f"callbacks: {callback!r} must be an object with some of {', '.join(known)} and no other on_"
+            )
 
 
 def _collect(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bvae import files
-from bvae.architectures import ARCHITECTURES, check_size
+from bvae.architectures import ARCHITECTURES, Network, check_size
 from bvae.compat import pytorch_vae_weights
 from bvae.errors import MissingError, UsageError
 from bvae.ops import reparam_kl
@@ -98,6 +98,8 @@ class BetaVAE(nn.Module):
         self.activation = activation
         self.input_shape = (in_channels, image_size, image_size)
         network = ARCHITECTURES[arch](in_channels, image_size, latent_dim, widths)
+        if not isinstance(network, Network):
+            raise UsageError(f"the builder of arch {arch} must return a bvae.architectures.Network")
         self.encoder, self.head, self.decoder_input, self.code_shape, self.decoder = network
 
     @property
@@ -123,7 +125,11 @@ class BetaVAE(nn.Module):
         """
         from bvae.pipelines.arrays import collect  # needs Pillow
 
-        one = not isinstance(images, list | tuple) and getattr(images, "ndim", 3) == 3
+        shape = getattr(images, "shape", None)  # PIL images have none
+        if shape is None:
+            one = not isinstance(images, list | tuple)
+        else:
+            one = len(shape) == 2 or (len(shape) == 3 and (shape[0] in (1, 3) or shape[2] in (1, 3)))
         pixels = collect([images] if one else images, self.input_shape[1], self.input_shape[0])
         return self.scale(pixels.permute(0, 3, 1, 2).to(self.head.weight.device))
 
@@ -133,6 +139,8 @@ class BetaVAE(nn.Module):
 
         from bvae.images import to_uint8
 
+        if x.dim() != 4:
+            raise UsageError(f"x must be [N, C, H, W], got {list(x.shape)}")
         return [Image.fromarray(image.numpy()) for image in to_uint8(x, self.pixel_range)]
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,6 +153,8 @@ class BetaVAE(nn.Module):
             UsageError: another shape, or pixels out of that range. The range is checked on a CPU only; on a
                 GPU the check would make the host wait.
         """
+        if not isinstance(x, Tensor):
+            raise UsageError(f"x must be a tensor, got {type(x).__name__}: model.preprocess(x) makes one")
         if x.dim() != 4 or x.shape[1:] != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
             raise UsageError(f"x must be [N, {expected}], got {list(x.shape)}: see model.preprocess")
@@ -152,7 +162,7 @@ class BetaVAE(nn.Module):
             x = self.scale(x)
         elif x.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_range(x)
-        return self.encode_scaled(x)
+        return self.encode_scaled(x.to(self.head.weight.dtype) if x.dtype == torch.float64 else x)
 
     def encode_scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`encode` without its checks, for images that are known to be floating point in `pixel_range`."""
@@ -162,7 +172,7 @@ class BetaVAE(nn.Module):
     def _check_range(self, x: Tensor) -> None:
         (low, high), (least, most) = self.pixel_range, (bound.item() for bound in torch.aminmax(x.detach()))
         margin = 0.1 * (high - low)  # resizing and noise may add this much
-        if least < low - margin or most > high + margin:
+        if not (low - margin <= least and most <= high + margin):  # NaN too
             raise UsageError(
                 f"x must lie in [{low:g}, {high:g}], got {least:.4g} to {most:.4g}: give uint8 pixels, or "
                 "model.preprocess(x) of images in [0, 1]"

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bvae.errors import UsageError
@@ -44,6 +45,8 @@ def collect(
     if isinstance(images, np.ndarray | Tensor):
         batch = _channels_last(torch.as_tensor(images), name)
         parts: Iterable[Tensor] = batch.split(CHUNK) if len(batch) else ()
+    elif isinstance(images, DataLoader):
+        raise UsageError(f"{name} must be a Dataset, not a DataLoader: give its .dataset")
     elif isinstance(images, Iterable) or hasattr(images, "__getitem__"):
         parts = _of_items(images, name)
     else:
@@ -66,7 +69,7 @@ def collect(
 def _channels_last(batch: Tensor, name: str) -> Tensor:
     """[N, H, W, C] as a view."""
     shape = list(batch.shape)
-    if batch.dim() == 3:
+    if batch.dim() == 3 and shape[2] not in (1, 3):
         return batch[..., None]
     if batch.dim() == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3):
         return batch

@@ -229,7 +229,7 @@ def decode_all(
 
 def _decode(request: Request, decoder: Decoder, label: str) -> Iterator[tuple[Tensor, list[Bad]]]:
     for images, bad in decode_all(request.files, decoder, label):
-        yield images.cpu(), [(str(file), text) for file, text in bad]
+        yield images.cpu(), [(os.path.abspath(str(file)), text) for file, text in bad]
 
 
 def _join(shares: Sequence[Cached]) -> Iterator[tuple[Tensor, list[Bad]]]:

@@ -10,7 +10,7 @@ import torch
 from pictures import write_folder
 from PIL import Image
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from bvae import BetaLoss, BetaVAE, LossTerms, fit, register_architecture
 from bvae.architectures import Network
@@ -137,7 +137,7 @@ def test_a_run_folder_is_the_commands(images, tmp_path):
     assert {"traversals.gif", "metrics.jsonl", "config.yaml"} <= {
         p.name for p in (tmp_path / "run").iterdir()
     }
-    with pytest.raises(UsageError, match="exists: name another folder"):
+    with pytest.raises(UsageError, match="exists, and fit starts a new run: name another folder"):
         fit(images, out=tmp_path / "run", **TINY)
 
 
@@ -233,6 +233,13 @@ def test_a_loss_of_ones_own(images):
     assert 0 < fitted.validation.mse < 4
 
 
+class Pair(nn.Module):
+    """A loss that returns something else than LossTerms."""
+
+    def forward(self, raw, target, kl):
+        return raw.mean(), kl.mean()
+
+
 # ---- callbacks ---------------------------------------------------------------------------------------------
 class Recorder:
     def __init__(self, stop_at=None):
@@ -263,12 +270,24 @@ def test_callbacks_see_the_run(images):
     assert [call[2] for call in recorder.calls[:3]] == losses(fitted)
 
 
-def test_a_callback_stops_the_run(images, tmp_path):
+def test_a_callback_stops_the_run_and_its_results_are_there(images, tmp_path):
     recorder = Recorder(stop_at=4)
     fitted = fit(images, callbacks=[recorder], out=tmp_path / "run", **TINY)
-    assert recorder.calls[-2:] == [("checkpoint", 4, tmp_path / "run"), ("end", None)]
-    assert fitted.validation is None
+    found = [call[:2] for call in recorder.calls[-3:]]
+    assert found == [("checkpoint", 4), ("validation", 4), ("end", fitted.validation)]
+    assert fitted.validation.mse > 0
     assert (tmp_path / "run" / "checkpoints" / "step-00000004.pt").is_file()
+    assert (tmp_path / "run" / "traversals.gif").is_file()
+
+
+def test_a_callback_of_a_validation_stops_the_run(images):
+    class Enough:
+        def on_validation(self, step, validation):
+            return True
+
+    fitted = fit(images, callbacks=[Enough()], checkpoint_every=3, **TINY)
+    assert [record["step"] for record in fitted.history if record["split"] == "valid"] == [3]
+    assert fitted.validation.mse == fitted.history[-1]["mse"]
 
 
 def test_a_callbacks_exception_passes_and_the_steps_are_kept(images, tmp_path):
@@ -281,6 +300,35 @@ def test_a_callbacks_exception_passes_and_the_steps_are_kept(images, tmp_path):
     assert [path.stem for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     BetaVAE.from_pretrained(tmp_path / "run")
     fit(images, **TINY)  # nothing is left locked
+
+
+def test_epochs_replace_the_steps_of_a_preset(images):
+    options = {name: value for name, value in TINY.items() if name != "max_steps"}
+    fitted = fit(images, "small", epochs=2, **options)
+    assert fitted.config.training.max_steps is None
+    assert fitted.history[-1]["step"] == 2 * 4  # 36 images in batches of 8
+
+
+def test_a_loss_of_ours_learns_m_over_n_from_the_model(images):
+    loss = BetaLoss(2.0, activation="tanh")
+    fit(images, loss=loss, **TINY)
+    assert loss.kl_weight == 3 / SIDE**2
+
+
+def test_the_parameters_of_a_loss_are_trained(images):
+    class Weighted(BetaLoss):
+        def __init__(self):
+            super().__init__(kl_weight=0.01, activation="tanh")
+            self.log_variance = nn.Parameter(torch.zeros(()))
+
+        def forward(self, recon, target, kl):
+            terms = super().forward(recon, target, kl)
+            loss = terms.loss * torch.exp(-self.log_variance) + self.log_variance
+            return terms._replace(loss=loss)
+
+    loss = Weighted()
+    fit(images, loss=loss, lr=1e-2, **TINY)
+    assert loss.log_variance != 0
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
@@ -304,6 +352,8 @@ def test_a_callbacks_exception_passes_and_the_steps_are_kept(images, tmp_path):
         ([{"label": 3}], r"images\[0\] has no column of images, only label"),
         ([3], r"images\[0\] must be an image \(PIL, array or tensor\), got int"),
         (torch.zeros(2, 3, 32, 32), "at least 3 are needed"),
+        (torch.zeros(32, 32, 3), r"or \[N, H, W\], got \[32, 32, 3\]"),  # one image
+        (DataLoader(torch.zeros(9, 3, 32, 32)), "must be a Dataset, not a DataLoader: give its .dataset"),
         ("no/such/folder", "no folder at no/such/folder"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
@@ -325,8 +375,15 @@ def test_images_that_cannot_be_used(given, message):
         ({"arch": "mine"}, "arch must be one of .*got 'mine'.*--import"),
         ({"model": nn.Linear(2, 2)}, "model must be a BetaVAE, got Linear.*register_architecture"),
         ({"image_size": 20}, "data.image_size must be 32 to 256"),
+        ({"loss": BetaLoss(kl_weight=1.0)}, "loss must have likelihood='gaussian' and activation='tanh'"),
+        ({"loss": print}, "loss must be a torch module that returns LossTerms"),
+        ({"loss": Pair()}, r"the loss must return LossTerms\(loss, recon, kld, capacity\)"),
+        ({"callbacks": [print]}, "must be an object with some of on_log, on_validation"),
+        ({"callbacks": Recorder()}, r"callbacks must be a list of objects, got Recorder: give \[callback\]"),
+        ({"callbacks": [Recorder]}, "must be an object with some of"),
+        ({"out": "."}, "out: . exists, and fit starts a new run"),
     ],
-    ids=str,
+    ids=lambda value: value[:30] if isinstance(value, str) else next(iter(value)),
 )
 def test_options_that_cannot_be_used(images, options, message):
     with pytest.raises(UsageError, match=message):

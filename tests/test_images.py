@@ -37,7 +37,11 @@ def test_pixels_out_of_range_are_refused(model):
     with pytest.raises(UsageError, match="model.preprocess"):
         model.encode(x - 3)
     model.encode(low + (high - low) * (1.04 * x - 0.02))  # what resizing overshoots
-    model.encode(torch.full_like(x, torch.nan))  # said by whoever reads the result
+    with pytest.raises(UsageError, match="got nan to nan"):
+        model.encode(torch.full_like(x, torch.nan))
+    with pytest.raises(UsageError, match="x must be a tensor, got ndarray: model.preprocess"):
+        model.encode(x.numpy())
+    assert model.encode(x.double())[0].dtype == torch.float32
 
 
 def test_another_shape_is_refused(model):
@@ -78,6 +82,8 @@ def test_grey_and_colour_are_what_the_model_sees(model):
     assert torch.equal(x[:, 0], x[:, 1])
     alone = BetaVAE(1, 2, (4,), SIDE).eval()
     assert alone.preprocess(smooth((SIDE, SIDE))).shape == (1, 1, SIDE, SIDE)
+    assert alone.preprocess(np.zeros((40, SIDE, SIDE), np.uint8)).shape == (40, 1, SIDE, SIDE)
+    assert alone.preprocess(np.zeros((SIDE, SIDE), np.uint8)).shape == (1, 1, SIDE, SIDE)
 
 
 def test_a_round_trip_keeps_every_pixel(model):

@@ -159,6 +159,8 @@ def test_fit_snippets_with_a_callback_and_a_loss(fitting, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"3 {fitting['fitted'].validation.mse}"
     exec(snippet("fit-loss"), fitting)
     assert fitting["fitted"].validation.mse > 0
+    exec(snippet("fit-network"), fitting)
+    assert len(list(fitting["fitted"].model.parameters())) == 4
 
 
 def test_model_snippet(run_folder, tmp_path, monkeypatch):

@@ -674,6 +674,34 @@ def test_a_few_photographs_make_a_smaller_batch(tmp_path, capsys):
     assert main(["--resume", str(tmp_path / "run"), "--max-steps", "30"]) == 0
 
 
+def test_a_run_without_its_damaged_files_resumes_from_another_name_of_the_folder(
+    tmp_path, monkeypatch, capsys
+):
+    write_folder(tmp_path / "photos", 30)
+    (tmp_path / "photos" / "002.jpg").write_text("")
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "--data",
+        "folder",
+        "--data-root",
+        "photos",
+        "--on-bad",
+        "skip",
+        "--out",
+        "run",
+        "--max-steps",
+        "3",
+    ]
+    assert main([*options, *TINY, "--cache-dir", "cache"]) == 0
+    assert main(["--resume", "run", "--max-steps", "4"]) == 0, capsys.readouterr().err
+
+
+def test_epochs_replace_the_steps_of_a_preset(data, tmp_path, capsys):
+    options = ["--data", "folder", "--data-root", str(data), *TINY, "--out", str(tmp_path / "run")]
+    assert main([*options, "--epochs", "1"]) == 0
+    assert "steps 0 to 7" in capsys.readouterr().out
+
+
 def test_a_short_run_is_announced_with_its_remedy(data, tmp_path, capsys):
     assert run(data, tmp_path / "run", "--epochs", 2) == 0
     assert "warning: 14 steps are few for a VAE" in (said := capsys.readouterr().out)

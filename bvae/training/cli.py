@@ -54,7 +54,16 @@ def parse(argv: list[str], description: str) -> Arguments:
         SystemExit: --help, or options that cannot be read (status 2).
     """
     early_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--resume", "--data", "--device", "--loss-type", "--import"):
+    for name in (
+        "--config",
+        "--resume",
+        "--data",
+        "--device",
+        "--loss-type",
+        "--import",
+        "--epochs",
+        "--max-steps",
+    ):
         early_parser.add_argument(name, nargs="?")
     early, _ = early_parser.parse_known_args(argv)
     if early.loss_type not in (None, *get_args(LossType)):
@@ -75,6 +84,8 @@ def parse(argv: list[str], description: str) -> Arguments:
         base = configuration.read(preset)[0]
         notes.append(f"options that are not on the command line come from the preset {preset}")
         description += f"\nThe defaults below are those of the preset {preset}. "
+    if early.epochs and not early.max_steps:
+        base = dataclasses.replace(base, training=dataclasses.replace(base.training, max_steps=None))
     description += "Options before --help change the defaults that it shows: --data folder --help."
 
     arguments = tyro.cli(

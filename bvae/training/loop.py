@@ -7,36 +7,40 @@ from bvae.training.validation import Validation
 
 
 def train(run: Run, monitor: Monitor, stop: StopRequest) -> Validation | None:
-    """Train to the end and return the last validation; None if a signal or a callback stopped the run.
+    """Train to the end, or until a callback stops the run, and return the last validation.
 
-    In both cases the last step is in a checkpoint.
+    Returns None if a signal stopped the run. In every case the last step is in a checkpoint.
 
     Raises:
         NotFinite: a loss or a gradient is NaN or infinite; the message names the step.
         KeyboardInterrupt: a request to stop when nothing is unsaved.
         OSError: the run folder cannot be written.
     """
-    result, stopping = None, False
+    result: Validation | None = None
     for images in run.batches():
         run.advance(images)
         monitor.step_done()
         stop.interrupt_now = False
         due, stopping = run.is_due(), _stops(run, monitor, stop)
         if due or stopping:
-            result = _save(run, monitor, stop, validating=due)
-        if stopping:
+            result = _save(run, monitor, stop, validating=due or monitor.stop)
+            monitor.stop = run.distributed.any_rank(monitor.stop)  # a callback of the validation asks for it
+        if stopping or monitor.stop:
             break
     stop.interrupt_now = True
-    if run.done < run.steps:
+    if run.done < run.steps and not monitor.stop:
         return None
     return result or _save(run, monitor, stop, validating=True)  # no result if resumed after the last step
 
 
 def _stops(run: Run, monitor: Monitor, stop: StopRequest) -> bool:
-    """Whether any rank has a request to stop."""
-    # This all-reduce blocks the host, so with a GPU it is done every `log_every` steps only.
+    """Whether a callback or a signal asks any rank to stop."""
+    # These all-reduces block the host, so with a GPU they are done every `log_every` steps only.
     every = 1 if run.step.device.type == "cpu" else run.config.training.log_every
-    return run.done % every == 0 and run.distributed.any_rank(monitor.stop or stop.signal is not None)
+    if run.done % every:
+        return False
+    monitor.stop = run.distributed.any_rank(monitor.stop)
+    return monitor.stop or run.distributed.any_rank(stop.signal is not None)
 
 
 def _save(run: Run, monitor: Monitor, stop: StopRequest, validating: bool) -> Validation | None:

@@ -203,7 +203,7 @@ def _build(
     step = TrainingStep(
         model,
         module,
-        build_optimizer(training, model.parameters()),
+        build_optimizer(training, [*model.parameters(), *module.parameters()]),
         seed=training.seed,
         dtype=autocast_dtype(device, training.amp)[0],
         compile=compiles(device, training.compile)[0],
@@ -269,9 +269,10 @@ def _announce(run: Run, execution: str) -> None:
         + (f"; run folder {run.out}" if run.out else ""),
         flush=True,
     )
+    remedy = "max_steps=5000" if run.config.data.name == "memory" else "--max-steps 5000"
     if run.steps < FEW_STEPS and training.max_steps is None:
         print(
             f"warning: {run.steps} steps are few for a VAE, and its images will be blurred: "
-            "--max-steps 5000 trains longer, over as many epochs as needed",
+            f"{remedy} trains longer, over as many epochs as needed",
             flush=True,
         )

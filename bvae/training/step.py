@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bvae.config import TrainingConfig
+from bvae.errors import UsageError
 from bvae.losses import BetaLoss, CapacityLoss, LossTerms
 from bvae.model import BetaVAE
 from bvae.ops import reparam_kl
@@ -165,7 +166,7 @@ class TrainingStep:
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=self.device))  # creates its tensors before a capture
         self.recompile(compile)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = [p for m in (model, loss) for p in m.parameters() if p.requires_grad]
         self._call = _Call(model, self._reconstruct)
         self._cast = {  # the weights that autocast casts
             f"{name}.weight": module.weight
@@ -286,6 +287,8 @@ class TrainingStep:
         else:
             raw, kl, kl_per_dim = self._reconstruct(target, first)
         terms = self.loss(raw, target, kl)
+        if not (isinstance(terms, LossTerms) and all(isinstance(term, Tensor) for term in terms)):
+            raise UsageError("the loss must return LossTerms(loss, recon, kld, capacity), four 0-d tensors")
         mse = pixel_mse(self.model, self.loss, terms, raw, target)
         row = F.pad(torch.cat([torch.stack([*terms, mse]), kl_per_dim]), (0, 1))
         return terms.loss, row.detach().float().view(1, -1), self.metrics_buffer.row_index(self.step)
