@@ -74,7 +74,7 @@ def test_a_job_trains_stops_and_goes_on_with_more_processes(data, tmp_path):
     options = ("-m", "bvae.train", "--data-root", data, "--cache-dir", tmp_path / "cache", *TINY)
     status, said, err = finish(torchrun(2, *options, "--out", out, "--epochs", 2, "--accumulate", 2))
     assert status == 0, err
-    assert "2 processes, 8 images each a step" in said
+    assert "2 processes, 8 images each per step" in said
     assert said.count("results: ") == 1
 
     job = torchrun(4, "-m", "bvae.train", "--resume", out, "--epochs", 400)
