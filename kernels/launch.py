@@ -36,7 +36,6 @@ def runs_triton(*tensors: Tensor) -> bool:
     return tensors[0].device.type == "cuda"
 
 
-@torch.compiler.assume_constant_result  # dynamo guards on both: it compiles again where they change
 def _is_transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode AD is active."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
