@@ -16,8 +16,7 @@ from bvae.errors import exit_status, needs_train_extra
 with needs_train_extra(__name__):
     import tyro
 
-    from bvae.evaluation.measure import Protocol
-    from bvae.evaluation.run_folder import evaluate
+    from bvae.evaluation.options import Protocol
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bvae.evaluate",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    from bvae.evaluation.run_folder import evaluate  # torch takes seconds, which --help need not
+
     return exit_status(lambda: print(evaluate(arguments.run, arguments.protocol), end=""))
 
 

@@ -108,7 +108,12 @@ class BetaVAE(nn.Module):
         return (-1.0 if self.activation == "tanh" else 0.0), 1.0
 
     def scale(self, pixels: Tensor) -> Tensor:
-        """uint8 images of any shape to float32 in `pixel_range`."""
+        """uint8 images of any shape to float32 in `pixel_range`.
+
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> model.scale(torch.tensor([0, 255], dtype=torch.uint8))
+        tensor([-1.,  1.])
+        """
         return scale_pixels(pixels, self.pixel_range[0])
 
     def preprocess(self, images: Any) -> Tensor:
@@ -122,6 +127,10 @@ class BetaVAE(nn.Module):
 
         Raises:
             UsageError: another shape or dtype, or values outside [0, 1].
+
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> model.preprocess(torch.zeros(5, 40, 60, 3, dtype=torch.uint8)).shape
+        torch.Size([5, 3, 32, 32])
         """
         from bvae.pipelines.arrays import collect  # needs Pillow
 
@@ -134,7 +143,12 @@ class BetaVAE(nn.Module):
         return self.scale(pixels.permute(0, 3, 1, 2).to(self.head.weight.device))
 
     def to_images(self, x: Tensor) -> "list[Image]":
-        """Images `[N, C, H, W]` in `pixel_range`, such as the output of `decode`, as PIL images (RGB)."""
+        """Images `[N, C, H, W]` in `pixel_range`, such as the output of `decode`, as PIL images (RGB).
+
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> model.to_images(model.sample(2))[0].size
+        (32, 32)
+        """
         from PIL import Image
 
         from bvae.images import to_uint8
@@ -152,6 +166,11 @@ class BetaVAE(nn.Module):
         Raises:
             UsageError: another shape, or pixels out of that range. The range is checked on a CPU only; on a
                 GPU the check would make the host wait.
+
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> mu, log_var = model.encode(torch.zeros(5, 3, 32, 32, dtype=torch.uint8))
+        >>> mu.shape
+        torch.Size([5, 10])
         """
         if not isinstance(x, Tensor):
             raise UsageError(f"x must be a tensor, got {type(x).__name__}: model.preprocess(x) makes one")
@@ -179,15 +198,30 @@ class BetaVAE(nn.Module):
             )
 
     def reparameterize(self, mu: Tensor, log_var: Tensor) -> Tensor:
-        """z = mu + exp(log_var / 2) * eps, eps ~ N(0, I) (Kingma & Welling 2014); z like mu."""
+        """z = mu + exp(log_var / 2) * eps, eps ~ N(0, I) (Kingma & Welling 2014); z like mu.
+
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> model.reparameterize(torch.zeros(5, 10), torch.zeros(5, 10)).shape
+        torch.Size([5, 10])
+        """
         return reparam_kl(mu, log_var)[0]
 
     def decode_raw(self, z: Tensor) -> Tensor:
-        """z [N, latent_dim] to images before the activation, the input of the fused losses."""
+        """z [N, latent_dim] to images before the activation, the input of the fused losses.
+
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> model.decode_raw(torch.zeros(5, 10)).shape
+        torch.Size([5, 3, 32, 32])
+        """
         return self.decoder(self.decoder_input(z).view(-1, *self.code_shape))
 
     def decode(self, z: Tensor) -> Tensor:
-        """z [N, latent_dim] to images [N, C, H, W] in the activation's range."""
+        """z [N, latent_dim] to images [N, C, H, W] in the activation's range.
+
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> model.decode(torch.zeros(5, 10)).shape
+        torch.Size([5, 3, 32, 32])
+        """
         return self.activate(self.decode_raw(z))
 
     def activate(self, raw: Tensor) -> Tensor:
@@ -195,19 +229,35 @@ class BetaVAE(nn.Module):
         return ACTIVATIONS[self.activation](raw)
 
     def forward(self, x: Tensor) -> VAEOutput:
-        """Encode, draw z, decode."""
+        """Encode, draw z, decode.
+
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> recon, x, mu, log_var = model(torch.zeros(5, 3, 32, 32))
+        >>> recon.shape
+        torch.Size([5, 3, 32, 32])
+        """
         mu, log_var = self.encode(x)
         return VAEOutput(self.decode(self.reparameterize(mu, log_var)), x, mu, log_var)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n images [n, C, H, W] from the prior z ~ N(0, I)."""
+        """n images [n, C, H, W] from the prior z ~ N(0, I).
+
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> model.sample(4).shape
+        torch.Size([4, 3, 32, 32])
+        """
         device = self.head.weight.device
         return self.decode(torch.randn(n, self.latent_dim, generator=generator, device=device))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Decode the posterior mean of x [N, C, H, W]."""
+        """Decode the posterior mean of x [N, C, H, W].
+
+        >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
+        >>> model.reconstruct(torch.zeros(5, 3, 32, 32)).shape
+        torch.Size([5, 3, 32, 32])
+        """
         return self.decode(self.encode(x)[0])
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from bvae import compare
-from bvae.compare import Arguments, loss_name, main
+from bvae.compare import main
 from bvae.config import Config, DataConfig, ObjectiveConfig
-from bvae.evaluation import measure
-from bvae.evaluation.measure import Protocol, information_shares
+from bvae.evaluation import comparison, measure
+from bvae.evaluation.comparison import loss_name
+from bvae.evaluation.measure import information_shares
+from bvae.evaluation.options import CompareOptions as Arguments
+from bvae.evaluation.options import Protocol
 from bvae.model import BetaVAE
 from bvae.pipelines import faces
 from bvae.plots import LABEL, MARGIN
@@ -108,10 +110,10 @@ def test_all_models_start_from_the_same_image(runs, monkeypatch):
         started[model] = (z, latents)
         return torch.zeros(len(latents), len(values), SIDE, SIDE, 3, dtype=torch.uint8)
 
-    monkeypatch.setattr(compare, "traverse", noted)
+    monkeypatch.setattr(comparison, "traverse", noted)
     arguments = Arguments((), "smile", points=40, factor_bins=2)
-    first = compare.walk_latent(runs / "first", arguments, None)
-    second = compare.walk_latent(runs / "second", arguments, first.start)
+    first = comparison.walk_latent(runs / "first", arguments, None)
+    second = comparison.walk_latent(runs / "second", arguments, first.start)
     assert second.start == first.start
     for name, (model, (z, _)) in zip(("first", "second"), started.items(), strict=True):
         truth = measure.open_truth(runs / name, Protocol(factor_bins=2), model, torch.device("cpu"))
@@ -135,7 +137,7 @@ def test_the_latent_that_tells_most(data, runs, monkeypatch):
         return noise
 
     monkeypatch.setattr(measure, "encode", codes)
-    row = compare.walk_latent(runs / "first", Arguments((), "glasses", points=N, factor_bins=2), 0).row
+    row = comparison.walk_latent(runs / "first", Arguments((), "glasses", points=N, factor_bins=2), 0).row
     assert (row.latent, row.other) == (2, "smile")
     assert row.share == pytest.approx(1)
     assert row.other_share > 0.9

@@ -16,7 +16,8 @@ from bvae import ground_truth
 from bvae.config import Config, DataConfig
 from bvae.evaluate import main
 from bvae.evaluation import measure, run_folder
-from bvae.evaluation.measure import Protocol, interval
+from bvae.evaluation.measure import interval
+from bvae.evaluation.options import Protocol
 from bvae.ground_truth import Truth
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites

@@ -98,11 +98,11 @@ def test_a_missing_package_of_another_kind_is_a_bug(tmp_path):
     assert second == "bvae needs tyro: pip install 'bvae[train]'"
 
 
-def test_help_needs_no_torch(tmp_path):
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "traverse", "compare", "sweep"])
+def test_help_needs_no_torch(command):
     """torch takes seconds, and torchvision more."""
-    python(
-        "import bvae.train; bvae.train.main(['--data', 'folder', '--help'])", without={"torch", "torchvision"}
-    )
+    code = f"import bvae.{command}; bvae.{command}.main(['--help'])"
+    assert f"python -m bvae.{command}" in python(code, without={"torch", "torchvision", "numpy"})
 
 
 # --- The command `bvae` -----------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from test_dsprites import archive
 from torch import nn
 
 import bvae
-from bvae import evaluate, sweep
 from bvae.compat.pytorch_vae_weights import export_state
+from bvae.evaluation import sweeping
+from bvae.evaluation.options import Protocol
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
 from bvae.train import main
@@ -107,10 +108,9 @@ def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
         "bvae.sweep": ["--points", "50"] if "--baselines" in line else tiny.split(),
     }
     if module == "bvae.sweep":
-        monkeypatch.setattr(
-            sweep, "in_its_own_process", sweep.train_and_evaluate
-        )  # it takes seconds to start
-        monkeypatch.setattr(evaluate, "Arguments", partial(evaluate.Arguments, factor_bins=2))
+        # A process of its own takes seconds to start.
+        monkeypatch.setattr(sweeping, "in_its_own_process", sweeping.train_and_evaluate)
+        monkeypatch.setattr(sweeping, "Protocol", partial(Protocol, factor_bins=2))
     arguments += short.get(module, []) + short.get(arguments[0], [])
     assert importlib.import_module(module).main(arguments) == 0
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bvae import sweep, train
 from bvae.config import read
-from bvae.evaluation import baselines, run_folder, sweep_report
+from bvae.evaluation import baselines, run_folder, sweep_report, sweeping
+from bvae.evaluation.options import SweepOptions
 from bvae.pipelines import sprites
 from bvae.sweep import main
 from bvae.training import step as training_step
@@ -46,7 +46,7 @@ def preset(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def inline(monkeypatch):
     """Runs in this process: starting one takes seconds."""
-    monkeypatch.setattr(sweep, "in_its_own_process", sweep.train_and_evaluate)
+    monkeypatch.setattr(sweeping, "in_its_own_process", sweeping.train_and_evaluate)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_sweep_and_the_same_again(preset, tmp_path, inline, quick, monkeypatch
     with Image.open(out / "sweep.png") as picture:
         assert picture.width > picture.height > 300
 
-    monkeypatch.setattr(train, "main", pytest.fail)
+    monkeypatch.setattr(sweeping, "execute", pytest.fail)
     monkeypatch.setattr(baselines, "measure", pytest.fail)
     assert run(preset, out, "--seeds", "2", "--max-steps", "2") == 0
     assert (out / "sweep.md").read_text() == text
@@ -132,16 +132,16 @@ def test_it_goes_on_where_it_was_stopped(preset, tmp_path, inline, quick, monkey
         if len(commands) == 2 and int(self.step) == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    def noted(command, main=train.main):
+    def noted(command, description, execute=sweeping.execute):
         commands.append(command)
-        return main(command)
+        return execute(command, description)
 
-    monkeypatch.setattr(train, "main", noted)
+    monkeypatch.setattr(sweeping, "execute", noted)
     monkeypatch.setattr(training_step.TrainingStep, "__call__", stopped)
     out = tmp_path / "parts"
     assert run(preset, out) == 1
     assert "beta-4-seed-0 (status 130)" in capsys.readouterr().err
-    assert not sweep.is_trained(out / "beta-4-seed-0")
+    assert not sweeping.is_trained(out / "beta-4-seed-0")
     assert "| 4 |" not in (out / "sweep.md").read_text()
     assert run(preset, out) == 0
     assert run(preset, out) == 0
@@ -155,11 +155,11 @@ def test_it_goes_on_where_it_was_stopped(preset, tmp_path, inline, quick, monkey
 
 
 def test_a_run_without_a_checkpoint_begins_anew(preset, tmp_path, quick):
-    job = sweep.plan(sweep.Arguments(str(preset), "beta=4", 1, device="cpu", points=40), tmp_path, [])[1][0]
+    job = sweeping.plan(SweepOptions(str(preset), "beta=4", 1, device="cpu", points=40), tmp_path, [])[1][0]
     job.out.mkdir()
     (job.out / "config.yaml").write_text(job.config.to_yaml())
-    assert sweep.train_and_evaluate(job, sweep.Arguments(points=40, device="cpu")) == 0
-    assert sweep.is_trained(job.out)
+    assert sweeping.train_and_evaluate(job, SweepOptions(points=40, device="cpu")) == 0
+    assert sweeping.is_trained(job.out)
 
 
 def test_a_failed_run_does_not_lose_the_others(preset, tmp_path, inline, quick, capsys):
@@ -168,7 +168,7 @@ def test_a_failed_run_does_not_lose_the_others(preset, tmp_path, inline, quick, 
     said = capsys.readouterr().err
     assert "1 of 2 runs failed" in said
     assert "lr-1e30-seed-0 (status 1)" in said
-    assert sweep.is_trained(tmp_path / "lr-1e-3-seed-0")
+    assert sweeping.is_trained(tmp_path / "lr-1e-3-seed-0")
     assert "| 1e-3 | 1 |" in (tmp_path / "sweep.md").read_text()
 
 

@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from bvae import config, ground_truth, metrics
 from bvae.config import Config, DataConfig
 from bvae.datasets import CELEBA_CROP, DRAWN_ROOT
 from bvae.errors import UsageError
+from bvae.evaluation.options import Protocol
 from bvae.ground_truth import Truth
 from bvae.metrics import inputs
 from bvae.metrics.information import discretise, entropy, mutual_information
@@ -25,33 +25,6 @@ from bvae.pipelines import dsprites, sprites
 from bvae.pipelines.cache import default_folder
 
 BATCH = {"cpu": 64, "cuda": 4096}  # images encoded at a time; on a CPU what a core's cache holds
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """The data, and the sizes for disentanglement_lib's protocols."""
-
-    data: Literal["auto", "faces", "celeba", "sprites", "dsprites"] = "auto"
-    """The data on which the model is measured. auto: those of the run's config.yaml."""
-    data_root: Path | None = None
-    """Folder of the faces and their factors.csv, or of CelebA and its list_attr_celeba; or dSprites' npz.
-    None: the one in config.yaml, or data/faces."""
-    factor_bins: int = 10
-    """A factor with more values than this is divided into this many bins of equal width (faces)."""
-    seeds: int = 5
-    """How many times each metric draws new points: the intervals are over these seeds."""
-    points: int = 10_000
-    """Points for MIG, modularity, posteriors and reconstructions, and to train DCI, SAP, BetaVAE and
-    FactorVAE on. These four are tested on half as many."""
-    boosting: metrics.Boosting = "histogram"
-    """DCI's trees. exact: disentanglement_lib's, twenty times slower."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU if there is one."""
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Points to train the metrics' classifiers on, and to test them."""
-        return {"train": self.points, "test": max(1, self.points // 2)}
 
 
 class Interval(NamedTuple):
