@@ -79,7 +79,8 @@ def fit(
         NotFinite: the loss is NaN or infinite; the message names the step.
 
     Ctrl-C stops the run after the step, and `fit` returns the results so far. If a callback raises an
-    exception, `fit` raises it; the steps before it are in a checkpoint, if there is a run folder.
+    exception, `fit` raises it; the steps before it are in a checkpoint, if there is a run folder and a
+    single process.
 
     Example:
         >>> import torch

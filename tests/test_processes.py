@@ -90,6 +90,33 @@ def test_a_job_trains_stops_and_goes_on_with_more_processes(data, tmp_path):
     assert steps == [5, 10, 14, *range(15, 201, 5)]
 
 
+FIT_WITH_A_CALLBACK_THAT_FAILS_ON_RANK_0 = """
+import os, sys, torch
+from bvae import fit
+
+class Broken:
+    def on_log(self, step, values):
+        if os.environ["RANK"] == "0":
+            raise KeyError("of the user's")
+
+images = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8)
+tiny = {"hidden_dims": (4, 8), "latent_dim": 2, "batch_size": 8, "max_steps": 6, "log_every": 2}
+fit(images, callbacks=[Broken()], out=sys.argv[1], device="cpu", compile=False, **tiny)
+"""
+
+
+@pytest.mark.slow
+def test_a_callback_that_fails_on_one_rank_aborts_no_other(tmp_path):
+    """A checkpoint needs all ranks: this one would average its statistics with the other's gradients."""
+    script, out = tmp_path / "fit.py", tmp_path / "run"
+    script.write_text(FIT_WITH_A_CALLBACK_THAT_FAILS_ON_RANK_0)
+    status, _, err = finish(torchrun(2, script, out))
+    assert status != 0
+    assert 'KeyError: "of the user\'s"' in err
+    assert "SIGABRT" not in err
+    assert not list(out.glob("checkpoints/*"))
+
+
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_with_a_message(data, tmp_path):
     out = tmp_path / "run"

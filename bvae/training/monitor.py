@@ -110,5 +110,6 @@ class Monitor:
             try:
                 self.stop |= bool(call(*arguments))
             except BaseException:
-                self._run.save()  # the callback failed, but the steps so far are kept
+                if self._run.distributed.world_size == 1:  # the other ranks would not join this save
+                    self._run.save()  # the callback failed, but the steps so far are kept
                 raise
