@@ -242,10 +242,12 @@ def _compile_and_capture(run: Run) -> str:
     captured, how = captures(step.device, training)
     if run.done < run.steps and (captured or step.compile or step.device.type == "cuda"):
         compiler.remove_truncated()
-        images = run.train.head(run.train.batch_size)
-        begin: Callable[[], bool | None] = partial(step.compile_and_restore, images)
-        if captured:
-            begin = partial(step.capture, run.train if isinstance(run.train, DeviceLoader) else images)
+        begin: Callable[[], bool | None]
+        if captured and isinstance(run.train, DeviceLoader):
+            begin = partial(step.capture, run.train)
+        else:
+            images = run.train.head(run.train.batch_size)
+            begin = partial(step.capture if captured else step.compile_and_restore, images)
         compiled = step.compile
         fits = compiler.first_step(begin, step.recompile, compile=compiled)
         if captured:
