@@ -126,7 +126,9 @@ class _FakeStep(fake_tensor.FakeTensorMode):
         else:
             result = super().__torch_dispatch__(function, types, args, kwargs or {})
         returns = function._schema.returns
-        is_view = any(value.alias_info and not value.alias_info.is_write for value in returns)
+        is_view = "view" in name or any(
+            value.alias_info and not value.alias_info.is_write for value in returns
+        )
         launches_nothing = function.namespace != "aten" or "empty" in name or name == "detach"
         on_gpu = any(tensor.is_cuda for tensor in _tensors([*args, result]))
         if on_gpu and not (self.compiled or is_view or launches_nothing):
@@ -230,7 +232,7 @@ def _h100() -> Iterator[None]:
         yield
 
 
-def count_step(batch: int) -> Count:
+def count_step(batch: int, training: TrainingConfig) -> Count:
     """Lower the captured step for `batch` images. Needs the fake libraries."""
     with torch.device("meta"):
         model = BetaVAE().to(memory_format=torch.channels_last)
@@ -244,7 +246,7 @@ def count_step(batch: int) -> Count:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty_like(buffer, device=device))
         images = torch.empty(4 * batch, *model.input_shape[1:], 3, dtype=torch.uint8, device=device)
-        optimizer = build_optimizer(TrainingConfig(), model.parameters())
+        optimizer = build_optimizer(training, model.parameters())
         step = step_module.TrainingStep(
             model, loss, optimizer, seed=0, dtype=torch.bfloat16, compile=True, buffer_steps=10
         )
@@ -315,10 +317,12 @@ def main(argv: list[str]) -> int:
     """Exit status: 0 done, 2 a requirement is missing."""
     parser = argparse.ArgumentParser(prog="python -m bench.lowered", description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=144)
+    parser.add_argument("--optimizer", choices=("adam", "muon"), default="adam")
     parser.add_argument("--top", type=int, default=8, help="how many of the largest kernels to list")
     arguments = parser.parse_args(argv)
     if INSIDE in os.environ:
-        show(count_step(arguments.batch), arguments.batch, arguments.top)
+        training = TrainingConfig(optimizer=arguments.optimizer)
+        show(count_step(arguments.batch, training), arguments.batch, arguments.top)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -112,18 +112,27 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The run: an optimizer with an exponential schedule."""
+    """The run: an optimizer and its schedule."""
 
     batch_size: int = 144
     """Images per step, of all processes together: their number changes neither steps nor learning rate."""
-    optimizer: Literal["adam", "adagrad"] = "adam"
-    """adagrad: the beta-VAE paper's, for 2D shapes."""
+    optimizer: Literal["adam", "muon", "adagrad"] = "adam"
+    """muon: for matrices and filters, with Adam for the rest; it learns more per step. adagrad: the beta-VAE
+    paper's, for 2D shapes."""
     lr: float = 5e-4
-    """Learning rate in the first epoch."""
+    """Learning rate at the start, of Adam and Adagrad."""
+    muon_lr: float = 0.05
+    """Learning rate at the start, of the matrices and filters that muon updates."""
+    schedule: Literal["exponential", "linear", "cosine", "constant"] = "exponential"
+    """The learning rates over the run. exponential: times lr_gamma after each epoch. linear, cosine: to 0 at
+    the end."""
     lr_gamma: float = 0.95
-    """Factor on the learning rate after each epoch."""
+    """Factor on the learning rates after each epoch of the schedule exponential."""
+    warmup: int = 0
+    """Steps in which the learning rates first rise from 0, on a line."""
     weight_decay: float = 0.0
-    """L2 penalty."""
+    """L2 penalty. With muon decoupled, of matrices and filters: each step shrinks them by this times
+    muon_lr."""
     epochs: int = 50
     """Passes over the training images. Given alone, they replace the max_steps of a preset or file."""
     max_steps: int | None = None
@@ -211,6 +220,7 @@ _POSITIVE = (
     "objective.capacity_iters",
     "objective.decoder_variance",
     "training.lr",
+    "training.muon_lr",
     "training.lr_gamma",
     "training.epochs",
     "training.max_steps",
@@ -224,6 +234,7 @@ _NOT_NEGATIVE = (
     "objective.gamma",
     "objective.max_capacity",
     "objective.kl_weight",
+    "training.warmup",
     "training.weight_decay",
 )
 

@@ -71,7 +71,7 @@ def capture_with(step: TrainingStep, data: Loader) -> bool:
 
 def epoch(step: TrainingStep, data: Loader, number: int) -> None:
     """One epoch of training, as a run does it."""
-    step.set_lr(1e-3 / (number + 1))
+    step.set_lr_factor(1 / (number + 1))
     if step.gathers:
         data.begin(number)
     for images, _ in data.epoch(number):
@@ -125,7 +125,15 @@ def test_every_loss_is_captured(device, make_loss):
 
 
 @pytest.mark.parametrize(
-    "options", [{"accumulate": 2}, {"accumulate": 4, "clip_grad": 0.1}, {"dtype": torch.bfloat16}], ids=str
+    "options",
+    [
+        {"accumulate": 2},
+        {"accumulate": 4, "clip_grad": 0.1},
+        {"dtype": torch.bfloat16},
+        {"optimizer": "muon"},
+        {"optimizer": "muon", "dtype": torch.float16, "clip_grad": 0.1},
+    ],
+    ids=str,
 )
 def test_every_switch_is_captured(device, options):
     assert_capture_changes_nothing(device, resident(device), **options)
@@ -316,7 +324,7 @@ def test_the_compiled_step_never_synchronises(full, device):
         images = data.head(data.batch_size)
         with _no_synchronisation(device):
             for number in range(3):
-                step.set_lr(1e-3 / (number + 1))
+                step.set_lr_factor(1 / (number + 1))
                 step(None if step.gathers else images)
                 step.metrics_buffer.send(number + 1)
                 while not step.metrics_buffer.receive(wait=False):

@@ -44,26 +44,35 @@ def finish(job: subprocess.Popen) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def ten_steps(tmp_path_factory):
-    """The weights after ten steps, by number of processes and dtype."""
+    """The weights after ten steps, by number of processes, dtype and optimizer."""
     folder, known = tmp_path_factory.mktemp("steps"), {}
     worker = Path(__file__).with_name("worker.py")
 
-    def of(processes: int, dtype: str) -> dict[str, torch.Tensor]:
-        if (processes, dtype) not in known:
-            out = folder / f"{processes}-{dtype}.pt"
-            status, _, err = finish(torchrun(processes, worker, out, dtype))
+    def of(processes: int, dtype: str, optimizer: str) -> dict[str, torch.Tensor]:
+        job = processes, dtype, optimizer
+        if job not in known:
+            out = folder / f"{'-'.join(map(str, job))}.pt"
+            status, _, err = finish(torchrun(processes, worker, out, dtype, optimizer))
             assert status == 0, err
-            known[processes, dtype] = torch.load(out)
-        return known[processes, dtype]
+            known[job] = torch.load(out)
+        return known[job]
 
     return of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
-@pytest.mark.parametrize("processes", [2, 4])
-def test_shares_of_a_batch_are_the_batch(ten_steps, processes, dtype, tolerance):
-    alone, together = ten_steps(1, dtype), ten_steps(processes, dtype)
+@pytest.mark.parametrize(
+    ("processes", "dtype", "optimizer", "tolerance"),
+    [
+        (2, "float64", "adam", 1e-9),
+        (4, "float64", "adam", 1e-9),
+        (2, "float32", "adam", 1e-4),
+        (4, "float32", "adam", 1e-4),
+        (2, "float64", "muon", 1e-9),
+    ],
+)
+def test_shares_of_a_batch_are_the_batch(ten_steps, processes, dtype, optimizer, tolerance):
+    alone, together = (ten_steps(number, dtype, optimizer) for number in (1, processes))
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=tolerance, atol=tolerance, msg=name)
 

@@ -30,11 +30,20 @@ GAUSSIAN = {"kl_weight": 0.01, "activation": "tanh"}
 
 
 def build_step(
-    device=CPU, loss=None, *, lr=1e-3, dtype=None, compile=False, buffer_steps=8, **options
+    device=CPU,
+    loss=None,
+    *,
+    lr=1e-3,
+    optimizer="adam",
+    dtype=None,
+    compile=False,
+    buffer_steps=8,
+    **options,
 ) -> TrainingStep:
     torch.manual_seed(0)
     model = BetaVAE(3, 5, (4, 8), 32).to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(TrainingConfig(lr=lr), model.parameters())
+    training = TrainingConfig(optimizer=optimizer, lr=lr, muon_lr=10 * lr)
+    optimizer = build_optimizer(training, model.parameters())
     loss = (loss or CapacityLoss(10.0, 25.0, 10, **GAUSSIAN)).to(device)
     return TrainingStep(
         model, loss, optimizer, seed=3, dtype=dtype, compile=compile, buffer_steps=buffer_steps, **options
@@ -86,14 +95,16 @@ class NoScalars(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"clip_grad": 1.0}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"clip_grad": 1.0}, {"accumulate": 2}, {"optimizer": "muon"}], ids=str
+)
 @pytest.mark.parametrize("loss", [CapacityLoss(**GAUSSIAN), BetaLoss(4.0, **GAUSSIAN)])
 def test_a_step_reads_nothing_from_the_device(loss, options):
     step = build_step(loss=loss, **options)
     images = batch()
     with NoReads(), NoScalars():
         for number in range(3):
-            step.set_lr(1e-3 / (number + 1))
+            step.set_lr_factor(1 / (number + 1))
             step(images)
 
 
@@ -113,7 +124,7 @@ def test_a_step_never_synchronises():
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(3):
-            step.set_lr(1e-3 / (number + 1))
+            step.set_lr_factor(1 / (number + 1))
             step(images)
             step.metrics_buffer.send(number + 2)
             while not step.metrics_buffer.receive(wait=False):
@@ -243,7 +254,7 @@ def test_the_learning_rate_is_read_on_the_device():
     step = build_step(lr=1e-3)
     rate = step.optimizer.param_groups[0]["lr"]
     before = weights(step)[0]
-    step.set_lr(0.0)
+    step.set_lr_factor(0.0)
     step(batch())
     assert torch.equal(weights(step)[0], before)
     assert step.optimizer.param_groups[0]["lr"] is rate
@@ -333,7 +344,7 @@ def test_a_captured_run_is_the_uncaptured_run(source, dtype, compile):
         if captured:
             assert step.capture(data if source == "resident" else data.head(8))
         for epoch in range(3):
-            step.set_lr(1e-3 / (epoch + 1))
+            step.set_lr_factor(1 / (epoch + 1))
             data.begin(epoch)
             for images, _ in data.epoch(epoch):
                 step(None if step.gathers else images)

@@ -106,6 +106,26 @@ def test_the_seed_matters(data, tmp_path):
     assert metrics(tmp_path / "a") != metrics(tmp_path / "b")
 
 
+def test_muon_with_a_schedule_and_warm_up_resumes_bit_for_bit(data, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch and of the warm-up: the schedule is a function of the step alone."""
+    options = ("--max-steps", 20, "--optimizer", "muon", "--schedule", "cosine", "--warmup", 15)
+    options = (*options, "--weight-decay", 0.1, "--clip-grad", 1, "--accumulate", 2)
+    assert run(data, tmp_path / "whole", *options) == 0
+    original = step.TrainingStep.__call__
+
+    def stopped(self, images):
+        original(self, images)
+        if int(self.step) == 11:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(step.TrainingStep, "__call__", stopped)
+    assert run(data, tmp_path / "part", *options) == 0
+    monkeypatch.undo()
+    assert main(["--resume", str(tmp_path / "part")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
+    assert metrics(tmp_path / "whole")[-1]["lr"] < 0.05 * 0.02
+
+
 def test_resume_continues_bit_for_bit(data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(data, whole, "--epochs", 6, "--max-steps", 40, "--capacity-iters", 30) == 0

@@ -1,6 +1,6 @@
 """One process of a job: ten steps on its share of every batch of 64; the first writes the weights.
 
-torchrun --nproc-per-node N tests/worker.py OUT.pt float64|float32
+torchrun --nproc-per-node N tests/worker.py OUT.pt float64|float32 adam|muon
 """
 
 import sys
@@ -17,7 +17,7 @@ from bvae.training.optimizer import build_optimizer
 from bvae.training.step import TrainingStep
 
 if __name__ == "__main__":
-    out, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+    out, dtype, optimizer = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3]
     distributed = init_distributed(torch.device("cpu"))
     torch.manual_seed(0)
     model = BetaVAE(3, 5, (4, 8), 32).to(dtype)
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     step = TrainingStep(
         model,
         CapacityLoss(10.0, 25.0, 10**6, kl_weight=0.01, activation="tanh"),
-        build_optimizer(TrainingConfig(lr=1e-3), model.parameters()),
+        build_optimizer(TrainingConfig(optimizer=optimizer, lr=1e-3), model.parameters()),
         seed=3,
         dtype=None,
         compile=False,

@@ -18,7 +18,8 @@ from bvae.errors import MissingError, UsageError
 # What a resumed run may change: folders, length, the options that help against NaN losses, and how the same
 # step is executed.
 MAY_CHANGE = (
-    *("root", "cache_dir", "epochs", "max_steps", "log_every", "checkpoint_every", "lr", "lr_gamma"),
+    *("root", "cache_dir", "epochs", "max_steps", "log_every", "checkpoint_every"),
+    *("lr", "muon_lr", "schedule", "lr_gamma", "warmup"),
     *("compile", "capture", "fused"),
 )
 

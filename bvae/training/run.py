@@ -21,6 +21,7 @@ from bvae.pipelines.loader import Loader
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.training import checkpoint
 from bvae.training.distributed import Distributed
+from bvae.training.schedule import lr_factor
 from bvae.training.step import NotFinite, Scalars, TrainingStep
 from bvae.training.validation import Validation, validate
 
@@ -51,10 +52,9 @@ class Run:
         """Steps in the whole run."""
         return self.config.training.steps(len(self.train))
 
-    def lr(self, step: int) -> float:
-        """The learning rate of a step, 1 on the first: a function of its epoch."""
-        training = self.config.training
-        return training.lr * training.lr_gamma ** ((step - 1) // len(self.train))
+    def lr_factor(self, step: int) -> float:
+        """The schedule's factor on the learning rates in a step; the first step is 1."""
+        return lr_factor(self.config.training, step, self.steps, len(self.train))
 
     def epoch(self, step: int) -> int:
         """The epoch of a step; both start at 1."""
@@ -73,8 +73,7 @@ class Run:
 
     def advance(self, images: Tensor | None) -> None:
         """One training step on the images from `batches`."""
-        if self.done % len(self.train) == 0:  # an epoch begins
-            self.step.set_lr(self.lr(self.done + 1))
+        self.step.set_lr_factor(self.lr_factor(self.done + 1))
         self.done += 1
         self.step(images)
 
@@ -97,7 +96,7 @@ class Run:
             "capacity": scalars.capacity,
             "mse": scalars.mse,
             "active_units": sum(kl > ACTIVE for kl in scalars.kl_per_dim),
-            "lr": self.lr(scalars.step),
+            "lr": self.optimizer.param_groups[0]["initial_lr"] * self.lr_factor(scalars.step),
         }
         if self.loss_is_given:  # the configuration does not describe it
             return values
@@ -207,7 +206,6 @@ class Run:
             self.step.scaler.load_state_dict(state["scaler"])
         self.done = state["step"]
         self.step.restore(self.done)
-        self.step.set_lr(self.lr(self.done + 1))
 
     def close(self) -> None:
         """End this rank's part in the job; no training is possible afterwards."""

@@ -73,7 +73,7 @@ def captures(device: torch.device, training: TrainingConfig) -> tuple[bool, str]
     """Whether a step can be a CUDA graph, and a line that says why not; empty on a CPU."""
     if device.type != "cuda":
         return False, ""
-    if training.optimizer != "adam":
+    if training.optimizer == "adagrad":
         return False, f"not captured: {training.optimizer} counts its steps on the host"
     return training.capture, "" if training.capture else "not captured"
 
@@ -155,6 +155,9 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         self.model, self.loss, self.optimizer, self.dtype = model, loss, optimizer, dtype
         self.clip_grad, self.accumulate, self.distributed = clip_grad, accumulate, distributed
+        for group in optimizer.param_groups:  # as torch's schedulers do
+            group.setdefault("initial_lr", float(group["lr"]))
+        self._lr_factor = 1.0
         self.seed = torch.tensor(seed, device=self.device)
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)  # steps done
         # Constants on the device, so that no launch has to fill them in: the first part of a step adds 1 to
@@ -241,9 +244,13 @@ class TrainingStep:
         self.step.fill_(step)
         self.metrics_buffer.start(step)
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of later steps; a captured step reads it from the device."""
+    def set_lr_factor(self, factor: float) -> None:
+        """Multiply the initial learning rates for later steps; a captured step reads them from the device."""
+        if factor == self._lr_factor:
+            return
+        self._lr_factor = factor
         for group in self.optimizer.param_groups:
+            lr = group["initial_lr"] * factor
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
