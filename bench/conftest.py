@@ -37,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "Without .git, BVAE_COMMIT in the environment gives the commit",
     )
     group.addoption(
+        "--seeds", type=int, default=1, help="trainings of each recipe in bench/test_quality.py (default: 1)"
+    )
+    group.addoption(
         "--quick", action="store_true", help="one short round of each, to see that it runs; writes no record"
     )
 

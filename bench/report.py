@@ -18,7 +18,8 @@ from bench.roofline import busy_seconds, cost, share
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NOT_MEASURED = "not measured yet"
-GROUPS = "step", "training", "kernels", "loader", "scaling"
+GROUPS = "quality", "step", "training", "kernels", "loader", "scaling"
+LOWEST = 0.5  # of our quality: where a plot of quality begins
 BUSY = 0.5  # processes beside the benchmarks' own
 
 Record = dict[str, Any]
@@ -146,7 +147,25 @@ def _group(results: list[Result], record: Record) -> list[str]:
             ratios = {name: f"{spent / cpu[hero]:.2f} x that of {hero}" for name, spent in cpu.items()}
             spent = [f"{cpu[name]:.0f} µs ({ratios[name]})" if name in cpu else "" for name in names]
             lines.append(_row([f"{result['name']}: CPU time an image", *spent, "", ""]))
+        if result["group"] == "quality":
+            lines += _quality_rows(result, names)
     return lines
+
+
+def _quality_rows(result: Result, names: list[str]) -> list[str]:
+    """The quality that each recipe reached, by seed, with the KL; and its CPU time."""
+    facts = result["facts"]
+    reached = {
+        name: ", ".join(f"{q:.3f} ({kl:.1f})" if abs(q) < 1 else f"{q:.1f} ({kl:.1f})" for q, kl in pairs)
+        for name, pairs in (
+            (name, zip(facts["quality"][name], facts["kl"][name], strict=True)) for name in facts["quality"]
+        )
+    }
+    spent = {name: f"{seconds:.0f} s" for name, seconds in facts["cpu_seconds"].items()}
+    return [
+        _row([f"{result['name']}: {label}", *(cells.get(name, "") for name in names), "", ""])
+        for label, cells in ((f"{facts['unit']} (KL, nats)", reached), ("CPU time", spent))
+    ]
 
 
 def _row(cells: list[str]) -> str:
@@ -156,15 +175,15 @@ def _row(cells: list[str]) -> str:
 def _headline(result: Result, brief: bool) -> str:
     """The hero's rate, and how many times as fast it is as others.
 
-    If `brief`, only the first contender is compared. Otherwise all contenders of a step, also ours without
-    single layers; in other groups the first contender and the fastest.
+    If `brief`, only the first contender is compared, and the best of the others in time to quality. Otherwise
+    all contenders of a step, also ours without single layers; in other groups the first and the fastest.
     """
     timings, hero = result["timings"], result["hero"]
     cell = quantity(timings[hero]["seconds"][0], result["facts"].get("images"))
     if result["missing"]:
         cell = f"{result['missing']}: {NOT_MEASURED}; {hero}: {cell}"
     others = [name for name in timings if name != hero]
-    if brief:
+    if brief and result["group"] != "quality":
         others = others[:1]
     elif result["group"] != "step":
         first, *peers = [name for name in others if not name.startswith("ours")]
@@ -271,6 +290,30 @@ def _scaling(record: Record, plt: Any) -> Any:
     return figure
 
 
+def _quality(record: Record, plt: Any) -> Any:
+    """Plots of quality over the seconds of training, a curve per recipe and seed."""
+    results = [r for r in rows(record) if r["group"] == "quality"]
+    if not results:
+        return None
+    figure, panels = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4), squeeze=False)
+    for axes, result in zip(panels[0], results, strict=True):
+        facts = result["facts"]
+        for number, (name, curves) in enumerate(facts["curves"].items()):
+            for seed, curve in enumerate(curves):
+                label = None if seed else name
+                axes.plot(*zip(*curve, strict=True), ".-", color=f"C{number}", label=label)
+        if "target" in facts:
+            axes.axhline(facts["target"], color="black", linewidth=0.8, linestyle=":")
+        low, high = (f(facts["quality"][name]) for f, name in ((min, "ours"), (max, "ours")))
+        axes.set_ylim(low - LOWEST * abs(low), high + 0.05 * abs(high))
+        axes.set_xlabel("seconds of training")
+        axes.set_ylabel(facts["unit"])
+        axes.set_title(result["name"], fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
 def draw(record: Record, folder: Path) -> list[Path]:
     """Write the record's plots into a folder."""
     import matplotlib
@@ -279,7 +322,12 @@ def draw(record: Record, folder: Path) -> list[Path]:
     from matplotlib import pyplot as plt
 
     written = []
-    for name, plot in (("ratios", _ratios), ("roofline", _roofline), ("scaling", _scaling)):
+    for name, plot in (
+        ("quality", _quality),
+        ("ratios", _ratios),
+        ("roofline", _roofline),
+        ("scaling", _scaling),
+    ):
         figure = plot(record, plt)
         if figure is None:
             continue

@@ -123,6 +123,8 @@ class TrainingConfig:
     """Learning rate at the start, of Adam and Adagrad."""
     muon_lr: float = 0.05
     """Learning rate at the start, of the matrices and filters that muon updates."""
+    muon_weight_decay: float = 1.0
+    """Decoupled: each step of muon shrinks its matrices and filters by muon_lr times this."""
     schedule: Literal["exponential", "linear", "cosine", "constant"] = "exponential"
     """The learning rates over the run. exponential: times lr_gamma after each epoch. linear, cosine: to 0 at
     the end."""
@@ -131,8 +133,7 @@ class TrainingConfig:
     warmup: int = 0
     """Steps in which the learning rates first rise from 0, on a line."""
     weight_decay: float = 0.0
-    """L2 penalty. With muon decoupled, of matrices and filters: each step shrinks them by this times
-    muon_lr."""
+    """L2 penalty, of Adam and Adagrad."""
     epochs: int = 50
     """Passes over the training images. Given alone, they replace the max_steps of a preset or file."""
     max_steps: int | None = None
@@ -236,6 +237,7 @@ _NOT_NEGATIVE = (
     "objective.kl_weight",
     "training.warmup",
     "training.weight_decay",
+    "training.muon_weight_decay",
 )
 
 

@@ -109,7 +109,17 @@ def test_the_seed_matters(data, tmp_path):
 def test_muon_with_a_schedule_and_warm_up_resumes_bit_for_bit(data, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch and of the warm-up: the schedule is a function of the step alone."""
     options = ("--max-steps", 20, "--optimizer", "muon", "--schedule", "cosine", "--warmup", 15)
-    options = (*options, "--weight-decay", 0.1, "--clip-grad", 1, "--accumulate", 2)
+    options = (
+        *options,
+        "--weight-decay",
+        0.1,
+        "--muon-weight-decay",
+        0.5,
+        "--clip-grad",
+        1,
+        "--accumulate",
+        2,
+    )
     assert run(data, tmp_path / "whole", *options) == 0
     original = step.TrainingStep.__call__
 

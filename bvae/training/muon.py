@@ -32,6 +32,7 @@ class Muon(torch.optim.Optimizer):
         momentum: of Muon.
         betas, eps: of Adam.
         weight_decay: decoupled: each step of Muon shrinks its parameters by lr * weight_decay.
+        adam_weight_decay: of Adam, an L2 penalty.
 
     Example:
         >>> import torch
@@ -56,16 +57,16 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        adam_weight_decay: float = 0.0,
     ) -> None:
         parameters = list(parameters)
         matrices = [p for p in parameters if p.ndim >= 2]
         others = [p for p in parameters if p.ndim < 2]
-        groups = [
-            {"params": matrices, "lr": lr, "momentum": momentum, "weight_decay": weight_decay},
-            # `load_state_dict` moves the step counts of a "fused" group to the parameters' device.
-            {"params": others, "lr": adam_lr, "betas": betas, "eps": eps, "fused": True},
-        ]
-        super().__init__([group for group in groups if group["params"]], {})
+        by_muon = {"params": matrices, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        by_adam: dict[str, Any] = {"params": others, "lr": adam_lr, "betas": betas, "eps": eps}
+        by_adam["weight_decay"] = adam_weight_decay
+        by_adam["fused"] = True  # so that `load_state_dict` moves the step counts to the parameters' device
+        super().__init__([group for group in (by_muon, by_adam) if group["params"]], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -122,7 +123,7 @@ class Muon(torch.optim.Optimizer):
             beta1=beta1,
             beta2=beta2,
             lr=group["lr"],
-            weight_decay=0.0,
+            weight_decay=group["weight_decay"],
             eps=group["eps"],
         )
 

@@ -21,8 +21,13 @@ def build_optimizer(training: TrainingConfig, parameters: Iterable[nn.Parameter]
     if training.optimizer == "adagrad":
         optimizer = torch.optim.Adagrad(parameters, training.lr, weight_decay=training.weight_decay)
     elif training.optimizer == "muon":
-        rates = [torch.tensor(lr, device=device) for lr in (training.muon_lr, training.lr)]
-        optimizer = Muon(parameters, *rates, weight_decay=training.weight_decay)
+        optimizer = Muon(
+            parameters,
+            torch.tensor(training.muon_lr, device=device),
+            torch.tensor(training.lr, device=device),
+            weight_decay=training.muon_weight_decay,
+            adam_weight_decay=training.weight_decay,
+        )
     else:
         optimizer = torch.optim.Adam(
             parameters,
