@@ -3,7 +3,8 @@
 All start from the same weights and must give the same losses, without noise, before anything is timed.
 PyTorch-VAE gets its images scaled and in float32, as from its loader; ours gets uint8 and scales it. "tuned"
 is PyTorch-VAE with channels_last, fused Adam, cuDNN's choice of algorithms and mixed precision; "compiled"
-adds torch.compile.
+adds torch.compile. On a CPU all keep freed memory, as a run does (`bvae/training/malloc.py`), except those
+named "memory returned".
 """
 
 from collections.abc import Callable
@@ -14,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench.contenders import Contender, Network, check, dtype_name, ours, pytorch_vae
+from bench.contenders import (
+    Contender,
+    Network,
+    check,
+    dtype_name,
+    ours,
+    pytorch_vae,
+    with_memory_returned,
+)
 from bench.race import Bar
 from bvae.config import TrainingConfig, read
 
@@ -47,6 +56,9 @@ def test_step(batch: int, device: torch.device, race: Callable[..., Any], tmp_pa
     }
     for name, training in _layers(device, batch).items():
         contenders[name] = ours(FULL_SIZE, images, tmp_path, training)
+    if not GPU:
+        for name in ("PyTorch-VAE", "ours"):
+            contenders[f"{name}, memory returned"] = with_memory_returned(contenders[name])
     bars = []
     if not GPU:  # float32 against float32, the same network, eager and contiguous
         plain = replace(TrainingConfig(), amp=False, compile=False)

@@ -27,6 +27,7 @@ from bvae.evaluation.measure import (
 from bvae.metrics import auroc
 from bvae.model import BetaVAE
 from bvae.plots import heat_map, save_traversal, traverse
+from bvae.training import malloc
 
 ROWS = 20  # latents in the picture, those of the highest KL
 
@@ -54,6 +55,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@malloc.kept()
 def evaluate(run: Path, protocol: Protocol) -> str:
     """Measure the model of a run folder, write the files, and return the table.
 
