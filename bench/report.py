@@ -18,7 +18,7 @@ from bench.roofline import busy_seconds, cost, share
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NOT_MEASURED = "not measured yet"
-GROUPS = "quality", "step", "training", "kernels", "loader", "scaling"
+GROUPS = "quality", "step", "training", "kernels", "optimizer", "loader", "scaling"
 LOWEST = 0.5  # of our quality: where a plot of quality begins
 BUSY = 0.5  # processes beside the benchmarks' own
 

@@ -84,9 +84,12 @@ def test_step(batch: int, device: torch.device, race: Callable[..., Any], tmp_pa
 
 @pytest.mark.skipif(GPU, reason="the preset faces_cpu is for CPUs")
 def test_step_of_the_cpu_preset(device: torch.device, race: Callable[..., Any], tmp_path: Path) -> None:
-    """As in `make train`: float32 and eager, since compiling does not pay in a short run; also `--amp`."""
+    """As in `make train`: float32 and eager, since compiling does not pay in a short run; also `--amp`.
+
+    All update by Adam, so that their losses can be compared. "ours, Muon" is what the preset does.
+    """
     images = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8, device=device)
-    preset = read("faces_cpu")[0].training
+    preset = replace(read("faces_cpu")[0].training, optimizer="adam")
     contenders = {
         "PyTorch-VAE": pytorch_vae(SMALL, images),
         "tuned": pytorch_vae(SMALL, images, tuned=True),
@@ -94,11 +97,15 @@ def test_step_of_the_cpu_preset(device: torch.device, race: Callable[..., Any], 
     }
     if dtype_name(device, amp=True) != dtype_name(device, amp=False):
         contenders["ours, amp"] = ours(SMALL, images, tmp_path, replace(preset, amp=True))
+    muon = ours(SMALL, images, tmp_path, replace(preset, optimizer="muon"))
     race(
         "step",
         "faces_cpu's network, batch 64",
         gate=lambda: check(SMALL, contenders, device),
-        prepare=lambda: {name: contender.step for name, contender in contenders.items()},
+        prepare=lambda: {
+            **{name: contender.step for name, contender in contenders.items()},
+            "ours, Muon": muon.step,
+        },
         rounds=7,
         images=64,
         model=SMALL.config,

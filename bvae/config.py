@@ -123,7 +123,7 @@ class TrainingConfig:
     """Learning rate at the start, of Adam and Adagrad."""
     muon_lr: float = 0.05
     """Learning rate at the start, of the matrices and filters that muon updates."""
-    muon_weight_decay: float = 1.0
+    muon_weight_decay: float = 0.5
     """Decoupled: each step of muon shrinks its matrices and filters by muon_lr times this."""
     schedule: Literal["exponential", "linear", "cosine", "constant"] = "exponential"
     """The learning rates over the run. exponential: times lr_gamma after each epoch. linear, cosine: to 0 at
