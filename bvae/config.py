@@ -18,6 +18,7 @@ import yaml
 from bvae.compat.pytorch_vae_config import brief, is_dialect, translate, unknown_key
 from bvae.device import has_gpu
 from bvae.errors import MissingError, UsageError
+from bvae.yaml_file import read_mapping
 
 try:
     from tyro.conf import arg
@@ -313,9 +314,7 @@ def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
         presets = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
         raise MissingError(f"no configuration at {path}; presets: {presets}")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(loaded, dict):
-            raise UsageError("not a YAML mapping of sections")
+        loaded = read_mapping(path)
         base = None
         if "base" in loaded:
             base = read(PRESETS / f"{loaded.pop('base')}.yaml")[0]
@@ -324,10 +323,8 @@ def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
         if is_dialect(loaded):
             loaded, unused, out = translate(loaded)
         return from_mapping(Config, loaded, base=base), unused, out
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
-    except RecursionError:
-        raise UsageError(f"{path}: nested too deeply for a configuration") from None
 
 
 def from_mapping(cls: type, values: Mapping[str, Any], prefix: str = "", base: Any = None) -> Any:

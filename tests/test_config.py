@@ -153,6 +153,58 @@ def test_refused(tmp_path, text, message):
         read(tmp_path, text)[0].check()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "training: {seed: 1}\nmodel: {}\ntraining: {lr: 1e-3}",
+            "line 3: 'training' is given twice, first in line 1",
+        ),
+        ("training:\n  seed: 1\n  lr: 1e-3\n  seed: 2\n", "line 4: 'seed' is given twice, first in line 2"),
+        ("model: {latent_dim: 3, latent_dim: 3}", "line 1: 'latent_dim' is given twice"),
+        ("exp_params: {kld_weight: 1}\nexp_params: {LR: 1}", "line 2: 'exp_params' is given twice"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path, text)
+
+
+def test_a_merged_key_may_be_replaced(tmp_path):
+    ours = read(
+        tmp_path, "model: &m {latent_dim: 3}\nbase: faces_cpu\ntraining: {<<: {seed: 1, lr: 2}, seed: 5}"
+    )[0]
+    assert (ours.training.seed, ours.training.lr) == (5, 2.0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings_that_say_what_they_are(tmp_path, encoding):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("data: {root: /图片}  # 数据".encode(encoding))
+    assert config.read(path)[0].data.root == Path("/图片")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [("gbk", "line 2 is not UTF-8: save the file as UTF-8"), ("utf-16-le", "save the file as UTF-8")],
+)
+def test_other_encodings_are_refused_with_the_remedy(tmp_path, encoding, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("training: {seed: 1}\ndata: {root: /数据}".encode(encoding))
+    with pytest.raises(UsageError, match=message) as refused:
+        config.read(path)
+    assert "codec" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: b: c", "\t- a", "a: !!python/object:os.system {}", "a: *b", "\x01"]
+)
+def test_a_yaml_error_is_one_line(tmp_path, text):
+    with pytest.raises(UsageError) as refused:
+        read(tmp_path, text)
+    assert "\n" not in str(refused.value)
+
+
 def test_missing_file_names_the_presets():
     with pytest.raises(FileNotFoundError, match="presets: .*faces_cpu"):
         config.read("absent.yaml")

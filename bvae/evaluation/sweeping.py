@@ -100,7 +100,7 @@ def is_trained(run: Path) -> bool:
 def read_evaluation(run: Path, arguments: SweepOptions) -> dict[str, Any] | None:
     """The result of bvae.evaluate with the same seeds and points, if there is one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        result = json.loads((run / "evaluation.json").read_text())
+        result = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
         if (result["seeds"], result["points"]) == (arguments.metric_seeds, arguments.points):
             return result
     return None
@@ -195,7 +195,7 @@ def sweep(arguments: SweepOptions, others: Sequence[str]) -> int:
 def measure_baselines(arguments: SweepOptions, out: Path) -> sweep_report.Baselines:
     """The baselines' scores: read from the folder if it has them for as many points, else measured."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        stored = json.loads((out / BASELINES).read_text())
+        stored = json.loads((out / BASELINES).read_text(encoding="utf-8"))
         if stored["points"] == arguments.points:
             return stored["scores"]
     scores = baselines.measure(arguments.points, device=choose_device(arguments.device))
