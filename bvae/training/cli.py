@@ -70,14 +70,14 @@ def parse(argv: list[str], description: str) -> Arguments:
         raise UsageError(f"Undefined loss type. --loss-type must be VAE, H or B, got {early.loss_type}")
     if module := getattr(early, "import"):
         _import(module)
-    base, out = Config(), None
+    base, out, device = Config(), None, None
     notes: list[str] = []  # printed when the command line has been checked
     if early.resume and early.config:
         raise UsageError("--resume continues with the run's own configuration: remove --config")
     if early.resume:
         base = _checkpointed(Path(early.resume))
     elif early.config is not None:
-        base, unused, out = configuration.read(early.config)
+        base, unused, out, device = configuration.read(early.config)
         if unused:
             notes.append(f"{early.config}: no counterpart here, not used: {', '.join(unused)}")
     elif preset := configuration.default_preset(early.data or "faces", early.device or "auto"):
@@ -91,7 +91,7 @@ def parse(argv: list[str], description: str) -> Arguments:
     arguments = tyro.cli(
         Arguments,
         args=argv,
-        default=Arguments(out=out, settings=base),
+        default=Arguments(out=out, device=device or "auto", settings=base),
         description=description,
         prog="python -m bvae.train",
         config=(tyro.conf.OmitArgPrefixes,),
