@@ -18,6 +18,7 @@ import yaml
 from bvae.compat.pytorch_vae_config import Translation, brief, is_dialect, translate, unknown_keys
 from bvae.device import has_gpu
 from bvae.errors import MissingError, UsageError
+from bvae.paths import expand
 from bvae.yaml_file import read_mapping
 
 try:
@@ -297,10 +298,8 @@ def override(config: Config, options: Mapping[str, Any]) -> Config:
 
 def preset_or_path(name: str | Path) -> Path:
     """The path of a file if there is one, or else of the preset of that name."""
-    preset = PRESETS / f"{Path(name).name}.yaml"
-    return (
-        preset if str(name) == preset.stem and preset.is_file() and not Path(name).is_file() else Path(name)
-    )
+    preset, path = PRESETS / f"{Path(name).name}.yaml", expand(name)
+    return preset if str(name) == preset.stem and preset.is_file() and not path.is_file() else path
 
 
 class FromFile(NamedTuple):
@@ -309,7 +308,7 @@ class FromFile(NamedTuple):
     config: Config
     unused: list[str]  # its keys that have no counterpart here
     out: Path | None  # the run folder it names
-    device: str | None  # auto, cpu or cuda
+    device: Literal["auto", "cpu", "cuda"] | None
 
 
 def read(path: str | Path) -> FromFile:
@@ -332,7 +331,7 @@ def read(path: str | Path) -> FromFile:
         config = from_mapping(Config, ours.sections, base=base, names=ours.names)
         if ours.names:
             config.check_ranges(ours.names)
-        return FromFile(config, ours.unused, ours.out, ours.device)
+        return FromFile(config, ours.unused, ours.out and expand(ours.out), ours.device)
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -367,6 +366,8 @@ def from_mapping(
             kind = _kind(types[key])
             undefined = "Undefined loss type. " if key == "loss_type" else ""
             raise UsageError(f"{undefined}{name} must be {kind}, got {brief(value)}") from None
+        except UsageError as error:  # of a path
+            raise UsageError(f"{name}: {error}") from None
     return cls(**arguments)
 
 
@@ -419,7 +420,7 @@ def _convert(kind: Any, value: Any) -> Any:
             if float(value).is_integer():
                 return int(float(value))  # 1e4
     elif kind is Path and isinstance(value, str):
-        return Path(value)
+        return expand(value)
     elif type(value) is kind:
         return value
     raise TypeError

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -46,6 +47,12 @@ def exit_status(work: Callable[[], int | None]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1 if error.errno in FULL else 2
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line on stderr, once in a process."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def missing(error: ModuleNotFoundError) -> str | None:

@@ -11,6 +11,7 @@ import signal
 import sys
 
 from bvae.errors import exit_status, needs_train_extra
+from bvae.paths import call
 
 with needs_train_extra(__name__):
     import tyro
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     stops = (signal.SIGTERM, signal.SIGUSR1)  # they stop the sweep as Ctrl-C does
     before = [signal.signal(number, signal.default_int_handler) for number in stops]
     try:
-        return exit_status(lambda: sweep(arguments, others))
+        return exit_status(lambda: call(lambda options: sweep(options, others), arguments))
     finally:
         for number, handler in zip(stops, before, strict=True):
             signal.signal(number, handler)

@@ -4,7 +4,7 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from bvae.errors import UsageError
 
@@ -67,7 +67,12 @@ _NOT_USED = {
 }
 _UNUSED = {f"{section}.{key}" for section, keys in _NOT_USED.items() for key in keys.split()}
 _AMP = {"16": True, "16-mixed": True, "bf16": True, "bf16-mixed": True, "32": False, "32-true": False}
-_DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
+_DEVICES: dict[str, Literal["auto", "cpu", "cuda"]] = {
+    "auto": "auto",
+    "cpu": "cpu",
+    "gpu": "cuda",
+    "cuda": "cuda",
+}
 _NETWORKS = {"BetaVAE": {}, "VanillaVAE": {"loss_type": "VAE"}}
 
 
@@ -83,7 +88,7 @@ class Translation(NamedTuple):
     names: dict[str, str]  # our key -> the file's, for messages
     unused: list[str]  # keys that have no counterpart here, some with the reason
     out: Path | None  # the run folder `save_dir/name`, if named
-    device: str | None  # auto, cpu or cuda, if named
+    device: Literal["auto", "cpu", "cuda"] | None  # if named
 
 
 def translate(config: Mapping[str, Any]) -> Translation:
@@ -115,9 +120,9 @@ def translate(config: Mapping[str, Any]) -> Translation:
     out = Path(save_dir or "runs") / (name or network) if save_dir or name else None
     unused = [_with_reason(key, value) for key, value in options.items() if key in _UNUSED]
     options = {key: value for key, value in options.items() if key not in _UNUSED}
-    accelerator = options.pop("trainer_params.accelerator", "auto")
+    accelerator = options.pop("trainer_params.accelerator", None)
     device = _DEVICES.get(accelerator)
-    if device is None:
+    if accelerator and not device:
         unused.append(f"trainer_params.accelerator {accelerator}")
     _translate_limits(options, unused)
     if isinstance(dataset := options.get("exp_params.dataset"), str):

@@ -14,6 +14,7 @@ import yaml
 from bvae import config as configuration
 from bvae.config import Config, LossType
 from bvae.errors import MissingError, UsageError
+from bvae.paths import expand, expand_options
 
 # What a resumed run may change: folders, length, the options that help against NaN losses, and how the same
 # step is executed.
@@ -75,7 +76,7 @@ def parse(argv: list[str], description: str) -> Arguments:
     if early.resume and early.config:
         raise UsageError("--resume continues with the run's own configuration: remove --config")
     if early.resume:
-        base = _checkpointed(Path(early.resume))
+        base = _checkpointed(expand(early.resume))
     elif early.config is not None:
         base, unused, out, device = configuration.read(early.config)
         if unused:
@@ -96,6 +97,7 @@ def parse(argv: list[str], description: str) -> Arguments:
         prog="python -m bvae.train",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    arguments = expand_options(arguments)
     arguments.settings.check()
     if arguments.debug_nan:
         if not arguments.resume:

@@ -38,7 +38,7 @@ def execute(argv: list[str], description: str) -> int:
                 run.close()
                 return 0
         except (Exception, KeyboardInterrupt) as error:
-            status = explain(error, run, arguments.resume if arguments else None)
+            status = explain(error, run, arguments)
             if status is None:
                 raise
             return status

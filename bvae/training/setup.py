@@ -123,13 +123,20 @@ def prepare(
     distributed.barrier()  # write only when all ranks are ready
     if out and write and distributed.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        files.write_text(out / "config.yaml", config.to_yaml())
+        files.write_text(out / "config.yaml", _with_absolute_paths(config).to_yaml())
         run.model.save_config(out)
         if opened.bad:
             lines = "".join(f"{file}\t{text}\n" for file, text in opened.bad)
             files.write_text(out / "bad_files.txt", lines)
     _announce(run, execution)
     return run
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The same configuration for use from another folder."""
+    data = config.data
+    root, cache_dir = (path and path.absolute() for path in (data.root, data.cache_dir))
+    return replace(config, data=replace(data, root=root, cache_dir=cache_dir))
 
 
 def free_run_folder(config: Config) -> Path:
@@ -193,8 +200,7 @@ def _build(
         print(f"{data.train.count} training images: the batch size is {batch_size}", flush=True)
         config = replace(config, training=replace(config.training, batch_size=batch_size))
     config = config.resolve(len(data.train))
-    if config.data.root:  # a checkpoint may be resumed from another folder
-        config = replace(config, data=replace(config.data, root=config.data.root.resolve()))
+    config = _with_absolute_paths(config)
     training = config.training
 
     # channels_last suits tensor cores, and is faster on a CPU too.
