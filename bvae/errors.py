@@ -6,6 +6,8 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 
+from bvae.streams import robust
+
 # The modules of the packages of the extra `train` in setup.py.
 EXTRA = {
     *("PIL", "matplotlib", "scipy", "sklearn", "tensorboard"),
@@ -13,6 +15,8 @@ EXTRA = {
 }
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk or a quota
+# What file systems answer that have no locks, or no fsync of a folder.
+UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class UsageError(ValueError):
@@ -29,6 +33,11 @@ def exit_status(work: Callable[[], int | None]) -> int:
     2: input that cannot be used (UsageError, or OSError with a path), or a package that is missing. 1: the
     disk is full. 130: Ctrl-C. Any other exception is a bug, and is raised with its traceback.
     """
+    with robust():
+        return _exit_status(work)
+
+
+def _exit_status(work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@ import dataclasses
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +21,7 @@ from bvae.model import BetaVAE
 from bvae.paths import expand
 from bvae.pipelines.arrays import collect
 from bvae.training import results
+from bvae.training.claim import claim
 from bvae.training.distributed import Distributed
 from bvae.training.loop import train
 from bvae.training.monitor import Callback, Monitor
@@ -112,7 +113,11 @@ def fit(
             raise UsageError(f"out: {folder} exists, and fit starts a new run: name another folder")
         _check_callbacks(callbacks)
         device, distributed = connect(device_name)
-        with switches(config.training, device), StopRequest((signal.SIGINT,)) as stop:
+        with ExitStack() as stack:
+            if folder:
+                folder = stack.enter_context(claim(folder, "", distributed))
+            stack.enter_context(switches(config.training, device))
+            stop = stack.enter_context(StopRequest((signal.SIGINT,)))
             run = prepare(config, folder, device, distributed, data=opened, model=model, loss=loss)
             with Monitor(run, callbacks) as monitor:
                 validation = train(run, monitor, stop)

@@ -26,7 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     from bvae.evaluation.sweeping import sweep  # torch takes seconds, which --help need not
 
-    stops = (signal.SIGTERM, signal.SIGUSR1)  # they stop the sweep as Ctrl-C does
+    stops = [signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        stops.append(signal.SIGHUP)
+    # They stop the sweep as Ctrl-C does.
     before = [signal.signal(number, signal.default_int_handler) for number in stops]
     try:
         return exit_status(lambda: call(lambda options: sweep(options, others), arguments))

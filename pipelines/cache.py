@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bvae.errors import MissingError, say_once
+from bvae.errors import UNSUPPORTED, MissingError, say_once
 from bvae.pipelines.decoder import BATCH, Decoder, cores
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.webdataset import ImageFile
@@ -345,6 +345,12 @@ def lock(entry: Path, label: str) -> Iterator[None]:
             except BlockingIOError:
                 print(f"{label}: waiting for another process that prepares them", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                say_once(
+                    f"{path.parent}: no locks on this file system: start no two runs at once on new data"
+                )
             if not _still_named(file, path):
                 continue
             try:

@@ -74,7 +74,7 @@ def _free_bytes(error: OSError, out: Path) -> str:
 def _batch(run: Run, step: int) -> str:
     """The images of a step: the first few, and the file that lists all."""
     assert run.out
-    images, path = run.images(step), run.out / f"batch-{step}.txt"
+    images, path = [files.one_line(image) for image in run.images(step)], run.out / f"batch-{step}.txt"
     with contextlib.suppress(OSError):
         files.write_text(path, "\n".join([*images, ""]))
     return f", on {', '.join(images[:SHOWN])} and {len(images) - SHOWN} more (all are in {path})"
