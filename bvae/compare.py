@@ -8,6 +8,7 @@ picture, as PNG and as GIF, and the table that it prints.
 import sys
 
 from bvae.errors import exit_status, needs_train_extra
+from bvae.paths import call
 
 with needs_train_extra(__name__):
     import tyro
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = tyro.cli(CompareOptions, args=argv, description=__doc__, prog="python -m bvae.compare")
     from bvae.evaluation.comparison import compare  # torch takes seconds, which --help need not
 
-    return exit_status(lambda: print(compare(arguments), end=""))
+    return exit_status(lambda: print(call(compare, arguments), end=""))
 
 
 if __name__ == "__main__":

@@ -6,18 +6,20 @@ writes the files. A file may be ours, or PyTorch-VAE's in either dialect (`compa
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from bvae.compat.pytorch_vae_config import brief, is_dialect, translate, unknown_key
+from bvae.compat.pytorch_vae_config import Translation, brief, is_dialect, translate, unknown_keys
 from bvae.device import has_gpu
 from bvae.errors import MissingError, UsageError
+from bvae.paths import expand
+from bvae.yaml_file import read_mapping
 
 try:
     from tyro.conf import arg
@@ -177,14 +179,8 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def check(self) -> None:
-        """Raise ValueError for the first value out of its range."""
-        for name in _POSITIVE:
-            _require(self, name, lambda value: value > 0, "positive")
-        for name in _NOT_NEGATIVE:
-            _require(self, name, lambda value: value >= 0, "0 or more")
-        _require(self, "data.image_size", lambda size: SIZES[0] <= size <= SIZES[1], "32 to 256 pixels")
-        _require(self, "training.batch_size", lambda size: size >= 2, "2 or more, as BatchNorm needs")
-        _require(self, "training.seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1")
+        """Raise ValueError for the first value out of its range, or that does not go with others."""
+        self.check_ranges({})
         data = self.data
         from bvae.architectures import check_size  # imports torch
 
@@ -196,6 +192,23 @@ class Config:
             )
         if not self.model.hidden_dims or min(self.model.hidden_dims) < 1:
             raise UsageError(f"model.hidden_dims must be positive widths, got {list(self.model.hidden_dims)}")
+
+    def check_ranges(self, names: Mapping[str, str]) -> None:
+        """Raise ValueError for the first number out of its range; `names` replace ours in the message."""
+
+        def require(name: str, in_range: Callable[[Any], bool], expected: str) -> None:
+            section, key = name.split(".")
+            value = getattr(getattr(self, section), key)
+            if isinstance(value, int | float) and not (abs(value) <= LARGEST and in_range(value)):
+                raise UsageError(f"{names.get(name, name)} must be {expected}, got {value}")
+
+        for name in _POSITIVE:
+            require(name, lambda value: value > 0, "positive")
+        for name in _NOT_NEGATIVE:
+            require(name, lambda value: value >= 0, "0 or more")
+        require("data.image_size", lambda size: SIZES[0] <= size <= SIZES[1], "32 to 256 pixels")
+        require("training.batch_size", lambda size: size >= 2, "2 or more, as BatchNorm needs")
+        require("training.seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1")
 
     def resolve(self, steps_per_epoch: int) -> "Config":
         """The same run with numbers for all options of the objective: no 'auto', no 'm_over_n', no None."""
@@ -244,13 +257,6 @@ _NOT_NEGATIVE = (
 LARGEST = 3e38  # in float32
 
 
-def _require(config: Config, name: str, in_range: Callable[[Any], bool], expected: str) -> None:
-    section, key = name.split(".")
-    value = getattr(getattr(config, section), key)
-    if isinstance(value, int | float) and not (abs(value) <= LARGEST and in_range(value)):
-        raise UsageError(f"{name} must be {expected}, got {value}")
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -291,7 +297,7 @@ def override(config: Config, options: Mapping[str, Any]) -> Config:
     sections: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         if name not in places:
-            raise unknown_key(name, places)
+            raise unknown_keys([name], places)
         section, key = places[name]
         sections.setdefault(section, {})[key] = value
     for section, values in sections.items():
@@ -305,67 +311,97 @@ def override(config: Config, options: Mapping[str, Any]) -> Config:
 
 def preset_or_path(name: str | Path) -> Path:
     """The path of a file if there is one, or else of the preset of that name."""
-    preset = PRESETS / f"{Path(name).name}.yaml"
-    return (
-        preset if str(name) == preset.stem and preset.is_file() and not Path(name).is_file() else Path(name)
-    )
+    preset, path = PRESETS / f"{Path(name).name}.yaml", expand(name)
+    return preset if str(name) == preset.stem and preset.is_file() and not path.is_file() else path
 
 
-def read(path: str | Path) -> tuple[Config, list[str], Path | None]:
+class FromFile(NamedTuple):
+    """What a YAML file says."""
+
+    config: Config
+    unused: list[str]  # its keys that have no counterpart here
+    out: Path | None  # the run folder it names
+    device: Literal["auto", "cpu", "cuda"] | None
+
+
+def read(path: str | Path) -> FromFile:
     """A YAML configuration, ours or PyTorch-VAE's. Ours may name a preset as its `base`.
-
-    Returns:
-        the configuration; keys of the file that have no counterpart here; the run folder it names, if any.
 
     Raises:
         FileNotFoundError: neither a file nor a preset.
-        ValueError: not a YAML mapping, an unknown key or a value of the wrong type; names file and key.
+        ValueError: not a YAML mapping, unknown keys or a value of the wrong type; names file and key.
     """
     path = preset_or_path(path)
     if not path.is_file():
         presets = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
         raise MissingError(f"no configuration at {path}; presets: {presets}")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(loaded, dict):
-            raise UsageError("not a YAML mapping of sections")
+        loaded = read_mapping(path)
         base = None
         if "base" in loaded:
-            base = read(PRESETS / f"{loaded.pop('base')}.yaml")[0]
-        unused: list[str] = []
-        out = None
-        if is_dialect(loaded):
-            loaded, unused, out = translate(loaded)
-        return from_mapping(Config, loaded, base=base), unused, out
-    except (ValueError, yaml.YAMLError) as error:
+            base = read(PRESETS / f"{loaded.pop('base')}.yaml").config
+        ours = translate(loaded) if is_dialect(loaded) else Translation(loaded, {}, [], None, None)
+        config = from_mapping(Config, ours.sections, base=base, names=ours.names)
+        if ours.names:
+            config.check_ranges(ours.names)
+        return FromFile(config, ours.unused, ours.out and expand(ours.out), ours.device)
+    except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
-    except RecursionError:
-        raise UsageError(f"{path}: nested too deeply for a configuration") from None
 
 
-def from_mapping(cls: type, values: Mapping[str, Any], prefix: str = "", base: Any = None) -> Any:
+def from_mapping(
+    cls: type,
+    values: Mapping[str, Any],
+    prefix: str = "",
+    base: Any = None,
+    names: Mapping[str, str] | None = None,
+) -> Any:
     """A dataclass from a mapping, nested dataclasses from nested mappings; ValueError names the key.
 
-    `base` has the values of keys that the mapping lacks; None: the defaults.
+    Args:
+        base: has the values of keys that the mapping lacks. None: the defaults.
+        names: the names of our keys in messages, where they differ.
     """
-    if not isinstance(values, Mapping):
-        raise UsageError(f"{prefix.rstrip('.')} must be a section of keys, got {brief(values)}")
+    names = names or {}
+    if unknown := list(_unknown(cls, values, prefix)):
+        raise unknown_keys(unknown, _known(cls, prefix))
     types = get_type_hints(cls)
     arguments = dict(vars(base)) if base else {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if key not in types:
-            raise unknown_key(name, [f"{prefix}{field}" for field in types])
         if dataclasses.is_dataclass(types[key]):
-            arguments[key] = from_mapping(types[key], value or {}, f"{name}.", arguments.get(key))
+            arguments[key] = from_mapping(types[key], value or {}, f"{name}.", arguments.get(key), names)
             continue
+        name = names.get(name, name)
         try:
             arguments[key] = _convert(types[key], value)
         except TypeError:
             kind = _kind(types[key])
             undefined = "Undefined loss type. " if key == "loss_type" else ""
             raise UsageError(f"{undefined}{name} must be {kind}, got {brief(value)}") from None
+        except UsageError as error:  # of a path
+            raise UsageError(f"{name}: {error}") from None
     return cls(**arguments)
+
+
+def _unknown(cls: type, values: Any, prefix: str) -> Iterator[str]:
+    """The keys of a mapping, and of those in it, that the dataclass lacks."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{prefix.rstrip('.')} must be a section of keys, got {brief(values)}")
+    types = get_type_hints(cls)
+    for key, value in values.items():
+        if key not in types:
+            yield f"{prefix}{key}"
+        elif dataclasses.is_dataclass(types[key]):
+            yield from _unknown(types[key], value or {}, f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def _known(cls: type, prefix: str) -> Iterator[str]:
+    """The keys of a dataclass and of those in it."""
+    for key, kind in get_type_hints(cls).items():
+        yield f"{prefix}{key}"
+        if dataclasses.is_dataclass(kind):
+            yield from _known(kind, f"{prefix}{key}.")  # type: ignore[arg-type]
 
 
 def _kind(kind: Any) -> str:
@@ -397,7 +433,7 @@ def _convert(kind: Any, value: Any) -> Any:
             if float(value).is_integer():
                 return int(float(value))  # 1e4
     elif kind is Path and isinstance(value, str):
-        return Path(value)
+        return expand(value)
     elif type(value) is kind:
         return value
     raise TypeError

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from bvae.errors import UsageError, exit_status, needs_train_extra
+from bvae.paths import call
 
 with needs_train_extra(__name__):
     import torch
@@ -168,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot be used."""
     options = _parser().parse_args(argv)
-    return exit_status(lambda: options.run(options))
+    return exit_status(lambda: call(options.run, options))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 import contextlib
 import errno
+import functools
 import sys
 from collections.abc import Callable, Iterator
+
+from bvae.streams import robust
 
 # The modules of the packages of the extra `train` in setup.py.
 EXTRA = {
@@ -12,6 +15,8 @@ EXTRA = {
 }
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk or a quota
+# What file systems answer that have no locks, or no fsync of a folder.
+UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class UsageError(ValueError):
@@ -28,6 +33,11 @@ def exit_status(work: Callable[[], int | None]) -> int:
     2: input that cannot be used (UsageError, or OSError with a path), or a package that is missing. 1: the
     disk is full. 130: Ctrl-C. Any other exception is a bug, and is raised with its traceback.
     """
+    with robust():
+        return _exit_status(work)
+
+
+def _exit_status(work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except KeyboardInterrupt:
@@ -46,6 +56,12 @@ def exit_status(work: Callable[[], int | None]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1 if error.errno in FULL else 2
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line on stderr, once in a process."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def missing(error: ModuleNotFoundError) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from bvae.errors import exit_status, needs_train_extra
+from bvae.paths import call
 
 with needs_train_extra(__name__):
     import tyro
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     from bvae.evaluation.run_folder import evaluate  # torch takes seconds, which --help need not
 
-    return exit_status(lambda: print(evaluate(arguments.run, arguments.protocol), end=""))
+    return exit_status(lambda: print(call(lambda o: evaluate(o.run, o.protocol), arguments), end=""))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from bvae.errors import FULL
+from bvae.errors import FULL, UNSUPPORTED, say_once
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +32,7 @@ def write(path: Path, writer: Callable[[IO[bytes]], Any], size: int) -> None:
         with open(unfinished, "wb") as file:
             writer(file)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno(), path)
         os.replace(unfinished, path)
         sync_folder(path.parent)
     except BaseException as error:
@@ -44,7 +44,7 @@ def write(path: Path, writer: Callable[[IO[bytes]], Any], size: int) -> None:
             text = f"{cause.strerror}: {path.name} needs {size:,} bytes, and {free:,} are free"
             raise OSError(cause.errno, text, str(path.parent)) from None
         if isinstance(cause, OSError):
-            raise cause from None
+            raise named(cause, path) from None
         raise
 
 
@@ -65,10 +65,34 @@ def write_image(path: Path, image: "Image", **options: Any) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def one_line(name: str) -> str:
+    """A file's name for a list of one name per line.
+
+    >>> one_line("a\\nb.png")
+    'a\\\\nb.png'
+    """
+    return name.replace("\n", "\\n").replace("\r", "\\r")
+
+
 def sync_folder(folder: Path) -> None:
     """Write a folder's list of names to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _sync(handle, folder)
     finally:
         os.close(handle)
+
+
+def _sync(handle: int, path: Path) -> None:
+    """fsync, where the file system has it; elsewhere a line on stderr says so, once."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        say_once(f"{path}: this file system cannot sync it: a crash of the machine may lose the last files")
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The error with the path; one of an open file's handle has none."""
+    return error if error.filename else OSError(error.errno, error.strerror, str(path))

@@ -4,7 +4,7 @@ import dataclasses
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,8 +18,10 @@ from bvae.datasets import Data, open_images
 from bvae.errors import UsageError
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
+from bvae.paths import expand
 from bvae.pipelines.arrays import collect
 from bvae.training import results
+from bvae.training.claim import claim
 from bvae.training.distributed import Distributed
 from bvae.training.loop import train
 from bvae.training.monitor import Callback, Monitor
@@ -106,12 +108,16 @@ def fit(
             raise UsageError("valid needs images in memory; of a folder, every tenth image is for validation")
         if loss is not None:
             _check_loss(loss, config)
-        if out is not None and Path(out).exists():
-            raise UsageError(f"out: {out} exists, and fit starts a new run: name another folder")
+        folder = expand(out) if out is not None else None
+        if folder and folder.exists():
+            raise UsageError(f"out: {folder} exists, and fit starts a new run: name another folder")
         _check_callbacks(callbacks)
         device, distributed = connect(device_name)
-        with switches(config.training, device), StopRequest((signal.SIGINT,)) as stop:
-            folder = Path(out) if out is not None else None
+        with ExitStack() as stack:
+            if folder:
+                folder = stack.enter_context(claim(folder, "", distributed))
+            stack.enter_context(switches(config.training, device))
+            stop = stack.enter_context(StopRequest((signal.SIGINT,)))
             run = prepare(config, folder, device, distributed, data=opened, model=model, loss=loss)
             with Monitor(run, callbacks) as monitor:
                 validation = train(run, monitor, stop)

@@ -90,7 +90,7 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Tr
         raise MissingError(f"{root} holds no factors.csv: the factors of its images are not known")
     table = folders[0] / "factors.csv"
     try:
-        with open(table, newline="") as file:
+        with open(table, newline="", encoding="utf-8-sig") as file:
             (_, *names), *rows = filter(None, csv.reader(file))
         values = np.array([row[1:] for row in rows], float).reshape(len(rows), len(names))
     except (ValueError, csv.Error) as error:

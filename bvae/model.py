@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from bvae import files
@@ -326,8 +326,8 @@ class BetaVAE(nn.Module):
     def from_pytorch_vae(cls, path: str | Path) -> "BetaVAE":
         """Load PyTorch-VAE's checkpoint of BetaVAE or VanillaVAE, in evaluation mode, with the same outputs.
 
-        Takes a bare state dict or a Lightning checkpoint, read with `weights_only`, so that no pickled code
-        in it runs. The sizes are taken from the weights.
+        Takes a state dict, bare, in a Lightning checkpoint or another wrapper, under any prefix. No pickled
+        code in the file runs. The sizes are taken from the weights.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -369,7 +369,7 @@ def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise MissingError(f"{folder} holds no model.safetensors and no checkpoint: no model was saved yet")
     try:
-        return load_file(path)
+        return load(path.read_bytes())
     except SafetensorError as error:
         raise UsageError(f"{path} is damaged: {error}") from None
 

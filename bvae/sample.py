@@ -6,6 +6,7 @@ They are decoded from samples of the prior, z ~ N(0, I).
 import sys
 
 from bvae.errors import exit_status, needs_train_extra
+from bvae.paths import call
 
 with needs_train_extra(__name__):
     import tyro
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = tyro.cli(SampleOptions, args=argv, description=__doc__, prog="python -m bvae.sample")
     from bvae.evaluation.pictures import sample  # torch takes seconds, which --help need not
 
-    return exit_status(lambda: print(sample(arguments)))
+    return exit_status(lambda: print(call(sample, arguments)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import signal
 import sys
 
 from bvae.errors import exit_status, needs_train_extra
+from bvae.paths import call
 
 with needs_train_extra(__name__):
     import tyro
@@ -25,10 +26,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     from bvae.evaluation.sweeping import sweep  # torch takes seconds, which --help need not
 
-    stops = (signal.SIGTERM, signal.SIGUSR1)  # they stop the sweep as Ctrl-C does
+    stops = [signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        stops.append(signal.SIGHUP)
+    # They stop the sweep as Ctrl-C does.
     before = [signal.signal(number, signal.default_int_handler) for number in stops]
     try:
-        return exit_status(lambda: sweep(arguments, others))
+        return exit_status(lambda: call(lambda options: sweep(options, others), arguments))
     finally:
         for number, handler in zip(stops, before, strict=True):
             signal.signal(number, handler)

@@ -6,6 +6,7 @@ A row starts from the code of an image (or from z = 0) and changes one latent at
 import sys
 
 from bvae.errors import exit_status, needs_train_extra
+from bvae.paths import call
 
 with needs_train_extra(__name__):
     import tyro
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = tyro.cli(TraverseOptions, args=argv, description=__doc__, prog="python -m bvae.traverse")
     from bvae.evaluation.pictures import draw  # torch takes seconds, which --help need not
 
-    return exit_status(lambda: print(draw(arguments)))
+    return exit_status(lambda: print(call(draw, arguments)))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bvae.errors import MissingError
+from bvae.errors import UNSUPPORTED, MissingError, say_once
 from bvae.pipelines.decoder import BATCH, Decoder, cores
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.webdataset import ImageFile
@@ -101,7 +102,15 @@ class Cached(NamedTuple):
 
 def default_folder() -> Path:
     """Where caches are kept unless the user says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bvae"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "bvae"
+    folder = Path(os.path.expanduser("~"), ".cache", "bvae")
+    nearest = next((path for path in (folder, *folder.parents) if path.is_dir()), Path())
+    if folder.is_absolute() and os.access(nearest, os.W_OK):
+        return folder
+    folder = Path(tempfile.gettempdir(), f"bvae-{os.getuid()}")  # as in a container with a user of a number
+    say_once(f"no home folder can be written: caches are in {folder}, or in --cache-dir")
+    return folder
 
 
 def open_or_build(
@@ -336,6 +345,12 @@ def lock(entry: Path, label: str) -> Iterator[None]:
             except BlockingIOError:
                 print(f"{label}: waiting for another process that prepares them", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                say_once(
+                    f"{path.parent}: no locks on this file system: start no two runs at once on new data"
+                )
             if not _still_named(file, path):
                 continue
             try:

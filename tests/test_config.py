@@ -33,7 +33,7 @@ def read(tmp_path, text):
 
 
 def test_old_dialect(tmp_path):
-    ours, unused, out = read(tmp_path, OLD_DIALECT)
+    ours, unused, out, _ = read(tmp_path, OLD_DIALECT)
     assert (ours.data.name, ours.data.root, ours.data.image_size) == ("celeba", Path("/images"), 64)
     assert (ours.model.latent_dim, ours.data.channels) == (128, 3)
     objective = ours.objective
@@ -48,13 +48,68 @@ def test_old_dialect(tmp_path):
 
 
 def test_new_dialect(tmp_path):
-    ours, unused, out = read(tmp_path, NEW_DIALECT)
+    ours, unused, out, _ = read(tmp_path, NEW_DIALECT)
     assert (ours.data.name, ours.data.root, ours.data.image_size) == ("celeba", Path("Data/"), 96)
     assert (ours.objective.loss_type, ours.objective.beta, ours.objective.kl_weight) == ("H", 6.0, 0.00025)
     assert (ours.training.batch_size, ours.training.lr, ours.training.epochs) == (32, 5e-3, 10)
     assert ours.training.seed == 7
     assert set(unused) == {"data_params.val_batch_size", "data_params.num_workers", "trainer_params.gpus"}
     assert out == Path("logs/BetaVAE")
+
+
+TRAINER = """
+exp_params: {dataset: CelebA, batch_size: 32}
+trainer_params: {max_steps: 4000, max_epochs: 9, gradient_clip_val: 0.5, accumulate_grad_batches: 2,
+                 precision: 16-mixed, accelerator: gpu, devices: 4, strategy: ddp, val_check_interval: 0.5}
+logging_params: {version: 3}
+"""
+
+
+def test_arguments_of_lightnings_trainer(tmp_path):
+    ours, unused, _, device = read(tmp_path, TRAINER)
+    training = ours.training
+    assert (ours.data.name, training.max_steps, training.clip_grad, training.amp) == (
+        "celeba",
+        4000,
+        0.5,
+        True,
+    )
+    assert (training.accumulate, training.batch_size) == (2, 64)  # Lightning's 32 are of one part
+    assert device == "cuda"
+    assert unused == [
+        "trainer_params.devices (for 4 processes start with torchrun --nproc-per-node 4)",
+        "trainer_params.strategy",
+        "trainer_params.val_check_interval",
+        "logging_params.version",
+        "trainer_params.max_epochs (max_steps decides)",
+    ]
+
+
+def test_lightnings_no_limit(tmp_path):
+    text = "trainer_params: {max_steps: -1, max_epochs: 7, gradient_clip_val: 0, accelerator: ddp}"
+    ours, unused, _, device = read(tmp_path, text)
+    training = ours.training
+    assert (training.max_steps, training.epochs, training.clip_grad, training.amp) == (None, 7, None, False)
+    assert device is None
+    assert unused == ["trainer_params.accelerator ddp", "trainer_params.max_steps -1"]
+
+
+def test_all_unknown_keys_are_named_at_once(tmp_path):
+    text = "exp_params: {LRR: 1, quux: 2}\ntrainer_params: {max_epoch: 3}\nwandb: {}"
+    with pytest.raises(UsageError) as refused:
+        read(tmp_path, text)
+    assert str(refused.value).endswith(
+        "unknown keys 'wandb'; 'exp_params.LRR', did you mean 'exp_params.LR'?; 'exp_params.quux'; "
+        "'trainer_params.max_epoch', did you mean 'trainer_params.max_epochs'?"
+    )
+    with pytest.raises(UsageError, match="unknown keys 'data.sise'; 'modle', did you mean 'model'"):
+        read(tmp_path, "data: {sise: 3}\nmodle: {}")
+
+
+def test_no_hint_for_a_large_distance(tmp_path):
+    with pytest.raises(UsageError, match="unknown key 'trainer_params.quantize'") as refused:
+        read(tmp_path, "trainer_params: {quantize: 1}")
+    assert "did you mean" not in str(refused.value)
 
 
 def test_vanilla_vae_is_the_vae_loss(tmp_path):
@@ -128,6 +183,13 @@ def test_capacity_fits_the_run():
         ("model_params: {name: [a]}", "model_params.name must be text"),
         ("logging_params: {save_dir: 3}", "logging_params.save_dir must be text"),
         ("1: 2", "unknown key '1'"),
+        ("exp_params: {img_size: [64, 64]}", r"exp_params.img_size must be int, got \[64, 64\]"),
+        ("exp_params: {LR: -1}", "exp_params.LR must be positive, got -1"),
+        ("trainer_params: {precision: 64}", "trainer_params.precision must be one of 16, .* got 64"),
+        (
+            "exp_params: {manual_seed: 1}\nlogging_params: {manual_seed: 2}",
+            "exp_params.manual_seed is 1 and logging_params.manual_seed is 2: remove one of them",
+        ),
         ("objective: {max_capacity: 1e40}", "objective.max_capacity must be 0 or more, got 1e"),
         ("training: [1]", "training must be a section of keys"),
         ("just text", "not a YAML mapping"),
@@ -151,6 +213,58 @@ def test_capacity_fits_the_run():
 def test_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, text)[0].check()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "training: {seed: 1}\nmodel: {}\ntraining: {lr: 1e-3}",
+            "line 3: 'training' is given twice, first in line 1",
+        ),
+        ("training:\n  seed: 1\n  lr: 1e-3\n  seed: 2\n", "line 4: 'seed' is given twice, first in line 2"),
+        ("model: {latent_dim: 3, latent_dim: 3}", "line 1: 'latent_dim' is given twice"),
+        ("exp_params: {kld_weight: 1}\nexp_params: {LR: 1}", "line 2: 'exp_params' is given twice"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path, text)
+
+
+def test_a_merged_key_may_be_replaced(tmp_path):
+    ours = read(
+        tmp_path, "model: &m {latent_dim: 3}\nbase: faces_cpu\ntraining: {<<: {seed: 1, lr: 2}, seed: 5}"
+    )[0]
+    assert (ours.training.seed, ours.training.lr) == (5, 2.0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings_that_say_what_they_are(tmp_path, encoding):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("data: {root: /图片}  # 数据".encode(encoding))
+    assert config.read(path)[0].data.root == Path("/图片")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [("gbk", "line 2 is not UTF-8: save the file as UTF-8"), ("utf-16-le", "save the file as UTF-8")],
+)
+def test_other_encodings_are_refused_with_the_remedy(tmp_path, encoding, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("training: {seed: 1}\ndata: {root: /数据}".encode(encoding))
+    with pytest.raises(UsageError, match=message) as refused:
+        config.read(path)
+    assert "codec" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: b: c", "\t- a", "a: !!python/object:os.system {}", "a: *b", "\x01"]
+)
+def test_a_yaml_error_is_one_line(tmp_path, text):
+    with pytest.raises(UsageError) as refused:
+        read(tmp_path, text)
+    assert "\n" not in str(refused.value)
 
 
 def test_missing_file_names_the_presets():

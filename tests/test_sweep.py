@@ -77,7 +77,7 @@ def test_a_sweep_and_the_same_again(preset, tmp_path, inline, quick, monkeypatch
     names = [f"beta-{beta}-seed-{seed}" for beta in (1, 4) for seed in (0, 1)]
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == names
     for name in names:
-        settings, _, _ = read(out / name / "config.yaml")
+        settings = read(out / name / "config.yaml").config
         assert f"beta-{settings.objective.beta:g}-seed-{settings.training.seed}" == name
         assert settings.training.max_steps == 2
     text = (out / "sweep.md").read_text()

@@ -151,8 +151,14 @@ def test_resume_continues_bit_for_bit(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "at"),
-    [(signal.SIGTERM, 11), (signal.SIGUSR1, 11), (signal.SIGINT, 11), (signal.SIGINT, 14)],
-    ids=["SIGTERM", "SLURM", "Ctrl-C", "at the end of an epoch"],
+    [
+        (signal.SIGTERM, 11),
+        (signal.SIGUSR1, 11),
+        (signal.SIGHUP, 11),
+        (signal.SIGINT, 11),
+        (signal.SIGINT, 14),
+    ],
+    ids=["SIGTERM", "SLURM", "closed terminal", "Ctrl-C", "at the end of an epoch"],
 )
 def test_stopped_and_resumed_is_the_run_never_stopped(data, tmp_path, monkeypatch, capsys, number, at):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bvae.compat import inert_pickle
 from bvae.errors import MissingError, UsageError
+
+MARK = "fc_mu.weight"  # a name that every such network has
+MAPPINGS = 100_000  # values that are looked at
 
 
 def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -24,13 +28,11 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     if not Path(path).is_file():
         raise MissingError(f"no checkpoint at {path}")
+    state = _find_state(inert_pickle.load(path), path)
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UsageError(f"{path}: {name} is NaN or infinite: take a checkpoint from before the loss was")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no common exception type for files it cannot read
-        raise UsageError(f"{path} cannot be read with torch.load(weights_only=True): {error}") from None
-    try:
-        state = loaded.get("state_dict", loaded)
-        state = {name.removeprefix("model."): value for name, value in state.items()}  # Lightning's prefix
         depth = len({name.split(".")[1] for name in state if name.startswith("encoder.")})
         widths = [state[f"encoder.{i}.0.weight"].shape[0] for i in range(depth)]
         latent_dim, code = state["fc_mu.weight"].shape
@@ -46,6 +48,37 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UsageError(f"{path} is not a PyTorch-VAE BetaVAE checkpoint: it lacks {error}") from None
     except (AttributeError, IndexError, TypeError, ValueError):
         raise UsageError(f"{path} is not a PyTorch-VAE BetaVAE checkpoint") from None
+
+
+def _find_state(loaded: Any, path: str | Path) -> dict[str, Tensor]:
+    """The network's state dict, under any prefix and in any wrapper; UsageError if there is none."""
+    mappings, module = [loaded], None
+    for mapping in mappings:  # grows: the mappings in it come last
+        if isinstance(mapping, inert_pickle.Inert) and mapping.is_module:
+            module = mapping
+        if not isinstance(mapping, dict) or len(mappings) > MAPPINGS:
+            continue
+        # torch.compile and DataParallel put these into the names.
+        tensors = {
+            ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module")): value
+            for name, value in mapping.items()
+            if isinstance(name, str) and isinstance(value, Tensor)
+        }
+        for name in tensors:
+            if name == MARK or name.endswith(f".{MARK}"):
+                prefix = name.removesuffix(MARK)
+                return {
+                    name.removeprefix(prefix): value
+                    for name, value in tensors.items()
+                    if name.startswith(prefix)
+                }
+        mappings += mapping.values()
+    if module is not None:
+        raise UsageError(
+            f"{path} holds a whole pickled model ({module.origin}), whose code is not run here: give a file "
+            "of its weights, torch.save(model.state_dict(), path)"
+        )
+    raise UsageError(f"{path} is not a PyTorch-VAE BetaVAE checkpoint: it lacks {MARK}")
 
 
 def _blocks(depth: int) -> list[tuple[str, str, str]]:

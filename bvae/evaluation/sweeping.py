@@ -18,6 +18,7 @@ from bvae.device import choose_device
 from bvae.errors import UsageError, exit_status
 from bvae.evaluation import baselines, run_folder, sweep_report
 from bvae.evaluation.options import Protocol, SweepOptions
+from bvae.owner import own
 from bvae.training import checkpoint
 from bvae.training.cli import parse
 from bvae.training.command import execute
@@ -100,7 +101,7 @@ def is_trained(run: Path) -> bool:
 def read_evaluation(run: Path, arguments: SweepOptions) -> dict[str, Any] | None:
     """The result of bvae.evaluate with the same seeds and points, if there is one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        result = json.loads((run / "evaluation.json").read_text())
+        result = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
         if (result["seeds"], result["points"]) == (arguments.metric_seeds, arguments.points):
             return result
     return None
@@ -113,7 +114,8 @@ def train_and_evaluate(job: Job, arguments: SweepOptions) -> int:
         if checkpoint.checkpoints(job.out / checkpoint.FOLDER):
             command = ["--resume", str(job.out), "--device", arguments.device]
         elif job.out.exists():  # stopped before its first checkpoint
-            shutil.rmtree(job.out)
+            with own(job.out):
+                shutil.rmtree(job.out)
         status = execute(command, "")
         if status or not is_trained(job.out):
             return status or 130  # stopped, with a checkpoint
@@ -131,7 +133,7 @@ def in_its_own_process(job: Job, arguments: SweepOptions) -> int:
     """Run a job in a process, so that a crash does not end the sweep. Returns its exit status or -signal.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGUSR1, after the run has written its checkpoint.
+        KeyboardInterrupt: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, after the run has written its checkpoint.
     """
     process = multiprocessing.get_context("spawn").Process(target=_run_process, args=(job, arguments))
     process.start()
@@ -154,17 +156,24 @@ def sweep(arguments: SweepOptions, others: Sequence[str]) -> int:
             raise UsageError(f"--baselines trains nothing: {' '.join(others)} has no effect")
         out = arguments.out or Path("runs/baselines")
         out.mkdir(parents=True, exist_ok=True)
-        text = sweep_report.paper_table(measure_baselines(arguments, out), {})
-        files.write_text(out / "baselines.md", text)
+        with own(out):
+            text = sweep_report.paper_table(measure_baselines(arguments, out), {})
+            files.write_text(out / "baselines.md", text)
         print(text, end="")
         return 0
 
     out = arguments.out or Path("runs") / f"sweep-{Path(str(arguments.preset)).stem}"
     key, jobs = plan(arguments, out, others)
     common = _settings(["--config", str(arguments.preset), *others])
-    check_same(out / SETTINGS, common)
     out.mkdir(parents=True, exist_ok=True)
-    files.write_text(out / SETTINGS, common.to_yaml())
+    with own(out):
+        check_same(out / SETTINGS, common)
+        files.write_text(out / SETTINGS, common.to_yaml())
+        return _train_all(arguments, out, key, jobs)
+
+
+def _train_all(arguments: SweepOptions, out: Path, key: str, jobs: Sequence[Job]) -> int:
+    """Train and evaluate the unfinished runs, and report; return 1 if a run failed."""
     failed = []
     for number, job in enumerate(jobs, 1):
         if is_trained(job.out) and read_evaluation(job.out, arguments):
@@ -195,7 +204,7 @@ def sweep(arguments: SweepOptions, others: Sequence[str]) -> int:
 def measure_baselines(arguments: SweepOptions, out: Path) -> sweep_report.Baselines:
     """The baselines' scores: read from the folder if it has them for as many points, else measured."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        stored = json.loads((out / BASELINES).read_text())
+        stored = json.loads((out / BASELINES).read_text(encoding="utf-8"))
         if stored["points"] == arguments.points:
             return stored["scores"]
     scores = baselines.measure(arguments.points, device=choose_device(arguments.device))

@@ -114,7 +114,10 @@ def versions() -> dict[str, str]:
 
 def _load(path: Path, device: torch.device) -> dict[str, Any]:
     """A checkpoint's state. Raises Damaged; OSError if the file cannot be read at all."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise files.named(error, path) from None
     try:
         _verify(data)
         state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)

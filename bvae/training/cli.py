@@ -14,6 +14,7 @@ import yaml
 from bvae import config as configuration
 from bvae.config import Config, LossType
 from bvae.errors import MissingError, UsageError
+from bvae.paths import expand, expand_options
 
 # What a resumed run may change: folders, length, the options that help against NaN losses, and how the same
 # step is executed.
@@ -24,6 +25,10 @@ MAY_CHANGE = (
 )
 
 
+AUTO = Path("auto")  # --resume auto
+WORKED_OUT = (None, "auto", "m_over_n")  # values for which a checkpoint has numbers
+
+
 @dataclass(frozen=True)
 class Arguments:
     """This command, and the run's configuration."""
@@ -32,7 +37,8 @@ class Arguments:
     """A YAML file, ours or PyTorch-VAE's, or a preset's name; further options override it. A run's own
     config.yaml repeats that run."""
     resume: Path | None = None
-    """Run folder to continue."""
+    """Run folder to continue. auto: continue in --out if it holds a checkpoint, else start there, so that
+    one command serves a job that its scheduler starts again."""
     out: Path | None = None
     """Run folder to create. None: the first free runs/<data>-<loss>-<number>."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -71,14 +77,15 @@ def parse(argv: list[str], description: str) -> Arguments:
         raise UsageError(f"Undefined loss type. --loss-type must be VAE, H or B, got {early.loss_type}")
     if module := getattr(early, "import"):
         _import(module)
-    base, out = Config(), None
+    base, out, device = Config(), None, None
     notes: list[str] = []  # printed when the command line has been checked
-    if early.resume and early.config:
+    resume = expand(early.resume) if early.resume and early.resume != str(AUTO) else None
+    if resume and early.config:
         raise UsageError("--resume continues with the run's own configuration: remove --config")
-    if early.resume:
-        base = _checkpointed(Path(early.resume))
+    if resume:
+        base = _checkpointed(resume)
     elif early.config is not None:
-        base, unused, out = configuration.read(early.config)
+        base, unused, out, device = configuration.read(early.config)
         if unused:
             notes.append(f"{early.config}: no counterpart here, not used: {', '.join(unused)}")
     elif preset := configuration.default_preset(early.data or "faces", early.device or "auto"):
@@ -92,20 +99,23 @@ def parse(argv: list[str], description: str) -> Arguments:
     arguments = tyro.cli(
         Arguments,
         args=argv,
-        default=Arguments(out=out, settings=base),
+        default=Arguments(out=out, device=device or "auto", settings=base),
         description=description,
         prog="python -m bvae.train",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    arguments = expand_options(arguments)
     arguments.settings.check()
     if arguments.debug_nan:
-        if not arguments.resume:
+        if not resume:
             raise UsageError("--debug-nan needs --resume and the folder of the run to examine")
         eager = dataclasses.replace(arguments.settings.training, compile=False, capture=False)
         settings = dataclasses.replace(arguments.settings, training=eager)
         arguments = dataclasses.replace(arguments, settings=settings)
-    if arguments.resume:
+    if resume:
         _check_resumable(base, arguments)
+    elif arguments.resume == AUTO:
+        arguments = _resume_or_start(arguments)
     for note in notes:
         print(note)
     return arguments
@@ -136,6 +146,34 @@ def _checkpointed(run: Path) -> Config:
         return configuration.from_mapping(Config, yaml.safe_load(state["config"]))
     except (KeyError, AttributeError, yaml.YAMLError) as error:
         raise UsageError(f"{run}: its newest checkpoint is of another kind: {error}") from None
+
+
+def _resume_or_start(arguments: Arguments) -> Arguments:
+    """The arguments for --resume auto: those of --resume if there is a checkpoint.
+
+    The checkpoint's configuration has numbers for what this command may leave open.
+    """
+    out = arguments.out
+    if out is None:
+        raise UsageError("--resume auto needs --out: the folder that is the same each time")
+    from bvae.training import checkpoint
+
+    if not checkpoint.checkpoints(out / checkpoint.FOLDER):
+        return arguments
+    base = _checkpointed(out)
+    settings = base
+    for section in ("data", "model", "objective", "training"):
+        wanted, old = (getattr(config, section) for config in (arguments.settings, base))
+        kept = {
+            key: value
+            for key, value in vars(old).items()
+            if getattr(wanted, key) in WORKED_OUT or (key == "batch_size" and getattr(wanted, key) > value)
+        }  # a batch is smaller if there are fewer images
+        kept = {key: value for key, value in kept.items() if key not in MAY_CHANGE}
+        settings = dataclasses.replace(settings, **{section: dataclasses.replace(wanted, **kept)})
+    arguments = dataclasses.replace(arguments, resume=out, out=None, settings=settings)
+    _check_resumable(base, arguments)
+    return arguments
 
 
 def _check_resumable(base: Config, arguments: Arguments) -> None:

@@ -1,5 +1,6 @@
 """The command `python -m bvae.train`: train the run that the command line describes."""
 
+from bvae.streams import robust
 from bvae.training import nan_debug, results
 from bvae.training.cli import Arguments, parse
 from bvae.training.distributed import silence_other_ranks
@@ -17,7 +18,7 @@ def execute(argv: list[str], description: str) -> int:
     silence_other_ranks()
     arguments: Arguments | None = None
     run: Run | None = None
-    with StopRequest() as stop:
+    with robust(), StopRequest() as stop:
         try:
             arguments = parse(argv, description)
             if arguments.profile:
@@ -38,7 +39,7 @@ def execute(argv: list[str], description: str) -> int:
                 run.close()
                 return 0
         except (Exception, KeyboardInterrupt) as error:
-            status = explain(error, run, arguments.resume if arguments else None)
+            status = explain(error, run, arguments)
             if status is None:
                 raise
             return status

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bvae.errors import FULL
+from bvae.pipelines.cache import default_folder
 from bvae.training.cuda_graph import CaptureFailed, causes, is_out_of_memory
 
 if sys.platform != "win32":
@@ -38,7 +39,10 @@ def caches() -> list[Path]:
     """The folders of inductor's and of Triton's cache that exist."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    triton = Path(os.environ.get("TRITON_HOME", "~"), ".triton", "cache").expanduser()
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    if home.startswith("~"):  # there is none: Triton would make a folder of that name here
+        os.environ.setdefault("TRITON_CACHE_DIR", str(default_folder().with_name("triton")))
+    triton = Path(home, ".triton", "cache")
     folders = (Path(cache_dir()), Path(os.environ.get("TRITON_CACHE_DIR", triton)))
     return [folder for folder in folders if folder.is_dir()]
 

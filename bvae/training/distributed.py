@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bvae.errors import UsageError
+from bvae.errors import UsageError, say_once
 
 START_TIMEOUT = timedelta(minutes=5)  # for the last rank to start
 TIMEOUT = timedelta(minutes=30)  # of a collective operation: one rank may decode the data meanwhile
@@ -84,6 +84,12 @@ def init_distributed(device: torch.device) -> Distributed:
             ranks cannot be reached.
     """
     if "WORLD_SIZE" not in os.environ:
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
+        if tasks not in ("", "1"):
+            say_once(
+                f"SLURM has {tasks} tasks, and this run is a single process: processes that srun started "
+                "train each for itself; for one run on all of them start one torchrun per node"
+            )
         return Distributed()
     missing = [name for name in _SET_BY_TORCHRUN if name not in os.environ]
     if missing:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from bvae import files
 from bvae.errors import FULL, UsageError, missing
+from bvae.paths import name_option
 from bvae.training import checkpoint
+from bvae.training.cli import Arguments
 from bvae.training.cuda_graph import is_out_of_memory
 from bvae.training.distributed import lost_connection, rank_suffix
 from bvae.training.run import Run
@@ -17,16 +19,16 @@ from bvae.training.step import NotFinite
 SHOWN = 3  # images of a batch that are named on the screen
 
 
-def explain(error: BaseException, run: Run | None, resumed: Path | None) -> int | None:
+def explain(error: BaseException, run: Run | None, arguments: Arguments | None) -> int | None:
     """Print what an error means, and return the exit status; None for a bug, which needs its traceback.
 
     Args:
         run: None until it is ready.
-        resumed: the run folder given with --resume.
+        arguments: None until the command line is read.
     """
     out = run.out if run else None
     if isinstance(error, KeyboardInterrupt):
-        folder = out or resumed
+        folder = out or (arguments.resume if arguments else None)
         print(f"stopped. {continue_with(folder)}", flush=True)
         return 0 if folder and checkpoint.checkpoints(folder / checkpoint.FOLDER) else 130
     if isinstance(error, NotFinite) and run:
@@ -39,6 +41,8 @@ def explain(error: BaseException, run: Run | None, resumed: Path | None) -> int 
         _print_error(text)
         return 2
     if isinstance(error, OSError) and (error.filename or error.errno in FULL):
+        if arguments:
+            name_option(error, arguments)
         _print_error(f"{error}{_free_bytes(error, out)}. {continue_with(out)}" if out else str(error))
         return 2 if out is None and error.errno not in FULL else 1
     if is_out_of_memory(error):
@@ -70,7 +74,7 @@ def _free_bytes(error: OSError, out: Path) -> str:
 def _batch(run: Run, step: int) -> str:
     """The images of a step: the first few, and the file that lists all."""
     assert run.out
-    images, path = run.images(step), run.out / f"batch-{step}.txt"
+    images, path = [files.one_line(image) for image in run.images(step)], run.out / f"batch-{step}.txt"
     with contextlib.suppress(OSError):
         files.write_text(path, "\n".join([*images, ""]))
     return f", on {', '.join(images[:SHOWN])} and {len(images) - SHOWN} more (all are in {path})"

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bvae import files
+from bvae.errors import say_once
 from bvae.training.validation import Validation
 
 METRICS = "metrics.jsonl"
@@ -84,25 +85,37 @@ class _Records:
     def __init__(self, out: Path, steps: int, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-        if done:
+        if done or (out / METRICS).exists():  # of a run that stopped before its first checkpoint
             _drop_lines_after(out / METRICS, done, validate_again=done >= steps)
-        self._metrics = open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._path = out / METRICS
+        self._metrics = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         # TensorBoard's thread passes its error to the next writer, so it should not print it too.
         self._before, threading.excepthook = threading.excepthook, self._unhandled
-        self._tensorboard = SummaryWriter(str(out), purge_step=done + 1)
+        self._tensorboard: SummaryWriter | None = None
+        try:
+            self._tensorboard = SummaryWriter(str(out), purge_step=done + 1)
+        except UnicodeEncodeError:
+            say_once(
+                f"{out}: TensorBoard cannot write into a folder whose name is not UTF-8: it gets no events"
+            )
 
     def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         record = {"split": split, "step": step, "epoch": epoch, **finite}  # JSON has no NaN
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        try:
+            self._metrics.write(json.dumps(record) + "\n")
+            self._metrics.flush()
+            if self._tensorboard:
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        except OSError as error:
+            raise files.named(error, self._path) from None
 
     def close(self) -> None:
         try:
             self._metrics.close()
-            self._tensorboard.close()
+            if self._tensorboard:
+                self._tensorboard.close()
         finally:
             threading.excepthook = self._before
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,8 +20,9 @@ from bvae.kernels import launch
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE, build
 from bvae.pipelines.memory_loaders import DeviceLoader
-from bvae.training import checkpoint, compiler, malloc
-from bvae.training.cli import Arguments
+from bvae.training import compiler, malloc
+from bvae.training.claim import claim
+from bvae.training.cli import AUTO, Arguments
 from bvae.training.distributed import Distributed, init_distributed
 from bvae.training.optimizer import build_optimizer
 from bvae.training.run import Run
@@ -77,12 +77,18 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def open_run(arguments: Arguments) -> Iterator[Run]:
     """The run that a command line describes, with the process's switches set for it. Raises as `prepare`."""
-    config, resume = arguments.settings, arguments.resume
+    config, restart = arguments.settings, arguments.resume == AUTO
     device, distributed = connect(arguments.device)
-    out = distributed.broadcast(resume or arguments.out or free_run_folder(config))
-    with switches(config.training, device):
-        write = not arguments.debug_nan
-        yield prepare(config, out, device, distributed, resume=bool(resume), write=write)
+    out = None if restart or not arguments.resume else arguments.resume
+    resume = out is not None
+    write = not arguments.debug_nan
+    name = f"{config.data.name}-{config.objective.loss_type}"
+    with contextlib.ExitStack() as stack:
+        out = out or arguments.out
+        if write:
+            out = stack.enter_context(claim(out, name, distributed, resume=resume, restart=restart))
+        stack.enter_context(switches(config.training, device))
+        yield prepare(config, out, device, distributed, resume=resume, write=write)
 
 
 def prepare(
@@ -97,14 +103,14 @@ def prepare(
     model: BetaVAE | None = None,
     loss: nn.Module | None = None,
 ) -> Run:
-    """Open the data, build the parts, create the run folder or restore its newest checkpoint.
+    """Open the data, build the parts, and write the run's configuration or restore its newest checkpoint.
 
-    Call it inside `switches`.
+    Call it inside `claim` and `switches`.
 
     Args:
         config: not yet resolved.
         out: the run folder. None: nothing is written.
-        resume: continue from the folder's newest checkpoint; otherwise the folder must not exist.
+        resume: continue from the folder's newest checkpoint.
         write: False changes nothing in the folder.
         data: opens the images, in place of those of the configuration.
         model, loss: in place of those of the configuration.
@@ -113,8 +119,6 @@ def prepare(
         UsageError, OSError: the run cannot be set up as requested.
         CompileFailed, CaptureFailed: this machine cannot compile or capture the step.
     """
-    if out:
-        _check_run_folder(out, resume)
     opened = _open(config, device, distributed, data or _configured)
     run = _build(config, out, device, distributed, opened, model, loss)
     if resume:
@@ -122,38 +126,20 @@ def prepare(
     execution = _compile_and_capture(run)
     distributed.barrier()  # write only when all ranks are ready
     if out and write and distributed.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write_text(out / "config.yaml", config.to_yaml())
+        files.write_text(out / "config.yaml", _with_absolute_paths(config).to_yaml())
         run.model.save_config(out)
         if opened.bad:
-            lines = "".join(f"{file}\t{text}\n" for file, text in opened.bad)
+            lines = "".join(f"{files.one_line(file)}\t{text}\n" for file, text in opened.bad)
             files.write_text(out / "bad_files.txt", lines)
     _announce(run, execution)
     return run
 
 
-def free_run_folder(config: Config) -> Path:
-    """The first runs/<data>-<loss>-<number> that does not exist."""
-    number = 1
-    while (out := Path("runs") / f"{config.data.name}-{config.objective.loss_type}-{number}").exists():
-        number += 1
-    return out
-
-
-def _check_run_folder(out: Path, resume: bool) -> None:
-    """Raise errors of the run folder now, not only after the data have been decoded."""
-    if out.exists() and not resume:
-        raise UsageError(f"{out} exists: name another folder with --out, or continue with --resume {out}")
-    for folder in (out, out / checkpoint.FOLDER) if resume else (out,):
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not nearest.is_dir():
-            raise UsageError(f"{nearest} is a file: name another run folder with --out")
-        try:
-            with tempfile.TemporaryFile(dir=nearest) as file:
-                file.write(b"test")
-        except OSError as error:
-            text = f"{error.strerror}: name another run folder with --out, or make that one writable"
-            raise OSError(error.errno, text, str(nearest)) from None
+def _with_absolute_paths(config: Config) -> Config:
+    """The same configuration for use from another folder."""
+    data = config.data
+    root, cache_dir = (path and path.absolute() for path in (data.root, data.cache_dir))
+    return replace(config, data=replace(data, root=root, cache_dir=cache_dir))
 
 
 def _open(config: Config, device: torch.device, distributed: Distributed, data: OpenData) -> Data:
@@ -193,8 +179,7 @@ def _build(
         print(f"{data.train.count} training images: the batch size is {batch_size}", flush=True)
         config = replace(config, training=replace(config.training, batch_size=batch_size))
     config = config.resolve(len(data.train))
-    if config.data.root:  # a checkpoint may be resumed from another folder
-        config = replace(config, data=replace(config.data, root=config.data.root.resolve()))
+    config = _with_absolute_paths(config)
     training = config.training
 
     # channels_last suits tensor cores, and is faster on a CPU too.

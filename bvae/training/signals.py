@@ -5,7 +5,8 @@ import threading
 from collections.abc import Sequence
 from types import FrameType
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # of Ctrl-C, schedulers, SLURM
+# Of Ctrl-C, schedulers, SLURM, and a terminal that is closed.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
@@ -20,6 +21,8 @@ class StopRequest:
         self.interrupt_now = True
         if threading.current_thread() is not threading.main_thread():
             numbers = ()
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+            numbers = [number for number in numbers if number != signal.SIGHUP]
         self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:

@@ -1,0 +1,149 @@
+"""Paths as users write them, in options and files: expanded in one place, URLs refused by name."""
+
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import NETWORK
+
+from bvae import config, data, sample, sweep, traverse
+from bvae.errors import UsageError, say_once
+from bvae.fitting import fit
+from bvae.paths import expand, option_of
+from bvae.pipelines import cache, faces
+from bvae.train import main
+from bvae.training import compiler
+from bvae.training.cli import Arguments
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PLACE", str(tmp_path / "place"))
+    return tmp_path / "home"
+
+
+def test_home_and_variables(home):
+    assert expand("~/a") == home / "a"
+    assert expand("$PLACE/a") == expand("${PLACE}/a") == home.parent / "place" / "a"
+    assert expand("a/b~") == Path("a/b~")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("s3://bucket/a", "s3://bucket/a: s3:// is not read here: give a path on this machine"),
+        (Path("gs://bucket/a"), "gs://bucket/a: gs:// is not read here"),
+        ("file:///a", "file:// is not read here"),
+        ("$ABSENT/a", r"the variable \$ABSENT is not set"),
+        ("${ABSENT}/a", r"the variable \$\{ABSENT\} is not set"),
+        ("~nobody-of-this-name/a", "~nobody-of-this-name is no user's home folder"),
+    ],
+    ids=str,
+)
+def test_paths_that_cannot_be_expanded(home, path, message):
+    with pytest.raises(UsageError, match=message):
+        expand(path)
+
+
+def test_a_file_may_have_a_name_with_a_dollar(home):
+    Path("$x").touch()
+    assert expand("$x") == Path("$x")
+
+
+def test_every_path_of_a_run(home, capsys):
+    faces.write(home / "faces", n=30, seed=0, progress=False)
+    Path("run.yaml").write_text("data: {root: ~/faces, cache_dir: $PLACE/cache}\n")
+    options = [*NETWORK, "--no-compile", "--max-steps", "2", "--batch-size", "4"]
+    assert main(["--config", "run.yaml", "--out=~/runs/a", *options]) == 0
+    assert f"results: {home}/runs/a/" in capsys.readouterr().out
+    assert main(["--resume=~/runs/a", "--max-steps", "3"]) == 0
+    assert (home.parent / "place" / "cache").is_dir()
+    assert sample.main(["~/runs/a", "--n", "2", "--out=~/two.png"]) == 0
+    assert (home / "two.png").is_file()
+    assert [path.name for path in Path().iterdir()] == ["run.yaml"]
+
+
+def test_a_path_that_fit_writes(home):
+    images = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8)
+    tiny = {"hidden_dims": (4, 8), "latent_dim": 2, "batch_size": 8, "max_steps": 2, "compile": False}
+    fit(images, out="~/fitted", device="cpu", **tiny)
+    assert (home / "fitted" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ((main, "--data", "folder", "--data-root", "s3://b/a"), "--data-root"),
+        ((main, "--out", "s3://b/a"), "--out"),
+        ((main, "--cache-dir", "s3://b/a"), "--cache-dir"),
+        ((main, "--resume", "s3://b/a"), ""),
+        ((main, "--config", "s3://b/a"), ""),
+        ((data.main, "check", "s3://b/a"), "DIR"),
+        ((data.main, "ls", "--cache-dir", "s3://b/a"), "--cache-dir"),
+        ((sample.main, "s3://b/a"), "RUN"),
+        ((traverse.main, "run", "--image", "s3://b/a"), "--image"),
+        ((sweep.main, "--baselines", "--out", "s3://b/a"), "--out"),
+    ],
+)
+def test_a_url_is_refused_in_every_option(home, capsys, command, option):
+    run, *arguments = command
+    assert run(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {option} s3://b/a: s3:// is not read here".replace("  ", " "))
+    assert len(error.splitlines()) == 1
+    assert not list(Path().iterdir())
+
+
+def test_a_url_in_a_file_is_refused_with_its_key(home, capsys):
+    Path("run.yaml").write_text("exp_params: {data_path: 's3://b/a'}")
+    assert main(["--config", "run.yaml"]) == 2
+    said = "error: run.yaml: exp_params.data_path: s3://b/a: s3:// is not read here: give a path on this "
+    assert capsys.readouterr().err == f"{said}machine\n"
+
+
+def test_a_relative_root_is_absolute_in_config_yaml(home):
+    faces.write(Path("faces"), n=30, seed=0, progress=False)
+    options = [*NETWORK, "--no-compile", "--max-steps", "1", "--batch-size", "4"]
+    assert main(["--data-root", "faces", "--cache-dir", "cache", "--out", "run", *options]) == 0
+    written = config.read("run/config.yaml").config.data
+    assert (written.root, written.cache_dir) == (Path("faces").absolute(), Path("cache").absolute())
+
+
+def test_the_option_of_a_path():
+    arguments = Arguments(out=Path("runs/a"))
+    assert option_of("runs/a/checkpoints/x.tmp", arguments) == "--out"
+    assert option_of(Path("runs/a").absolute(), arguments) == "--out"
+    assert option_of("runs/b", arguments) is None
+
+
+def test_an_os_error_names_its_path_and_option(home, capsys):
+    Path("file").touch()
+    faces.write(Path("faces"), n=30, seed=0, progress=False)
+    common = ["--data-root", "faces", *NETWORK, "--no-compile", "--max-steps", "1"]
+    assert main([*common, "--cache-dir", "file/cache", "--out", "run"]) == 2
+    assert capsys.readouterr().err == "error: [Errno 20] Not a directory (--cache-dir): 'file/cache'\n"
+
+
+def test_a_user_without_a_home_has_a_cache(home, monkeypatch, capsys):
+    def unknown(_):
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr("tempfile.tempdir", str(home))
+    say_once.cache_clear()
+    folder = home / f"bvae-{os.getuid()}"
+    assert cache.default_folder() == cache.default_folder() == folder
+    assert capsys.readouterr().err.count(f"caches are in {folder}") == 1
+    compiler.caches()
+    assert os.environ.pop("TRITON_CACHE_DIR") == str(home / "triton")
+    assert data.main(["ls"]) == 0
+    assert not list(Path().iterdir())
