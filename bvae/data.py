@@ -6,12 +6,11 @@
   python -m bvae.data rm KEY                     remove one of them; `rm --all` removes all
   python -m bvae.data faces OUT --n 12000        draw faces with known factors, in CelebA's layout
 
-Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot be used.
+Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot be used or no good image.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -21,29 +20,25 @@ with needs_train_extra(__name__):
     import torch
 
     from bvae.config import Config, DataConfig
-    from bvae.datasets import bad_files_message, find_files, ingest
+    from bvae.datasets import bad_files_message, find_files, fitting_batch, ingest, inventory
     from bvae.device import choose_device
-    from bvae.pipelines import cache, celeba, decoder, faces, folder
+    from bvae.pipelines import cache, decoder, faces
     from bvae.pipelines.picture import Picture
-    from bvae.pipelines.webdataset import ImageFile
 
 CHECK_PICTURE = Picture(crop=None, size=32, channels=3)  # small: a check decodes, but uses no pixel
 
 
 def check(options: argparse.Namespace) -> int:
     """Decode every file of a data set, and print the layout, the counts and the damaged files."""
-    layout = celeba if _is_celeba(options.dir) else folder
-    splits: Mapping[str, Sequence[ImageFile]] = layout.splits(options.dir)
-    counts = ", ".join(f"{len(files)} {name}" for name, files in splits.items())
-    kind = "CelebA's layout" if layout is celeba else "a folder of images"
-    print(f"{options.dir}: {kind}; {counts}", flush=True)
-    files = [file for split in splits.values() for file in split]
+    found = inventory("celeba" if _is_celeba(options.dir) else "folder", options.dir)
+    print(*found.lines(options.dir), sep="\n", flush=True)
+    files = [file for split in found.splits.values() for file in split]
     reader = decoder.build(decoder.choose(options.decoder), CHECK_PICTURE, torch.device("cpu"))
     bad = [entry for _, entries in cache.decode_all(files, reader, "images") for entry in entries]
     for file, text in bad:
         print(f"{file}: {text}")
     print(f"{len(files) - len(bad)} of {len(files)} images can be used")
-    return 1 if bad else 0
+    return _status(len(bad), len(files))
 
 
 def ingest_now(options: argparse.Namespace) -> int:
@@ -59,10 +54,18 @@ def ingest_now(options: argparse.Namespace) -> int:
     )
     Config(data=config).check()
     source = find_files(config)
+    print(*source.inventory.lines(source.root), sep="\n", flush=True)
+    fitting_batch(source.root, len(source.train), len(source.valid), 2, 1, 1)  # as training requires
     bad = [file for entry in ingest(config, source, choose_device(options.device)) for file in entry.bad]
+    total = len(source.train) + len(source.valid)
     if bad:
-        print(f"error: {bad_files_message(bad, len(source.train) + len(source.valid))}", file=sys.stderr)
-    return 1 if bad else 0
+        print(f"error: {bad_files_message(bad, total)}", file=sys.stderr)
+    return _status(len(bad), total)
+
+
+def _status(bad: int, total: int) -> int:
+    """The exit status: 2 if not one image can be used."""
+    return 2 if bad == total else 1 if bad else 0
 
 
 def ls(options: argparse.Namespace) -> int:

@@ -60,8 +60,8 @@ def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
     Raises:
         FileNotFoundError, ValueError: no CelebA at root, or lists that cannot be read or lack an image.
     """
-    splits, (names, rows) = celeba.splits(root), celeba.attributes(root)
-    paths = [Path(file) for file in splits["test"] or splits["valid"] or splits["train"]]
+    splits, (names, rows) = celeba.inventory(root).splits, celeba.attributes(root)
+    paths = [Path(str(file)) for file in splits["test"] or splits["valid"] or splits["train"]]
     if missing := [path.name for path in paths if path.name not in rows]:
         raise UsageError(f"{root}: the list of attributes lacks {missing[0]} and {len(missing) - 1} more")
     values = np.array([rows[path.name] for path in paths], np.int64).reshape(len(paths), len(names))

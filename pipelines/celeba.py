@@ -7,29 +7,78 @@ Kaggle: `<root>/img_align_celeba/img_align_celeba/000001.jpg`, lists as .csv bes
 
 import os
 import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bvae.errors import MissingError, UsageError
+from bvae.pipelines.inventory import Inventory
+from bvae.pipelines.passed_over import SUFFIXES, PassedOver, plural, suffix
 
 SPLITS = ("train", "valid", "test")  # by their numbers in the list
 
 
-def splits(root: Path) -> dict[str, list[str]]:
-    """The paths of the images on disk, by split and in the list's order.
+def inventory(root: Path) -> Inventory:
+    """The paths of the images on disk, by split and in the list's order, and what is passed over.
 
     A partial copy gives the images that it holds; a split without images gives an empty list.
 
     Raises:
-        FileNotFoundError: no CelebA at root; the message says what is missing.
+        FileNotFoundError: no CelebA at root, or none of the listed images; the message says what is missing.
         ValueError: a list file that cannot be read, or that names a file outside the image folder.
     """
     base, images = _locate(Path(root))
-    present = set(os.listdir(images))
+    present = os.listdir(images)
+    partition = _read_partition(base)
+    files = match([name for name, _ in partition], present)
     paths: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for name, number in _read_partition(base):
-        if name in present:
-            paths[SPLITS[number]].append(f"{images}{os.sep}{name}")  # as text: 200 000 Paths take a second
-    return paths
+    used: set[str] = set()
+    for name, number in partition:
+        file = files.get(name)
+        if file is not None and file not in used:
+            used.add(file)
+            paths[SPLITS[number]].append(f"{images}{os.sep}{file}")  # as text: 200 000 Paths take a second
+    notes = _notes(partition, files, used, present)
+    if not used:
+        raise MissingError(f"{images} holds none of the {len(partition)} listed images; {'; '.join(notes)}")
+    return Inventory("CelebA's layout", paths, notes)
+
+
+def match(listed: Sequence[str], present: Iterable[str]) -> dict[str, str]:
+    """From names in a list to names of files: the same name, or else the same stem with any image suffix."""
+    names = set(present)
+    files = {name: name for name in listed if name in names}
+    if absent := [name for name in listed if name not in files]:
+        stems = {stem(name): name for name in sorted(names, reverse=True) if suffix(name) in SUFFIXES}
+        files |= {name: stems[stem(name)] for name in absent if stem(name) in stems}
+    return files
+
+
+def stem(name: str) -> str:
+    """A file's name without its suffix."""
+    return os.path.splitext(name)[0]
+
+
+def _notes(
+    partition: list[tuple[str, int]], files: dict[str, str], used: set[str], present: list[str]
+) -> list[str]:
+    """What is listed but absent, listed twice, present but unlisted, or no image."""
+    notes = []
+    listed = {name for name, _ in partition}
+    if absent := len(listed) - len(files):
+        notes.append(f"{absent} of {len(listed)} listed images are absent")
+    if twice := len(partition) - absent - len(used):
+        notes.append(f"{plural(twice, 'image')} listed twice: the first entry counts")
+    passed, unlisted = PassedOver(), 0
+    for name in present:
+        if name in used:
+            continue
+        if suffix(name) in SUFFIXES and not name.startswith("."):
+            unlisted += 1
+        else:
+            passed.add(name)
+    if unlisted:
+        notes.append(f"{plural(unlisted, 'image')} not in the list passed over")
+    return notes + passed.notes()
 
 
 def attributes(root: Path) -> tuple[list[str], dict[str, list[int]]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bvae.errors import UsageError
+from bvae.pipelines.passed_over import SUFFIXES, PassedOver, suffix
 
 MAX_BYTES = 1 << 30  # a longer file is not an image
 
@@ -53,14 +54,17 @@ def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def members(shard: str | Path, suffixes: tuple[str, ...]) -> list[Member]:
-    """The shard's regular files with one of the suffixes, in the shard's order; reads only the tar headers.
+def members(shard: str | Path, passed: PassedOver) -> list[Member]:
+    """The shard's image files, in the shard's order; reads only the tar headers.
+
+    Args:
+        passed: counts the other members.
 
     Raises:
         OSError: it cannot be read.
         ValueError: not an uncompressed tar file, one that ends too early, or a name that points outside it.
     """
-    members_found: list[Member] = []
+    found: list[Member] = []
     try:
         with tarfile.open(shard, "r:") as tar:
             last = -1
@@ -68,11 +72,18 @@ def members(shard: str | Path, suffixes: tuple[str, ...]) -> list[Member]:
                 if entry.size < 0 or entry.offset <= last:  # tarfile would loop for ever
                     raise tarfile.ReadError("a negative size")
                 last = entry.offset
-                if not entry.isreg() or entry.issparse() or not entry.name.lower().endswith(suffixes):
+                name = os.path.basename(entry.name)
+                if entry.isdir():
+                    continue
+                if not entry.isreg() or entry.issparse():
+                    passed.files["links or sparse files in tar files"] += 1
+                    continue
+                if suffix(name) not in SUFFIXES:
+                    passed.add(name)
                     continue
                 if entry.name.startswith("/") or ".." in entry.name.split("/"):
                     raise tarfile.ReadError(f"{entry.name!r} points outside the shard's folder")
-                members_found.append(Member(str(shard), entry.name, entry.offset_data, entry.size))
+                found.append(Member(str(shard), entry.name, entry.offset_data, entry.size))
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise UsageError(f"{shard} is not a tar file that can be read ({error}): fetch it again") from None
-    return members_found
+    return found

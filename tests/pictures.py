@@ -17,9 +17,9 @@ def smooth(size=(178, 218), seed=0):
     return Image.fromarray(coarse).resize(size, Image.BICUBIC)
 
 
-def write_image(path, size=(178, 218), seed=0, **options):
+def write_image(path, size=(178, 218), seed=0, mode="RGB", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    smooth(size, seed).save(path, **{"quality": 95, **options})
+    smooth(size, seed).convert(mode).save(path, **{"quality": 95, **options})
     return str(path)
 
 

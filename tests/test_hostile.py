@@ -311,7 +311,7 @@ def read_list(data, where):
         path.unlink()
     (base / f"list_eval_partition.{'csv' if b',' in data else 'txt'}").write_bytes(data)
     with contextlib.suppress(ValueError, FileNotFoundError):
-        for files in celeba.splits(where).values():
+        for files in celeba.inventory(where).splits.values():
             for file in files:
                 assert Path(file).parent == base / "img_align_celeba"
 
@@ -325,7 +325,7 @@ def decode(data, where):
 def read_shard(data, where):
     (where / "shard.tar").write_bytes(data)
     with contextlib.suppress(ValueError, FileNotFoundError):
-        for files in folder.splits(where).values():
+        for files in folder.inventory(where).splits.values():
             for member in files:
                 assert ".." not in member.name.split("/")
                 assert not member.name.startswith("/")
@@ -512,7 +512,7 @@ def test_pipes_devices_and_giants_are_not_read(tmp_path):
         file.truncate(1 << 40)
     (tmp_path / "good.jpg").write_bytes(JPEG)
     with in_time():
-        files = [file for split in folder.splits(tmp_path).values() for file in split]
+        files = [file for split in folder.inventory(tmp_path).splits.values() for file in split]
         assert {Path(file).name for file in files} == {"giant.jpg", "good.jpg"}
         for name, said in [
             ("pipe", "regular file"),
@@ -531,14 +531,14 @@ def test_tar_that_goes_in_circles(tmp_path):
     data[148:156] = b"%06o\0 " % sum(data)
     (tmp_path / "x.tar").write_bytes(tarfile.TarInfo("b.txt").tobuf() + data + bytes(10240))
     with in_time(), pytest.raises(ValueError, match="a negative size"):
-        folder.splits(tmp_path)
+        folder.inventory(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg"])
 def test_tar_member_that_leads_out(tmp_path, name):
     (tmp_path / "x.tar").write_bytes(tar(tarfile.GNU_FORMAT, (name, JPEG)))
     with pytest.raises(ValueError, match=re.escape(f"{name!r} points outside the shard's folder")):
-        folder.splits(tmp_path)
+        folder.inventory(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../000001.jpg", "/etc/passwd", "a/b.jpg", ".."])
@@ -547,7 +547,7 @@ def test_listed_file_that_leads_out(tmp_path, name):
     (base / "list_eval_partition.txt").write_text(f"{name} 0\n")
     (base / "factors.csv").write_text(f"file,a\n{name},1\n")
     with pytest.raises(ValueError, match="is outside the image folder"):
-        celeba.splits(tmp_path)
+        celeba.inventory(tmp_path)
     with pytest.raises(ValueError, match="is outside the image folder"):
         ground_truth.folder(tmp_path, BetaVAE(hidden_dims=[2], image_size=32), bins=5)
 
