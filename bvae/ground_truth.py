@@ -1,6 +1,7 @@
 """Data sets with known factors or attributes, in the form that a model takes."""
 
 import csv
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -62,9 +63,10 @@ def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
     """
     splits, (names, rows) = celeba.inventory(root).splits, celeba.attributes(root)
     paths = [Path(str(file)) for file in splits["test"] or splits["valid"] or splits["train"]]
-    if missing := [path.name for path in paths if path.name not in rows]:
+    rows = {celeba.stem(name): row for name, row in rows.items()}  # the images may have another suffix
+    if missing := [path.name for path in paths if path.stem not in rows]:
         raise UsageError(f"{root}: the list of attributes lacks {missing[0]} and {len(missing) - 1} more")
-    values = np.array([rows[path.name] for path in paths], np.int64).reshape(len(paths), len(names))
+    values = np.array([rows[path.stem] for path in paths], np.int64).reshape(len(paths), len(names))
     differ = (values != values[:1]).any(0)
     if not differ.any():
         raise UsageError(f"{root}: its {len(paths)} images have the same value in every attribute")
@@ -102,7 +104,10 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Tr
     for name in (row[0] for row in rows):
         if Path(name).name != name or name == "..":
             raise UsageError(f"{table}: {name!r} is outside the image folder")
-    paths = [folders[0] / "img_align_celeba" / row[0] for row in rows]
+    images = folders[0] / "img_align_celeba"
+    listed = [row[0] for row in rows]
+    files = celeba.match(listed, os.listdir(images) if images.is_dir() else [])
+    paths = [images / files.get(name, name) for name in listed]
     factors = np.stack([_levels(column, bins) for column in values.T], 1)
     return Truth(tuple(names), factors, _files(paths, model, crop))
 

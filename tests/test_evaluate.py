@@ -256,6 +256,16 @@ def test_attributes_that_cannot_be_used(data, tmp_path, text, message):
         ground_truth.attributes(tmp_path, small_model())
 
 
+def test_attributes_and_factors_of_images_with_another_suffix(data, tmp_path):
+    shutil.copytree(data / "celeba", tmp_path / "celeba")
+    for path in (tmp_path / "celeba" / "img_align_celeba").iterdir():
+        path.rename(path.with_suffix(".JPEG"))
+    for truth in (ground_truth.attributes, lambda root, model: ground_truth.folder(root, model, bins=5)):
+        ours, theirs = truth(tmp_path, small_model()), truth(data, small_model())
+        assert np.array_equal(ours.factors, theirs.factors)
+        assert torch.equal(ours.images(np.arange(3)), theirs.images(np.arange(3)))
+
+
 def test_kaggles_attributes(data, tmp_path):
     shutil.copytree(data / "celeba", tmp_path / "celeba")
     path = tmp_path / "celeba" / "list_attr_celeba.txt"

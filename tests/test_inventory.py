@@ -180,6 +180,29 @@ def test_a_partial_celeba_counts_what_is_absent_and_unlisted(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("ending", [".png", ".JPG", ".jpeg", ".PNG"])
+@pytest.mark.parametrize("every", [1, 2], ids=["all", "half"])
+def test_listed_images_are_found_whatever_their_suffix(tmp_path, ending, every):
+    images = write_celeba(tmp_path) / "celeba" / "img_align_celeba"
+    before = celeba.inventory(tmp_path)
+    changed = sorted(images.iterdir())[::every]
+    for path in changed:
+        path.rename(path.with_suffix(ending))
+    found = celeba.inventory(tmp_path)
+    assert found.notes == []
+    for split, files in found.splits.items():
+        assert [celeba.stem(file) for file in files] == [celeba.stem(file) for file in before.splits[split]]
+    assert sum(file.endswith(ending) for files in found.splits.values() for file in files) == len(changed)
+
+
+def test_the_exact_name_comes_before_another_suffix(tmp_path):
+    images = write_celeba(tmp_path) / "celeba" / "img_align_celeba"
+    write_image(images / "000001.png")
+    found = celeba.inventory(tmp_path)
+    assert found.splits["train"][0] == str(images / "000001.jpg")
+    assert found.notes == ["1 image not in the list passed over"]
+
+
 def test_an_image_listed_twice_is_used_once(tmp_path):
     base = write_celeba(tmp_path) / "celeba"
     with open(base / "list_eval_partition.txt", "a") as file:
