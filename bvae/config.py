@@ -36,7 +36,7 @@ class DataConfig:
         Literal["faces", "celeba", "folder", "sprites", "dsprites", "memory"], arg(name="data")
     ] = "faces"
     """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
-    folder: any tree of JPEG and PNG files, or of tar shards that hold them. sprites: the images of dSprites,
+    folder: any tree of image files, or of tar shards that hold them. sprites: the images of dSprites,
     drawn here. dsprites: your own dsprites_*.npz. memory: the images passed to bvae.fit in Python."""
     root: Annotated[Path | None, arg(name="data-root")] = None
     """Folder of the images; for dsprites the npz file. None: data/faces, for faces only."""

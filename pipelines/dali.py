@@ -46,7 +46,7 @@ class DaliDecoder:
     repeats the edge pixels, PIL's does not, and the two differ there by up to 14 of 255.
 
     A damaged file stops a DALI pipeline, and every batch in it is lost. So each file is inspected first, and
-    DALI gets plain JPEGs only; torchvision decodes CMYK JPEGs, rotated JPEGs and PNGs. If a file stops the
+    DALI gets plain JPEGs only; the other decoder takes all other files. If a file stops the
     pipeline anyway, torchvision decodes the batches in flight and names the file, and a new pipeline is
     built.
 

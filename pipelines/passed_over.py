@@ -4,7 +4,10 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 
-SUFFIXES = (".jpg", ".jpeg", ".png")  # of the files that are read
+SUFFIXES = (  # of the files that are read
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png"),
+    *(".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
+)
 ARCHIVES = (".zip", ".7z", ".rar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 SHOWN = 6  # kinds or names in a line
 

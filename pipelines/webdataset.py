@@ -10,6 +10,13 @@ from bvae.errors import UsageError
 from bvae.pipelines.passed_over import SUFFIXES, PassedOver, suffix
 
 MAX_BYTES = 1 << 30  # a longer file is not an image
+COMPRESSIONS = {  # by the first bytes
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 
 
 class Member(NamedTuple):
@@ -54,6 +61,13 @@ def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def _compression(path: str | Path) -> str | None:
+    """The name of the compression that a file's first bytes tell."""
+    with open(path, "rb") as file:
+        start = file.read(6)
+    return next((kind for magic, kind in COMPRESSIONS.items() if start.startswith(magic)), None)
+
+
 def members(shard: str | Path, passed: PassedOver) -> list[Member]:
     """The shard's image files, in the shard's order; reads only the tar headers.
 
@@ -78,12 +92,18 @@ def members(shard: str | Path, passed: PassedOver) -> list[Member]:
                 if not entry.isreg() or entry.issparse():
                     passed.files["links or sparse files in tar files"] += 1
                     continue
+                parts = entry.name.split("/")
+                if any(part.startswith(".") for part in parts if part not in (".", "..")):
+                    passed.files["hidden"] += 1  # macOS adds ._x.jpg to x.jpg
+                    continue
                 if suffix(name) not in SUFFIXES:
                     passed.add(name)
                     continue
-                if entry.name.startswith("/") or ".." in entry.name.split("/"):
+                if entry.name.startswith("/") or ".." in parts:
                     raise tarfile.ReadError(f"{entry.name!r} points outside the shard's folder")
                 found.append(Member(str(shard), entry.name, entry.offset_data, entry.size))
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        if kind := _compression(shard):
+            raise UsageError(f"{shard} is compressed ({kind}), not a plain tar file: unpack it") from None
         raise UsageError(f"{shard} is not a tar file that can be read ({error}): fetch it again") from None
     return found

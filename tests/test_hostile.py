@@ -202,6 +202,7 @@ PICTURES = [
     encoded(smooth((40, 30)).quantize(16), "PNG"),
     encoded(smooth((40, 30)).convert("I;16"), "PNG"),
     encoded(smooth((20, 15)), "PNG", save_all=True, append_images=[smooth((20, 15), 1)]),
+    *(encoded(smooth((20, 15)), kind) for kind in ("WEBP", "BMP", "GIF", "TIFF")),
 ]
 pictures = mutated(PICTURES)
 
@@ -455,13 +456,31 @@ def test_many_cases(name, tmp_path):
 
 # ---- what was found, or known beforehand -------------------------------------------------------------------
 
-JPEG, PROGRESSIVE, *_, PNG, _, _, _ = PICTURES
+JPEG, PROGRESSIVE, _, _, _, PNG, *_ = PICTURES
 
 
 def enlarged(jpeg):
     """A JPEG whose header says 60000 x 60000."""
     at = jpeg.index(b"\xff\xc0") + 5
     return jpeg[:at] + struct.pack(">HH", 60_000, 60_000) + jpeg[at + 4 :]
+
+
+def claiming(kind):
+    """A small image whose header says 60000 x 60000, or as many as it can say."""
+    data, side = bytearray(encoded(smooth((40, 30)), kind)), 60_000
+    match kind:
+        case "BMP":
+            data[18:26] = struct.pack("<II", side, side)
+        case "GIF":
+            data[6:10] = struct.pack("<HH", side, side)
+        case "TIFF":
+            for tag in (256, 257):
+                at = data.index(struct.pack("<HHI", tag, 4 if struct.pack("<HH", tag, 4) in data else 3, 1))
+                data[at + 8 : at + 12] = struct.pack("<I", side)
+        case "WEBP":
+            data = bytearray(encoded(smooth((40, 30)), kind, lossless=True))
+            data[21:24] = b"\xff\xff\xff"
+    return bytes(data)
 
 
 def bombs():
@@ -473,12 +492,20 @@ def bombs():
         "PNG with two headers": (PNG[:33] + larger + PNG[33:], "broken PNG: it has two headers"),
         "marker without a length": (
             JPEG[:2] + b"\xff\xd0" + enlarged(JPEG)[2:],
-            "broken header: a JPEG marker where none belongs",
+            "60000 x 60000 pixels are more than 80,000,000: not decoded",
         ),
         "length of nothing": (
-            JPEG[:2] + b"\xff\xe2\0\0" + JPEG[2:],
-            "broken header: a JPEG marker where none belongs",
+            JPEG[:2] + b"\xff\xe2\0\0" + enlarged(JPEG)[2:],
+            "60000 x 60000 pixels are more than 80,000,000: not decoded",
         ),
+        "stray bytes": (
+            JPEG[:2] + b"\0\xff\0\x01" + enlarged(JPEG)[2:],
+            "60000 x 60000 pixels are more than 80,000,000: not decoded",
+        ),
+        **{
+            kind: (claiming(kind), f"60000 x 60000 pixels are more than|broken {kind}")
+            for kind in ("BMP", "GIF", "TIFF", "WEBP")
+        },
         "hundred scans": (
             PROGRESSIVE[:-2] + 100 * scan + b"\xff\xd9",
             " scans are more than 30: not decoded",

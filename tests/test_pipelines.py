@@ -140,6 +140,36 @@ def test_tar_shards_are_read_in_place(tmp_path):
     assert torch.equal(train.head(16), again.head(16))
 
 
+def test_hidden_members_of_shards_are_passed_over(tmp_path):
+    """macOS puts ._x.jpg beside x.jpg; names that begin with ./ are not hidden."""
+    loose = write_folder(tmp_path / "loose", 10)
+    (loose / "._000.jpg").write_text("what macOS leaves")
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "00.tar", "w") as tar:
+        tar.add(loose, ".")
+    found = folder.inventory(tmp_path / "shards")
+    assert sum(map(len, found.splits.values())) == 10
+    assert found.notes == ["1 file passed over: 1 hidden"]
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("w:gz", "gzip"), ("w:bz2", "bzip2"), ("w:xz", "xz")])
+def test_a_compressed_shard_is_named(tmp_path, mode, kind):
+    with tarfile.open(tmp_path / "00.tar", mode) as tar:
+        tar.add(write_image(tmp_path / "a.jpg"), "a.jpg")
+    with pytest.raises(
+        UsageError, match=rf"00.tar is compressed \({kind}\), not a plain tar file: unpack it"
+    ):
+        folder.inventory(tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".webp", ".bmp", ".gif", ".tif", ".TIFF"])
+def test_a_folder_of_other_formats_trains(tmp_path, ending):
+    for i in range(20):
+        write_image(tmp_path / f"{i:02}{ending}", (40, 40), seed=i)
+    train, valid, bad, _ = open_data(DataConfig("folder", tmp_path), 4, 0, CPU)
+    assert (train.count, valid.count, bad) == (16, 2, [])
+
+
 def test_truncated_shard(tmp_path):
     files = sorted(write_folder(tmp_path / "loose", 10).iterdir())
     (tmp_path / "shards").mkdir()
