@@ -41,8 +41,8 @@ class DataConfig:
     root: Annotated[Path | None, arg(name="data-root")] = None
     """Folder of the images; for dsprites the npz file. None: data/faces, for faces only."""
     crop: int | None = None
-    """Side of the centred square to crop, in pixels. None: 148 for celeba and faces, the largest square for
-    folder."""
+    """Side of the centred square to crop, in pixels. None: 148 for celeba and faces (in proportion for other
+    sizes), the largest square for folder."""
     image_size: int = 64
     """Side of the images that the model sees, 32 to 256 pixels."""
     channels: Literal[1, 3] = 3

@@ -11,6 +11,7 @@ Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot 
 
 import argparse
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -22,17 +23,20 @@ with needs_train_extra(__name__):
     from bvae.config import Config, DataConfig
     from bvae.datasets import bad_files_message, find_files, fitting_batch, ingest, inventory
     from bvae.device import choose_device
-    from bvae.pipelines import cache, decoder, faces
+    from bvae.pipelines import cache, celeba, decoder, faces
     from bvae.pipelines.picture import Picture
+    from bvae.pipelines.webdataset import ImageFile
 
 CHECK_PICTURE = Picture(crop=None, size=32, channels=3)  # small: a check decodes, but uses no pixel
 
 
 def check(options: argparse.Namespace) -> int:
     """Decode every file of a data set, and print the layout, the counts and the damaged files."""
-    found = inventory("celeba" if _is_celeba(options.dir) else "folder", options.dir)
+    found = inventory("celeba" if celeba.is_at(options.dir) else "folder", options.dir)
     print(*found.lines(options.dir), sep="\n", flush=True)
     files = [file for split in found.splits.values() for file in split]
+    if found.layout == celeba.LAYOUT:
+        _print_crop(files)
     reader = decoder.build(decoder.choose(options.decoder), CHECK_PICTURE, torch.device("cpu"))
     bad = [entry for _, entries in cache.decode_all(files, reader, "images") for entry in entries]
     for file, text in bad:
@@ -41,10 +45,20 @@ def check(options: argparse.Namespace) -> int:
     return _status(len(bad), len(files))
 
 
+def _print_crop(files: Sequence[ImageFile]) -> None:
+    """Print what training will do about images that are not of CelebA's size."""
+    try:
+        notes = celeba.fitting_crop(files)[1]
+    except UsageError as error:
+        notes = [str(error)]
+    for note in notes:
+        print(f"  {note}", flush=True)
+
+
 def ingest_now(options: argparse.Namespace) -> int:
     """Decode a data set into the cache."""
     config = DataConfig(
-        name=options.data or ("celeba" if _is_celeba(options.dir) else "folder"),
+        name=options.data or ("celeba" if celeba.is_at(options.dir) else "folder"),
         root=options.dir,
         crop=options.crop,
         image_size=options.image_size,
@@ -107,10 +121,6 @@ def draw_faces(options: argparse.Namespace) -> int:
     target = faces.write(options.out, n=options.n, seed=options.seed)
     print(f"{options.n} faces in {target}; train on them: python -m bvae.train --data-root {options.out}")
     return 0
-
-
-def _is_celeba(root: Path) -> bool:
-    return any((base / "img_align_celeba").is_dir() for base in (root, root / "celeba"))
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -21,7 +21,6 @@ from bvae.pipelines.webdataset import ImageFile
 
 DRAWN = 12_000  # faces in the default data set
 DRAWN_ROOT = Path("data/faces")
-CELEBA_CROP = 148  # PyTorch-VAE's
 LABELS = ("training images", "validation images")
 VALIDATED = 10_000  # 2D shapes used for validation; all of them are used for training too
 SHOWN = 10  # bad files named on the screen
@@ -203,7 +202,10 @@ def find_files(config: DataConfig) -> Source:
             print(f"drawing {DRAWN} faces into {root}, once", flush=True)
             faces.write(root, n=DRAWN, seed=0)
     found = inventory(config.name, root)
-    crop = config.crop or (None if config.name == "folder" else CELEBA_CROP)
+    crop = config.crop
+    if crop is None and config.name != "folder":
+        crop, notes = celeba.fitting_crop(found.splits["train"] or found.splits["test"])
+        found = found._replace(notes=[*found.notes, *notes])
     return Source(root, found, Picture(crop, config.image_size, config.channels))
 
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bvae.config import LARGEST
-from bvae.datasets import CELEBA_CROP
 from bvae.errors import MissingError, UsageError
 from bvae.images import read_image
 from bvae.metrics.inputs import Factors
@@ -53,7 +52,7 @@ def check_shapes(model: BetaVAE) -> None:
         raise UsageError(f"sprites are [1, 64, 64], and this model takes {list(model.input_shape)}")
 
 
-def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
+def attributes(root: Path, model: BetaVAE, crop: int | None = None) -> Truth:
     """CelebA's test images; in a partial copy without any, the validation or else the training images.
 
     Attributes that have the same value in all images are left out.
@@ -74,12 +73,12 @@ def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
     return Truth(varying, values[:, differ], _files(paths, model, crop), independent=False)
 
 
-def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Truth:
+def folder(root: Path, model: BetaVAE, bins: int, crop: int | None = None) -> Truth:
     """The images of a folder in CelebA's layout that holds a factors.csv, as `bvae.data faces` writes it.
 
     Args:
         bins: a factor with more values than this is divided into this many bins of equal width.
-        crop: side of the centred square that the model sees, in pixels.
+        crop: side of the centred square that the model sees, in pixels. None: as in training.
 
     Raises:
         FileNotFoundError: there is no factors.csv.
@@ -112,8 +111,9 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Tr
     return Truth(tuple(names), factors, _files(paths, model, crop))
 
 
-def _files(paths: Sequence[Path], model: BetaVAE, crop: int) -> Callable[[NDArray[np.int64]], Tensor]:
+def _files(paths: Sequence[Path], model: BetaVAE, crop: int | None) -> Callable[[NDArray[np.int64]], Tensor]:
     """A function that reads images from their files."""
+    crop = crop or celeba.fitting_crop([str(path) for path in paths])[0]
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
         return torch.cat([read_image(paths[i], crop, model.input_shape, model.pixel_range) for i in numbers])

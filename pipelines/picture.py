@@ -70,8 +70,8 @@ class Header(NamedTuple):
 def inspect(data: bytes) -> Header:
     """Read the header of an image file, and check as far as possible without decoding that it is whole.
 
-    The file's first bytes tell the format, whatever its suffix. A flipped bit in the compressed data of a JPEG
-    usually gives another valid JPEG: only PNG has checksums.
+    The file's first bytes tell the format, whatever its suffix. A flipped bit in the compressed data of a
+    JPEG usually gives another valid JPEG: only PNG has checksums.
 
     Raises:
         ValueError: not an image, truncated, a broken header or too many pixels; the message says which.

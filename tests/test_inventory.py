@@ -222,6 +222,106 @@ def test_an_empty_image_folder_is_an_error(tmp_path, capsys):
     assert train(["--data", "celeba", "--data-root", str(tmp_path)]) == 2
 
 
+def move_lists(base, forms):
+    """Move the list of splits, and rewrite it by the form's function."""
+    for path, form in forms.items():
+        lines = (base / "list_eval_partition.txt").read_text().split()
+        target = base / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(form(list(zip(lines[::2], lines[1::2], strict=True))))
+    if "./list_eval_partition.txt" not in forms:
+        (base / "list_eval_partition.txt").unlink()
+
+
+def as_text(rows):
+    return "".join(f"{name} {split}\n" for name, split in rows)
+
+
+@pytest.mark.parametrize("images", ["Img/img_align_celeba", "Img/img_align_celeba_png", "img_align_celeba"])
+@pytest.mark.parametrize("lists", ["Eval", "annotations", "."])
+@pytest.mark.parametrize("root", [".", "above", "images"])
+def test_the_official_layout(tmp_path, images, lists, root):
+    """Img/, Anno/ and Eval/; the root is their folder, the one above, or that of the images."""
+    base = write_celeba(tmp_path, "flat").rename(tmp_path.with_name(f"{tmp_path.name}-base"))
+    above = tmp_path / "data"
+    above.mkdir(parents=True)
+    base = base.rename(above / "CelebA")
+    (base / "img_align_celeba").rename(base / "moved")
+    (base / images).parent.mkdir(exist_ok=True)
+    (base / "moved").rename(base / images)
+    move_lists(base, {f"{lists}/list_eval_partition.txt": as_text})
+    given = {".": base, "above": above, "images": base / images}[root]
+    assert celeba.is_at(given)
+    found = celeba.inventory(given)
+    assert counts(found) == {"train": 8, "valid": 2, "test": 2}
+    assert all(os.path.samefile(os.path.dirname(file), base / images) for file in found.splits["train"])
+
+
+def test_lists_of_another_data_set_are_not_taken(tmp_path):
+    base = write_celeba(tmp_path / "mine", "flat")
+    (tmp_path / "other").mkdir()
+    (base / "list_eval_partition.txt").rename(tmp_path / "other" / "list_eval_partition.txt")
+    with pytest.raises(FileNotFoundError, match="without it: --data folder --crop 148"):
+        celeba.inventory(base)
+
+
+CSVS = {
+    "plain": lambda rows: "image_id,partition\n" + "".join(f"{n},{s}\n" for n, s in rows),
+    "index": lambda rows: (
+        ",image_id,partition\n" + "".join(f"{i},{n},{s}\n" for i, (n, s) in enumerate(rows))
+    ),
+    "quotes": lambda rows: '"image_id","partition"\n' + "".join(f'"{n}","{s}"\n' for n, s in rows),
+    "floats": lambda rows: "image_id,partition\r\n" + "".join(f"{n},{s}.0\r\n" for n, s in rows),
+    "other order": lambda rows: "image_id,x,partition\n" + "".join(f"{n},7,{s}\n" for n, s in rows),
+}
+
+
+@pytest.mark.parametrize("form", CSVS)
+def test_splits_as_pandas_writes_them(tmp_path, form):
+    base = write_celeba(tmp_path) / "celeba"
+    before = celeba.inventory(tmp_path)
+    move_lists(base, {"list_eval_partition.csv": CSVS[form]})
+    assert celeba.inventory(tmp_path) == before
+
+
+def test_a_folder_without_lists_is_told_the_way(tmp_path, capsys):
+    base = write_celeba(tmp_path) / "celeba"
+    (base / "list_eval_partition.txt").unlink()
+    for root in (tmp_path, base, base / "img_align_celeba"):
+        assert main(["check", str(root)]) == 2
+        assert "without it: --data folder --crop 148" in capsys.readouterr().err
+    found = find_files(DataConfig("folder", base / "img_align_celeba", crop=148)).inventory
+    assert total(found) == 12
+
+
+@pytest.mark.parametrize(("size", "crop"), [((178, 218), 148), ((89, 109), 74), ((356, 436), 296)])
+def test_the_crop_keeps_its_proportion(tmp_path, size, crop, capsys):
+    images = write_celeba(tmp_path) / "celeba" / "img_align_celeba"
+    for path in images.iterdir():
+        write_image(path, size)
+    source = find_files(DataConfig("celeba", tmp_path))
+    assert source.picture.crop == crop
+    note = f"images of {size[0]} x {size[1]} pixels are cropped to {crop}, as those of 178 x 218 to 148"
+    assert source.inventory.notes == ([] if crop == 148 else [note])
+    assert main(["check", str(tmp_path)]) == 0
+    assert (note in capsys.readouterr().out) == (crop != 148)
+    assert find_files(DataConfig("celeba", tmp_path, crop=50)).picture.crop == 50
+
+
+@pytest.mark.parametrize("sizes", [[(64, 64)], [(256, 256)], [(178, 218), (89, 109)]])
+def test_images_of_other_proportions_need_a_crop(tmp_path, sizes, capsys):
+    images = write_celeba(tmp_path) / "celeba" / "img_align_celeba"
+    for i, path in enumerate(images.iterdir()):
+        write_image(path, sizes[i % len(sizes)])
+    text = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+    expected = f"the images are {text} pixels, not CelebA's 178 x 218"
+    assert main(["check", str(tmp_path)]) == 0
+    assert expected in capsys.readouterr().out
+    assert main(["ingest", str(tmp_path), "--cache-dir", str(tmp_path / "cache")]) == 2
+    assert expected in capsys.readouterr().err
+    assert main(["ingest", str(tmp_path), "--crop", "64", "--cache-dir", str(tmp_path / "cache")]) == 0
+
+
 # ---- the same in all three ---------------------------------------------------------------------------------
 def test_check_ingest_and_training_print_the_same_inventory(tmp_path, capsys):
     root = write_folder(tmp_path / "images", 20)
