@@ -70,8 +70,8 @@ setup(
     ],
     extras_require={
         "train": [  # the commands, and training from Python
-            "torchvision>=0.26",  # decodes JPEG and PNG, antialiased resizing; goes with torch 2.11
-            "pillow>=10",  # writes the pictures: grids with labels, GIFs
+            "torchvision>=0.26",  # decodes JPEG, antialiased resizing; goes with torch 2.11
+            "pillow>=10.1",  # reads formats other than JPEG; writes grids with labels, GIFs
             "pyyaml>=6",  # run configurations and the PyTorch-VAE dialect
             "tyro>=1.0",  # one dataclass gives the command line, its types and its help
             "tensorboard>=2.16",  # the event writer behind torch.utils.tensorboard

@@ -38,13 +38,13 @@ class DataConfig:
         Literal["faces", "celeba", "folder", "sprites", "dsprites", "memory"], arg(name="data")
     ] = "faces"
     """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
-    folder: any tree of JPEG and PNG files, or of tar shards that hold them. sprites: the images of dSprites,
+    folder: any tree of image files, or of tar shards that hold them. sprites: the images of dSprites,
     drawn here. dsprites: your own dsprites_*.npz. memory: the images passed to bvae.fit in Python."""
     root: Annotated[Path | None, arg(name="data-root")] = None
     """Folder of the images; for dsprites the npz file. None: data/faces, for faces only."""
     crop: int | None = None
-    """Side of the centred square to crop, in pixels. None: 148 for celeba and faces, the largest square for
-    folder."""
+    """Side of the centred square to crop, in pixels. None: 148 for celeba and faces (in proportion for other
+    sizes), the largest square for folder."""
     image_size: int = 64
     """Side of the images that the model sees, 32 to 256 pixels."""
     channels: Literal[1, 3] = 3

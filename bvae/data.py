@@ -6,12 +6,12 @@
   python -m bvae.data rm KEY                     remove one of them; `rm --all` removes all
   python -m bvae.data faces OUT --n 12000        draw faces with known factors, in CelebA's layout
 
-Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot be used.
+Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot be used or no good image.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -22,9 +22,9 @@ with needs_train_extra(__name__):
     import torch
 
     from bvae.config import Config, DataConfig
-    from bvae.datasets import bad_files_message, find_files, ingest
+    from bvae.datasets import bad_files_message, find_files, fitting_batch, ingest, inventory
     from bvae.device import choose_device
-    from bvae.pipelines import cache, celeba, decoder, faces, folder
+    from bvae.pipelines import cache, celeba, decoder, faces
     from bvae.pipelines.picture import Picture
     from bvae.pipelines.webdataset import ImageFile
 
@@ -33,24 +33,33 @@ CHECK_PICTURE = Picture(crop=None, size=32, channels=3)  # small: a check decode
 
 def check(options: argparse.Namespace) -> int:
     """Decode every file of a data set, and print the layout, the counts and the damaged files."""
-    layout = celeba if _is_celeba(options.dir) else folder
-    splits: Mapping[str, Sequence[ImageFile]] = layout.splits(options.dir)
-    counts = ", ".join(f"{len(files)} {name}" for name, files in splits.items())
-    kind = "CelebA's layout" if layout is celeba else "a folder of images"
-    print(f"{options.dir}: {kind}; {counts}", flush=True)
-    files = [file for split in splits.values() for file in split]
+    found = inventory("celeba" if celeba.is_at(options.dir) else "folder", options.dir)
+    print(*found.lines(options.dir), sep="\n", flush=True)
+    files = [file for split in found.splits.values() for file in split]
+    if found.layout == celeba.LAYOUT:
+        _print_crop(files)
     reader = decoder.build(decoder.choose(options.decoder), CHECK_PICTURE, torch.device("cpu"))
     bad = [entry for _, entries in cache.decode_all(files, reader, "images") for entry in entries]
     for file, text in bad:
         print(f"{file}: {text}")
     print(f"{len(files) - len(bad)} of {len(files)} images can be used")
-    return 1 if bad else 0
+    return _status(len(bad), len(files))
+
+
+def _print_crop(files: Sequence[ImageFile]) -> None:
+    """Print what training will do about images that are not of CelebA's size."""
+    try:
+        notes = celeba.fitting_crop(files)[1]
+    except UsageError as error:
+        notes = [str(error)]
+    for note in notes:
+        print(f"  {note}", flush=True)
 
 
 def ingest_now(options: argparse.Namespace) -> int:
     """Decode a data set into the cache."""
     config = DataConfig(
-        name=options.data or ("celeba" if _is_celeba(options.dir) else "folder"),
+        name=options.data or ("celeba" if celeba.is_at(options.dir) else "folder"),
         root=options.dir,
         crop=options.crop,
         image_size=options.image_size,
@@ -60,10 +69,18 @@ def ingest_now(options: argparse.Namespace) -> int:
     )
     Config(data=config).check()
     source = find_files(config)
+    print(*source.inventory.lines(source.root), sep="\n", flush=True)
+    fitting_batch(source.root, len(source.train), len(source.valid), 2, 1, 1)  # as training requires
     bad = [file for entry in ingest(config, source, choose_device(options.device)) for file in entry.bad]
+    total = len(source.train) + len(source.valid)
     if bad:
-        print(f"error: {bad_files_message(bad, len(source.train) + len(source.valid))}", file=sys.stderr)
-    return 1 if bad else 0
+        print(f"error: {bad_files_message(bad, total)}", file=sys.stderr)
+    return _status(len(bad), total)
+
+
+def _status(bad: int, total: int) -> int:
+    """The exit status: 2 if not one image can be used."""
+    return 2 if bad == total else 1 if bad else 0
 
 
 def ls(options: argparse.Namespace) -> int:
@@ -105,10 +122,6 @@ def draw_faces(options: argparse.Namespace) -> int:
     target = faces.write(options.out, n=options.n, seed=options.seed)
     print(f"{options.n} faces in {target}; train on them: python -m bvae.train --data-root {options.out}")
     return 0
-
-
-def _is_celeba(root: Path) -> bool:
-    return any((base / "img_align_celeba").is_dir() for base in (root, root / "celeba"))
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from bvae.config import SHAPES, DataConfig
 from bvae.errors import UsageError
 from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, sprites
+from bvae.pipelines.inventory import Inventory, masks
 from bvae.pipelines.loader import Loader
 from bvae.pipelines.memory_loaders import choose_loader
 from bvae.pipelines.packed_loader import PackedLoader
@@ -20,7 +21,6 @@ from bvae.pipelines.webdataset import ImageFile
 
 DRAWN = 12_000  # faces in the default data set
 DRAWN_ROOT = Path("data/faces")
-CELEBA_CROP = 148  # PyTorch-VAE's
 LABELS = ("training images", "validation images")
 VALIDATED = 10_000  # 2D shapes used for validation; all of them are used for training too
 SHOWN = 10  # bad files named on the screen
@@ -39,9 +39,16 @@ class Source(NamedTuple):
     """A data set on disk."""
 
     root: Path
-    train: Sequence[ImageFile]
-    valid: Sequence[ImageFile]
+    inventory: Inventory
     picture: Picture
+
+    @property
+    def train(self) -> Sequence[ImageFile]:
+        return self.inventory.splits["train"]
+
+    @property
+    def valid(self) -> Sequence[ImageFile]:
+        return self.inventory.splits["valid"]
 
 
 def open_data(
@@ -66,6 +73,7 @@ def open_data(
     if config.name in SHAPES:
         return _open_shapes(config, batch_size, seed, device, accumulate, **ranks)
     source = find_files(config)
+    print(*source.inventory.lines(source.root), sep="\n", flush=True)
     parts = batch_size, world_size, accumulate
     fitting_batch(source.root, len(source.train), len(source.valid), *parts)
     opened: Iterable[cache.Cached | _Streamed] = (
@@ -178,8 +186,7 @@ def shapes(config: DataConfig, device: torch.device) -> Tensor:
 def find_files(config: DataConfig) -> Source:
     """The image files of a configuration.
 
-    The faces are drawn first if they do not exist yet. If a partial CelebA has no validation images, every
-    tenth training image is used for validation instead.
+    The faces are drawn first if they do not exist yet.
 
     Raises:
         FileNotFoundError, ValueError: no such data.
@@ -194,14 +201,35 @@ def find_files(config: DataConfig) -> Source:
         if not (root / "celeba").exists():  # drawing makes it last
             print(f"drawing {DRAWN} faces into {root}, once", flush=True)
             faces.write(root, n=DRAWN, seed=0)
-    splits = (folder if config.name == "folder" else celeba).splits(root)
-    train: Sequence[ImageFile] = splits["train"]
-    valid: Sequence[ImageFile] = splits["valid"]
-    if not valid:
-        print(f"{root} holds no validation images: every tenth training image is held out for validation")
-        train, valid = [f for i, f in enumerate(train) if i % 10], train[::10]
-    crop = config.crop or (None if config.name == "folder" else CELEBA_CROP)
-    return Source(root, train, valid, Picture(crop, config.image_size, config.channels))
+    found = inventory(config.name, root)
+    crop = config.crop
+    if crop is None and config.name != "folder":
+        crop, notes = celeba.fitting_crop(found.splits["train"] or found.splits["test"])
+        found = found._replace(notes=[*found.notes, *notes])
+    return Source(root, found, Picture(crop, config.image_size, config.channels))
+
+
+def inventory(name: str, root: Path) -> Inventory:
+    """What a data set holds: the same for `bvae.data check`, `bvae.data ingest` and training.
+
+    If there are no validation images, as in some partial copies of CelebA, every tenth training image is used
+    for validation instead.
+
+    Raises:
+        FileNotFoundError, ValueError: no such data, or not one image that can be used.
+    """
+    if name == "folder":
+        found = folder.inventory(root)
+        files = [file for split in found.splits.values() for file in split]
+        found = found._replace(notes=[*found.notes, *masks(files)])
+    else:
+        found = celeba.inventory(root)
+    train = found.splits["train"]
+    if found.splits["valid"] or not train:
+        return found
+    splits = {**found.splits, "train": [f for i, f in enumerate(train) if i % 10], "valid": train[::10]}
+    note = "no validation images: every tenth training image is held out for validation"
+    return found._replace(splits=splits, notes=[note, *found.notes])
 
 
 def ingest(

@@ -101,7 +101,7 @@ def _decode(data: Path) -> str:
     from bvae.pipelines import celeba, decoder
     from bvae.pipelines.picture import Picture
 
-    files = celeba.splits(data)["train"]
+    files = celeba.inventory(data).splits["train"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = decoder.build("dali", Picture(148, 32, 3), device)
     ((_, bad),) = reader.decode([files])

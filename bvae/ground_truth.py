@@ -1,6 +1,7 @@
 """Data sets with known factors or attributes, in the form that a model takes."""
 
 import csv
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bvae.config import LARGEST
-from bvae.datasets import CELEBA_CROP
 from bvae.errors import MissingError, UsageError
 from bvae.images import read_image
 from bvae.metrics.inputs import Factors
@@ -52,7 +52,7 @@ def check_shapes(model: BetaVAE) -> None:
         raise UsageError(f"sprites are [1, 64, 64], and this model takes {list(model.input_shape)}")
 
 
-def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
+def attributes(root: Path, model: BetaVAE, crop: int | None = None) -> Truth:
     """CelebA's test images; in a partial copy without any, the validation or else the training images.
 
     Attributes that have the same value in all images are left out.
@@ -60,11 +60,12 @@ def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
     Raises:
         FileNotFoundError, ValueError: no CelebA at root, or lists that cannot be read or lack an image.
     """
-    splits, (names, rows) = celeba.splits(root), celeba.attributes(root)
-    paths = [Path(file) for file in splits["test"] or splits["valid"] or splits["train"]]
-    if missing := [path.name for path in paths if path.name not in rows]:
+    splits, (names, rows) = celeba.inventory(root).splits, celeba.attributes(root)
+    paths = [Path(str(file)) for file in splits["test"] or splits["valid"] or splits["train"]]
+    rows = {celeba.stem(name): row for name, row in rows.items()}  # the images may have another suffix
+    if missing := [path.name for path in paths if path.stem not in rows]:
         raise UsageError(f"{root}: the list of attributes lacks {missing[0]} and {len(missing) - 1} more")
-    values = np.array([rows[path.name] for path in paths], np.int64).reshape(len(paths), len(names))
+    values = np.array([rows[path.stem] for path in paths], np.int64).reshape(len(paths), len(names))
     differ = (values != values[:1]).any(0)
     if not differ.any():
         raise UsageError(f"{root}: its {len(paths)} images have the same value in every attribute")
@@ -72,12 +73,12 @@ def attributes(root: Path, model: BetaVAE, crop: int = CELEBA_CROP) -> Truth:
     return Truth(varying, values[:, differ], _files(paths, model, crop), independent=False)
 
 
-def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Truth:
+def folder(root: Path, model: BetaVAE, bins: int, crop: int | None = None) -> Truth:
     """The images of a folder in CelebA's layout that holds a factors.csv, as `bvae.data faces` writes it.
 
     Args:
         bins: a factor with more values than this is divided into this many bins of equal width.
-        crop: side of the centred square that the model sees, in pixels.
+        crop: side of the centred square that the model sees, in pixels. None: as in training.
 
     Raises:
         FileNotFoundError: there is no factors.csv.
@@ -102,13 +103,17 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int = CELEBA_CROP) -> Tr
     for name in (row[0] for row in rows):
         if Path(name).name != name or name == "..":
             raise UsageError(f"{table}: {name!r} is outside the image folder")
-    paths = [folders[0] / "img_align_celeba" / row[0] for row in rows]
+    images = folders[0] / "img_align_celeba"
+    listed = [row[0] for row in rows]
+    files = celeba.match(listed, os.listdir(images) if images.is_dir() else [])
+    paths = [images / files.get(name, name) for name in listed]
     factors = np.stack([_levels(column, bins) for column in values.T], 1)
     return Truth(tuple(names), factors, _files(paths, model, crop))
 
 
-def _files(paths: Sequence[Path], model: BetaVAE, crop: int) -> Callable[[NDArray[np.int64]], Tensor]:
+def _files(paths: Sequence[Path], model: BetaVAE, crop: int | None) -> Callable[[NDArray[np.int64]], Tensor]:
     """A function that reads images from their files."""
+    crop = crop or celeba.fitting_crop([str(path) for path in paths])[0]
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
         return torch.cat([read_image(paths[i], crop, model.input_shape, model.pixel_range) for i in numbers])

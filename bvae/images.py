@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from bvae.errors import UsageError
-from bvae.pipelines.arrays import collect
+from bvae.pipelines.decoder import reason
+from bvae.pipelines.picture import Picture
+from bvae.pipelines.webdataset import read
 from bvae.reference import scale_pixels
 
 
@@ -16,17 +17,20 @@ def read_image(
 ) -> Tensor:
     """An image file as [1, C, H, W] in the model's range: upright, cropped to a square, resized.
 
+    The pixels are those that training reads.
+
     Raises:
-        OSError: the file is missing or not an image.
-        UsageError: the image is smaller than the crop.
+        OSError: the file is missing.
+        UsageError: it is not an image, damaged, or smaller than the crop.
     """
+    from bvae.pipelines.torch_decode import decode_bytes  # torchvision takes seconds
+
     channels, _, side = shape
-    with Image.open(path) as image:
-        try:
-            pixels = collect([image], side, channels, crop)
-        except ValueError as error:
-            raise UsageError(f"{path}: {error}") from None
-    return scale_pixels(pixels.permute(0, 3, 1, 2), pixel_range[0])
+    try:
+        pixels = decode_bytes(read(str(path)), Picture(crop, side, channels))
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"{path}: {reason(error)}") from None
+    return scale_pixels(pixels[None].permute(0, 3, 1, 2), pixel_range[0])
 
 
 def to_uint8(images: Tensor, pixel_range: tuple[float, float]) -> Tensor:

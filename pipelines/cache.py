@@ -40,7 +40,7 @@ try:
 except ImportError:  # Windows: two processes may build the same cache at the same time
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 1  # of the files; part of the key
+FORMAT = 2  # of the files and the rule for pixels; part of the key
 KEY_BYTES = 10
 UNFINISHED = ".unfinished"
 CHUNK = 1 << 25  # bytes under one checksum

@@ -1,35 +1,126 @@
-"""CelebA on disk: torchvision's layout, Kaggle's, or a part of either, and its official splits.
+"""CelebA on disk: torchvision's layout, Kaggle's, the official one, or a part of them; its official splits.
 
 torchvision: `<root>/celeba/img_align_celeba/000001.jpg`, lists as .txt beside the image folder.
 Kaggle: `<root>/img_align_celeba/img_align_celeba/000001.jpg`, lists as .csv beside the outer folder.
-`<root>` may be either folder level of both. Licence of the images: non-commercial research.
+official: `<root>/Img/img_align_celeba/000001.jpg`, lists in `<root>/Anno/` and `<root>/Eval/`.
+`<root>` may be any folder level of them. Licence of the images: non-commercial research.
 """
 
+import csv
 import os
 import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bvae.errors import MissingError, UsageError
+from bvae.pipelines.inventory import Inventory, look
+from bvae.pipelines.passed_over import SUFFIXES, PassedOver, plural, shorten, suffix
+from bvae.pipelines.webdataset import ImageFile
 
+LAYOUT = "CelebA's layout"
 SPLITS = ("train", "valid", "test")  # by their numbers in the list
+SIZE, CROP = (178, 218), 148  # of the images: width and height; PyTorch-VAE's crop, in pixels
+LOOKED_AT = 16  # images whose size is read
+FOLDERS = ("img_align_celeba", "img_align_celeba_png")
+BASES = (".", "celeba", "CelebA", "celebA")  # where they lie, below the root
+LEVELS = (".", "Img", "img", "Image", "images")  # and below that
+ITEM = ("image_id", "filename", "file_name", "file", "image")  # a CSV's column of file names
+SPLIT = ("partition", "split")  # and of splits
 
 
-def splits(root: Path) -> dict[str, list[str]]:
-    """The paths of the images on disk, by split and in the list's order.
+def inventory(root: Path) -> Inventory:
+    """The paths of the images on disk, by split and in the list's order, and what is passed over.
 
     A partial copy gives the images that it holds; a split without images gives an empty list.
 
     Raises:
-        FileNotFoundError: no CelebA at root; the message says what is missing.
+        FileNotFoundError: no CelebA at root, or none of the listed images; the message says what is missing.
         ValueError: a list file that cannot be read, or that names a file outside the image folder.
     """
-    base, images = _locate(Path(root))
-    present = set(os.listdir(images))
+    images = _images(Path(root))
+    present = os.listdir(images)
+    partition = _read_partition(list_file := _list_file(Path(root), "list_eval_partition", "the splits"))
+    files = match([name for name, _ in partition], present)
     paths: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for name, number in _read_partition(base):
-        if name in present:
-            paths[SPLITS[number]].append(f"{images}{os.sep}{name}")  # as text: 200 000 Paths take a second
-    return paths
+    used: set[str] = set()
+    for name, number in partition:
+        file = files.get(name)
+        if file is not None and file not in used:
+            used.add(file)
+            paths[SPLITS[number]].append(f"{images}{os.sep}{file}")  # as text: 200 000 Paths take a second
+    notes = _notes(partition, files, used, present)
+    if list_file.parent not in images.parents:
+        notes.append(f"the splits are those of {list_file}")
+    if not used:
+        raise MissingError(f"{images} holds none of the {len(partition)} listed images; {'; '.join(notes)}")
+    return Inventory(LAYOUT, paths, notes)
+
+
+def match(listed: Sequence[str], present: Iterable[str]) -> dict[str, str]:
+    """From names in a list to names of files: the same name, or else the same stem with any image suffix."""
+    names = set(present)
+    files = {name: name for name in listed if name in names}
+    if absent := [name for name in listed if name not in files]:
+        stems = {stem(name): name for name in sorted(names, reverse=True) if suffix(name) in SUFFIXES}
+        files |= {name: stems[stem(name)] for name in absent if stem(name) in stems}
+    return files
+
+
+def stem(name: str) -> str:
+    """A file's name without its suffix."""
+    return os.path.splitext(name)[0]
+
+
+def _notes(
+    partition: list[tuple[str, int]], files: dict[str, str], used: set[str], present: list[str]
+) -> list[str]:
+    """What is listed but absent, listed twice, present but unlisted, or no image."""
+    notes = []
+    listed = {name for name, _ in partition}
+    if absent := len(listed) - len(files):
+        notes.append(f"{absent} of {len(listed)} listed images are absent")
+    if twice := len(partition) - absent - len(used):
+        notes.append(f"{plural(twice, 'image')} listed twice: the first entry counts")
+    passed, unlisted = PassedOver(), 0
+    for name in present:
+        if name in used:
+            continue
+        if suffix(name) in SUFFIXES and not name.startswith("."):
+            unlisted += 1
+        else:
+            passed.add(name)
+    if unlisted:
+        notes.append(f"{plural(unlisted, 'image')} not in the list passed over")
+    return notes + passed.notes()
+
+
+def is_at(root: Path) -> bool:
+    """Whether a folder holds CelebA's images, or is their folder."""
+    return _find_images(Path(root)) is not None
+
+
+def fitting_crop(files: Sequence[ImageFile]) -> tuple[int, list[str]]:
+    """The side of the crop in pixels: 148 of 178 x 218, and as much of another size in this proportion.
+
+    Returns:
+        the side, and a note if it is another than 148.
+
+    Raises:
+        UsageError: other proportions, or several sizes: only the user knows what part of them to use.
+    """
+    some = [files[i * len(files) // LOOKED_AT] for i in range(LOOKED_AT)] if files else []
+    sizes = sorted({found.size for file in some if (found := look(file))})
+    if sizes in ([], [SIZE]):
+        return CROP, []
+    text = shorten(f"{width} x {height}" for width, height in sizes)
+    width, height = sizes[0]
+    side = round(CROP * width / SIZE[0])
+    if len(sizes) > 1 or abs(height - width * SIZE[1] / SIZE[0]) > 1:
+        raise UsageError(
+            f"the images are {text} pixels, not CelebA's 178 x 218, which are cropped to 148: "
+            f"name the side of the centred square with --crop ({min(sizes[0])} is the largest)"
+        )
+    return side, [f"images of {text} pixels are cropped to {side}, as those of 178 x 218 to 148"]
 
 
 def attributes(root: Path) -> tuple[list[str], dict[str, list[int]]]:
@@ -39,40 +130,57 @@ def attributes(root: Path) -> tuple[list[str], dict[str, list[int]]]:
         FileNotFoundError: no CelebA at root, or no list of attributes.
         ValueError: the list cannot be read; the message names the line.
     """
-    base, _ = _locate(Path(root))
-    path = _list_file(base, "list_attr_celeba", "the attributes")
+    path = _list_file(Path(root), "list_attr_celeba", "the attributes")
     lines = _read_lines(path)
     if path.suffix == ".csv":
-        lines = [line.replace(",", " ") for line in lines]
-        names, first = lines[0].split()[1:], 1
+        names, table = _read_csv(path, lines)
     else:  # the number of images comes before the names
-        names, first = lines[1].split() if len(lines) > 1 else [], 2
+        if len(lines) > 1 and suffix(lines[1].partition(" ")[0]) in SUFFIXES:
+            raise UsageError(
+                f"{path}, line 1: expected the number of images, which this copy lacks, "
+                f"got {lines[0][:40]!r}: put a line with {len(lines) - 1} before it"
+            )
+        names = lines[1].split() if len(lines) > 1 else []
+        table = [(number, line.split()) for number, line in enumerate(lines[2:], start=3)]
     rows = {}
-    for number, line in enumerate(lines[first:], start=first + 1):
-        words = line.split()
+    for number, words in table:
         if not words:
             continue
         if len(words) != 1 + len(names) or not set(words[1:]) <= {"1", "-1"}:
             raise UsageError(
                 f"{path}, line {number}: expected a file name and {len(names)} times 1 or -1, "
-                f"got {line[:80]!r}"
+                f"got {' '.join(words)[:80]!r}"
             )
         rows[words[0]] = [int(word) for word in words[1:]]
     return names, rows
 
 
-def _locate(root: Path) -> tuple[Path, Path]:
-    """The folder of the lists and the folder of the images."""
+def _find_images(root: Path) -> Path | None:
+    """The folder of the images."""
+    if root.resolve().name in FOLDERS and not any((root / name).is_dir() for name in FOLDERS):
+        return root
+    for base in BASES[1:] + BASES[:1]:
+        for level in LEVELS:
+            for name in FOLDERS:
+                images = root / base / level / name
+                if (images / name).is_dir():  # Kaggle's
+                    return images / name
+                if images.is_dir():
+                    return images
+    return None
+
+
+def _images(root: Path) -> Path:
+    """The folder of the images. Raises FileNotFoundError, which says what is missing."""
     if not root.is_dir():
         raise MissingError(f"no folder at {root}; give CelebA's folder with --data-root")
-    for base in (root / "celeba", root):
-        images = base / "img_align_celeba"
-        for folder in (images / "img_align_celeba", images):
-            if folder.is_dir():
-                return base, folder
-        archive = base / "img_align_celeba.zip"
-        if archive.is_file():
-            if zipfile.is_zipfile(archive):
+    if images := _find_images(root):
+        return images
+    for base in (root / base / level for base in BASES for level in LEVELS):
+        for archive in (base / f"{name}{end}" for name in FOLDERS for end in (".zip", ".7z", ".7z.001")):
+            if not archive.is_file():
+                continue
+            if archive.suffix != ".zip" or zipfile.is_zipfile(archive):
                 raise MissingError(f"{archive} is not unpacked yet: unzip it in {base}")
             raise MissingError(
                 f"{archive} is not a zip file. Downloads often save a 'quota exceeded' page under its name: "
@@ -81,23 +189,25 @@ def _locate(root: Path) -> tuple[Path, Path]:
     raise MissingError(f"neither {root} nor {root / 'celeba'} holds a folder img_align_celeba/")
 
 
-def _read_partition(base: Path) -> list[tuple[str, int]]:
+def _read_partition(path: Path) -> list[tuple[str, int]]:
     """(file name, split number) of every listed image."""
-    path = _list_file(base, "list_eval_partition", "the splits")
     lines = _read_lines(path)
     if path.suffix == ".csv":
-        if lines[0].strip() != "image_id,partition":
+        names, table = _read_csv(path, lines)
+        column = next((names.index(name) + 1 for name in names if name.lower() in SPLIT), None)
+        if column is None:
             raise UsageError(f"{path}: expected the header image_id,partition, got {lines[0]!r}")
-        lines = [line.replace(",", " ") for line in lines[1:]]
+        table = [(number, [words[0], *words[column : column + 1]]) for number, words in table if words]
+    else:
+        table = [(number, line.split()) for number, line in enumerate(lines, start=1)]
     partition = []
-    for number, line in enumerate(lines, start=2 if path.suffix == ".csv" else 1):
-        words = line.split()
+    for number, words in table:
         if not words:
             continue
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
             raise UsageError(
                 f"{path}, line {number}: expected a file name and a split, 0 (train), 1 (valid) or 2 (test), "
-                f"got {line!r}"
+                f"got {' '.join(words)!r}"
             )
         if "/" in words[0] or "\\" in words[0] or words[0] == "..":
             raise UsageError(f"{path}, line {number}: {words[0]} is outside the image folder")
@@ -105,12 +215,41 @@ def _read_partition(base: Path) -> list[tuple[str, int]]:
     return partition
 
 
-def _list_file(base: Path, name: str, content: str) -> Path:
-    """torchvision's list or Kaggle's."""
-    for end in ("txt", "csv"):
-        if (base / f"{name}.{end}").exists():
-            return base / f"{name}.{end}"
-    raise MissingError(f"{base} holds no {name}.txt (or .csv), which gives {content}")
+def _read_csv(path: Path, lines: list[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header without the file names' column, and each row with its line: the file name comes first.
+
+    pandas writes an index before the file names, which is left out, and integers as 1.0 if some are missing.
+    """
+    reader = csv.reader(lines)
+    try:
+        header = [name.strip() for name in next(reader)]
+        first = next((i for i, name in enumerate(header) if name.lower() in ITEM), 0)
+        rows = []
+        for row in reader:
+            words = [word.strip().removesuffix(".0") for word in row[first:]]
+            rows.append((reader.line_num, words if any(words) else []))
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+    return header[first + 1 :], rows
+
+
+def _list_file(root: Path, name: str, content: str) -> Path:
+    """torchvision's list or Kaggle's: near the images, or in another folder below the root."""
+    images = _images(root)
+    bases = [folder for folder in (images, *images.parents) if folder == root or root in folder.parents]
+    bases += [root / base for base in BASES[1:]]
+    levels = 2 if root.resolve().name in FOLDERS else 1 if root.resolve().name in LEVELS else 0
+    bases += root.resolve().parents[:levels]  # root is a folder inside of CelebA's
+    for pattern in (name, f"*/{name}"):
+        for base in bases:
+            if pattern != name and base == images:
+                continue  # 200 000 files to go through
+            for end in ("txt", "csv"):
+                if found := sorted(base.glob(f"{pattern}.{end}")):
+                    return found[0]
+    base = images.parent.parent if images.parent.name == images.name else images.parent
+    hint = "" if name != "list_eval_partition" else "; without it: --data folder --crop 148"
+    raise MissingError(f"{base} holds no {name}.txt (or .csv), which gives {content}{hint}")
 
 
 def _read_lines(path: Path) -> list[str]:

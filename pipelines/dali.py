@@ -46,9 +46,8 @@ class DaliDecoder:
     repeats the edge pixels, PIL's does not, and the two differ there by up to 14 of 255.
 
     A damaged file stops a DALI pipeline, and every batch in it is lost. So each file is inspected first, and
-    DALI gets plain JPEGs only; torchvision decodes CMYK JPEGs, rotated JPEGs and PNGs. If a file stops the
-    pipeline anyway, torchvision decodes the batches in flight and names the file, and a new pipeline is
-    built.
+    DALI gets plain JPEGs only; `decode_into` takes all other files. If a file stops the pipeline anyway,
+    torchvision decodes the batches in flight and names the file, and a new pipeline is built.
 
     A pipeline that finished without an error is kept for the next epoch. To build one, and to touch the
     memory of its buffers for the first time, takes as long as to decode some hundred images.

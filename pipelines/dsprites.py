@@ -30,6 +30,11 @@ def read(path: str | os.PathLike[str]) -> Dsprites:
         FileNotFoundError: there is no such file.
         ValueError: it is another kind of file, or damaged; the message says how.
     """
+    if os.path.isdir(path):
+        inside = sorted(name for name in os.listdir(path) if name.endswith(".npz"))
+        raise UsageError(
+            f"{path} is a folder: give the file, {os.path.join(path, (inside or ['dsprites_*.npz'])[0])}"
+        )
     with open(path, "rb") as opened:
         try:
             with zipfile.ZipFile(opened) as archive:
@@ -48,24 +53,42 @@ def _read_images(file: IO[bytes]) -> Tensor:
     version = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, columns_first, dtype = header(file)
-    expected = f"imgs must be uint8 [N, {SIDE}, {SIDE}] of 0 and 1, got"
-    if shape[1:] != (SIDE, SIDE) or dtype != np.uint8 or columns_first:
+    expected = f"imgs must be uint8 or bool [N, {SIDE}, {SIDE}] of 0 and 1, got"
+    if shape[1:] != (SIDE, SIDE) or dtype not in (np.uint8, np.bool_):
         raise UsageError(f"{expected} {dtype} {list(shape)}")
     if not shape[0]:
         raise UsageError("imgs is empty")
+    if columns_first:
+        return _read_planes(file, shape[0], expected)
     parts = []
     with tqdm(total=shape[0], desc="dsprites", unit=" images", disable=None) as bar:
         for start in range(0, shape[0], CHUNK):
             count = min(CHUNK, shape[0] - start)
-            data = file.read(count * SIDE**2)
-            if len(data) < count * SIDE**2:
-                raise UsageError("imgs ends too early")
-            images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, -1)
-            if images.max() > 1:
-                raise UsageError(f"{expected} {images.max()} in one of them")
-            parts.append(pack(images))
+            parts.append(pack(_read_pixels(file, count * SIDE**2, expected).view(count, -1)))
             bar.update(count)
     return torch.cat(parts)
+
+
+def _read_planes(file: IO[bytes], count: int, expected: str) -> Tensor:
+    """uint8 [count, 512] from an array in Fortran's order: a pixel of all images, then the pixel below it."""
+    first = _read_pixels(file, count, expected)  # before memory is taken for as many as the header says
+    packed = torch.zeros(SIDE**2 // 8, count, dtype=torch.uint8)
+    for number in tqdm(range(SIDE**2), desc="dsprites", unit=" pixels", disable=None):
+        column, row = divmod(number, SIDE)
+        byte, bit = divmod(row * SIDE + column, 8)
+        packed[byte] |= (_read_pixels(file, count, expected) if number else first) << (7 - bit)
+    return packed.T.contiguous()
+
+
+def _read_pixels(file: IO[bytes], count: int, expected: str) -> Tensor:
+    """The next pixels, uint8 [count] of 0 and 1."""
+    data = file.read(count)
+    if len(data) < count:
+        raise UsageError("imgs ends too early")
+    pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if pixels.max() > 1:
+        raise UsageError(f"{expected} {pixels.max()} in one of them")
+    return pixels
 
 
 def _check(classes: np.ndarray, count: int) -> np.ndarray:

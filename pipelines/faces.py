@@ -11,7 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bvae.errors import UsageError
-from bvae.pipelines.portrait import CHUNK, FACTORS, render
+from bvae.pipelines.portrait import CHUNK, FACTORS, boxes, landmarks, render
+
+BOX = ("x_1", "y_1", "width", "height")
+LANDMARKS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
 
 
 def sample_factors(n: int, seed: int = 0) -> Tensor:
@@ -44,9 +47,9 @@ def write(
 ) -> Path:
     """Write n faces in CelebA's layout to <root>/celeba and return that folder.
 
-    The folder holds images, partition (80 % train, 10 % valid, 10 % test, in order) and attributes as CelebA
-    does, and factors.csv with the true factors. It is renamed when it is complete. The same arguments give
-    the same bytes."""
+    The folder holds images, partition (80 % train, 10 % valid, 10 % test, in order), attributes, identities,
+    boxes and landmarks as CelebA does, and factors.csv with the true factors. It is renamed when it is
+    complete. The same arguments give the same bytes."""
     root = Path(root)
     target = root / "celeba"
     if target.exists():
@@ -71,11 +74,25 @@ def _write_tables(folder: Path, names: list[str], factors: Tensor) -> None:
     lines = [" ".join([name, *(f"{s:2d}" for s in row)]) for name, row in zip(names, signs, strict=True)]
     (folder / "list_attr_celeba.txt").write_text("\n".join([str(n), " ".join(attributes), *lines, ""]))
 
+    identities = "".join(
+        f"{name} {i}\n" for i, name in enumerate(names, start=1)
+    )  # each face is another person
+    (folder / "identity_CelebA.txt").write_text(identities)
+    points = [f"{part}_{axis}" for part in LANDMARKS for axis in "xy"]
+    _write_numbers(folder / "list_bbox_celeba.txt", ["image_id", *BOX], names, boxes(factors))
+    _write_numbers(folder / "list_landmarks_align_celeba.txt", points, names, landmarks(factors))
+
     with open(folder / "factors.csv", "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["file", *(f.name for f in FACTORS)])
         for name, row in zip(names, factors.tolist(), strict=True):
             table.writerow([name, *(f"{value:.9g}" for value in row)])  # 9 digits give float32 back exactly
+
+
+def _write_numbers(path: Path, header: list[str], names: list[str], values: Tensor) -> None:
+    """A list in CelebA's form: the number of images, the header, and a line for each image."""
+    lines = [f"{name} {' '.join(map(str, row))}" for name, row in zip(names, values.tolist(), strict=True)]
+    path.write_text("\n".join([str(len(names)), " ".join(header), *lines, ""]))
 
 
 def _write_images(folder: Path, names: list[str], factors: Tensor, quality: int, progress: bool) -> None:

@@ -542,6 +542,36 @@ def _draw(factors: Tensor) -> Tensor:
     return canvas.clamp_(0, 1).sqrt_().mul_(255).add_(0.5).to(torch.uint8)
 
 
+def landmarks(factors: Tensor) -> Tensor:
+    """Where eyes, nose and mouth are, as in CelebA's list: factors [N, K] -> pixels x, y, int64 [N, 10].
+
+    The order is left eye, right eye, nose, left and right corner of the mouth, as seen in the image.
+    """
+    scene = Scene.of(factors.float())
+    cos, sin, smile = scene.pose.cos[:, 0, 0], scene.pose.sin[:, 0, 0], scene.smile[:, 0, 0]
+    still = torch.zeros_like(smile)
+    across = torch.stack([still - 19, still + 19, still, -15.5 - 4.5 * smile, 15.5 + 4.5 * smile], 1)
+    down = torch.stack([still + 111, still + 111, still + 133, 151 - 3.5 * smile, 151 - 3.5 * smile], 1)
+    row = down.long()
+    profile = torch.stack([HEAD, HEAD, NOSE, HEAD, HEAD]).to(factors.device)  # the solids that they lie on
+    square, ratio, centre = (profile[torch.arange(5), i, row] for i in range(3))
+    ahead = centre + ratio * (square - across**2).clamp(min=0).sqrt()
+    x = WIDTH / 2 + across * cos[:, None] + ahead * sin[:, None]
+    return torch.stack([x, down], 2).flatten(1).long()
+
+
+def boxes(factors: Tensor) -> Tensor:
+    """The box around each head without hair: factors [N, K] -> left, top, width, height, int64 [N, 4]."""
+    pose = Scene.of(factors.float()).pose
+    rows = (HEAD[0] > 0).nonzero().flatten()
+    square, ratio, centre = HEAD[:, rows].to(factors.device)
+    cos, sin = pose.cos[:, 0], pose.sin[:, 0]
+    half = (square * (cos**2 + (ratio * sin) ** 2)).sqrt()
+    left, right = (WIDTH / 2 + sin * centre - half).amin(1), (WIDTH / 2 + sin * centre + half).amax(1)
+    top, height = torch.full_like(left, float(rows[0])), torch.full_like(left, float(len(rows)))
+    return torch.stack([left.floor(), top, right.ceil() - left.floor(), height], 1).long()
+
+
 @torch.no_grad()
 def render(factors: Tensor) -> Tensor:
     """Draw faces: factors [N, K], columns and ranges as in FACTORS -> uint8 [N, 218, 178, 3], same device."""

@@ -12,8 +12,10 @@ from tqdm import tqdm
 from bvae.errors import UsageError
 from bvae.pipelines.decoder import Decoder, cores, reason
 from bvae.pipelines.loader import Loader
-from bvae.pipelines.picture import inspect
+from bvae.pipelines.picture import Picture, inspect
 from bvae.pipelines.webdataset import ImageFile, read
+
+SMALL = Picture(None, 1, 3)  # for a trial: the pixels are not used
 
 
 class StreamingLoader(Loader):
@@ -55,12 +57,19 @@ class StreamingLoader(Loader):
 
 
 def inspect_files(files: Sequence[ImageFile], label: str) -> dict[int, str]:
-    """Read all files without decoding them; return the positions of damaged ones, and what is wrong."""
+    """Read all files; return the positions of damaged ones, and what is wrong.
+
+    Only files whose headers tell little about damage are decoded: those other than plain JPEGs and PNGs.
+    """
+    from bvae.pipelines.torch_decode import decode_bytes  # torchvision takes seconds
 
     def find_damage(file: ImageFile) -> str | None:
         try:
-            inspect(read(file))
-        except (ValueError, OSError) as error:
+            data = read(file)
+            header = inspect(data)
+            if not header.plain and header.kind != "PNG":
+                decode_bytes(data, SMALL)
+        except (RuntimeError, ValueError, OSError) as error:
             return reason(error)
         return None
 

@@ -5,8 +5,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torchvision
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -15,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from bvae.errors import UsageError
 from bvae.pipelines.decoder import AHEAD, Decoded, cores, reason
 from bvae.pipelines.picture import Header, Picture, inspect
-from bvae.pipelines.pillow import pixels
+from bvae.pipelines.pillow import pixels, without_text
 from bvae.pipelines.webdataset import ImageFile, read
 
 
@@ -27,8 +29,8 @@ def decode_bytes(data: bytes, picture: Picture) -> Tensor:
         RuntimeError: the JPEG cannot be decoded.
     """
     header = inspect(data)
-    if header.kind == "png":
-        image = _decode_png(data, header, picture.channels)
+    if header.kind != "JPEG":
+        image = _decode_by_pillow(data, header, picture.channels)
     else:
         mode = ImageReadMode.RGB if picture.channels == 3 else ImageReadMode.GRAY
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -43,16 +45,24 @@ def resize(squares: Tensor, size: int) -> Tensor:
     return F.resize(squares.permute(0, 3, 1, 2), [size, size], antialias=True).permute(0, 2, 3, 1)
 
 
-def _decode_png(data: bytes, header: Header, channels: int) -> Tensor:
-    """uint8 [channels, H, W], by Pillow: torchvision's PNG decoder crashes the process on damaged data."""
+def _decode_by_pillow(data: bytes, header: Header, channels: int) -> Tensor:
+    """uint8 [channels, H, W]. PNG too, because torchvision's decoder crashes the process on damaged data."""
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as file:
-            if file.size != (header.width, header.height):
-                raise UsageError("it has two headers")
-            image = pixels(file, channels)
+        image = _open(data, header, channels)
     except Exception as error:  # each kind of damage raises another type
-        raise UsageError(f"broken PNG: {error}") from None
+        if header.kind != "PNG" or (bare := without_text(data)) == data:
+            raise UsageError(f"broken {header.kind}: {error}") from None
+        return _decode_by_pillow(bare, header, channels)
     return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def _open(data: bytes, header: Header, channels: int) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(data), formats=[header.kind]) as file:
+        if file.size != (header.width, header.height):
+            raise UsageError("it has two headers")
+        if header.kind == "TIFF" and file.mode in ("I", "F"):
+            raise UsageError("values of 32 bits are not read: convert them to 8 or 16 bits")
+        return pixels(file, channels)
 
 
 def decode_into(out: Tensor, file: ImageFile, picture: Picture) -> str | None:

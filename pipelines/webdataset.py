@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bvae.errors import UsageError
+from bvae.pipelines.passed_over import SUFFIXES, PassedOver, suffix
 
 MAX_BYTES = 1 << 30  # a longer file is not an image
+COMPRESSIONS = {  # by the first bytes
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 
 
 class Member(NamedTuple):
@@ -53,14 +61,24 @@ def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def members(shard: str | Path, suffixes: tuple[str, ...]) -> list[Member]:
-    """The shard's regular files with one of the suffixes, in the shard's order; reads only the tar headers.
+def _compression(path: str | Path) -> str | None:
+    """The name of the compression that a file's first bytes tell."""
+    with open(path, "rb") as file:
+        start = file.read(6)
+    return next((kind for magic, kind in COMPRESSIONS.items() if start.startswith(magic)), None)
+
+
+def members(shard: str | Path, passed: PassedOver) -> list[Member]:
+    """The shard's image files, in the shard's order; reads only the tar headers.
+
+    Args:
+        passed: counts the other members.
 
     Raises:
         OSError: it cannot be read.
         ValueError: not an uncompressed tar file, one that ends too early, or a name that points outside it.
     """
-    members_found: list[Member] = []
+    found: list[Member] = []
     try:
         with tarfile.open(shard, "r:") as tar:
             last = -1
@@ -68,11 +86,24 @@ def members(shard: str | Path, suffixes: tuple[str, ...]) -> list[Member]:
                 if entry.size < 0 or entry.offset <= last:  # tarfile would loop for ever
                     raise tarfile.ReadError("a negative size")
                 last = entry.offset
-                if not entry.isreg() or entry.issparse() or not entry.name.lower().endswith(suffixes):
+                name = os.path.basename(entry.name)
+                if entry.isdir():
                     continue
-                if entry.name.startswith("/") or ".." in entry.name.split("/"):
+                if not entry.isreg() or entry.issparse():
+                    passed.files["links or sparse files in tar files"] += 1
+                    continue
+                parts = entry.name.split("/")
+                if any(part.startswith(".") for part in parts if part not in (".", "..")):
+                    passed.files["hidden"] += 1  # macOS adds ._x.jpg to x.jpg
+                    continue
+                if suffix(name) not in SUFFIXES:
+                    passed.add(name)
+                    continue
+                if entry.name.startswith("/") or ".." in parts:
                     raise tarfile.ReadError(f"{entry.name!r} points outside the shard's folder")
-                members_found.append(Member(str(shard), entry.name, entry.offset_data, entry.size))
+                found.append(Member(str(shard), entry.name, entry.offset_data, entry.size))
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        if kind := _compression(shard):
+            raise UsageError(f"{shard} is compressed ({kind}), not a plain tar file: unpack it") from None
         raise UsageError(f"{shard} is not a tar file that can be read ({error}): fetch it again") from None
-    return members_found
+    return found

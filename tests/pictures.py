@@ -17,9 +17,9 @@ def smooth(size=(178, 218), seed=0):
     return Image.fromarray(coarse).resize(size, Image.BICUBIC)
 
 
-def write_image(path, size=(178, 218), seed=0, **options):
+def write_image(path, size=(178, 218), seed=0, mode="RGB", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    smooth(size, seed).save(path, **{"quality": 95, **options})
+    smooth(size, seed).convert(mode).save(path, **{"quality": 95, **options})
     return str(path)
 
 
@@ -82,8 +82,8 @@ def damaged():
         "cut in its header": (good[:300], "truncated in its header"),
         "quota page": (page, "a web page instead of an image: a download that failed"),
         "zip": (b"PK\x03\x04" + bytes(100), "a zip archive instead of an image: unpack it"),
-        "text": (b"not an image", "neither JPEG nor PNG"),
-        "marker flipped": (flip_bit(good, 20), "broken header: no JPEG marker where one belongs"),
+        "text": (b"not an image", "no image: neither JPEG, PNG, WEBP, BMP, GIF, TIFF nor AVIF"),
+        "marker flipped": (flip_bit(good, 20), "Quantization table 0x00 was not defined"),
         "table flipped": (flip_bit(good, tables + 6, 6), "Bogus Huffman table definition"),
         "PNG truncated": (drawn[: len(drawn) // 2], "truncated: the end of the PNG is missing"),
         "PNG flipped": (flip_bit(drawn, len(drawn) // 2), "broken PNG: "),

@@ -1,6 +1,8 @@
 """One picture, whoever decodes it; and what is said of files that no one can decode."""
 
+import struct
 import sys
+import zlib
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -9,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from pictures import damaged, encoded, flip_bit, png, smooth, write_image
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import v2
 
 from bvae.pipelines import decoder, faces
 from bvae.pipelines.picture import Picture, inspect
+from bvae.pipelines.streaming_loader import inspect_files
+from bvae.pipelines.torch_decode import decode_bytes
 
 CPU = torch.device("cpu")
 needs_dali = pytest.mark.skipif(decoder.choose("auto") != "dali", reason="DALI is not installed")
@@ -101,9 +105,19 @@ ODD = {
     "grey JPEG": lambda: (encoded(smooth().convert("L"), "JPEG", quality=95), 1),
     "progressive JPEG": lambda: (encoded(smooth(), "JPEG", quality=95, progressive=True), 1),
     "palette PNG": lambda: (encoded(smooth().quantize(64), "PNG"), 1),
-    "transparent PNG": lambda: (encoded(smooth().convert("RGBA"), "PNG"), 1),
-    "two-colour PNG": lambda: (encoded(smooth().convert("1"), "PNG"), 1),
+    "opaque PNG with alpha": lambda: (encoded(smooth().convert("RGBA"), "PNG"), 1),
+    "WebP": lambda: (encoded(smooth(), "WEBP"), 1),
+    "BMP": lambda: (encoded(smooth(), "BMP"), 1),
+    "GIF": lambda: (encoded(smooth(), "GIF"), 1),
+    "TIFF": lambda: (encoded(smooth(), "TIFF"), 1),
+    "CMYK TIFF": lambda: (encoded(smooth().convert("CMYK"), "TIFF"), 1),
+    "animated GIF": lambda: (encoded(smooth(), "GIF", save_all=True, append_images=[smooth(seed=1)]), 1),
+    "animated WebP": lambda: (encoded(smooth(), "WEBP", save_all=True, append_images=[smooth(seed=1)]), 1),
+    "TIFF of two pages": lambda: (encoded(smooth(), "TIFF", save_all=True, append_images=[smooth()]), 1),
 }
+if features.check("avif"):
+    ODD["AVIF"] = lambda: (encoded(smooth(), "AVIF"), 1)
+ODD["two-colour PNG"] = lambda: (encoded(smooth().convert("1"), "PNG"), 1)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -114,6 +128,133 @@ def test_odd_files_are_pils(name, kind, tmp_path):
     images, bad = decode(name, [str(tmp_path / "odd")])
     assert not bad
     assert (images[0].int() - pil(tmp_path / "odd").int()).abs().max() <= tolerance
+
+
+JPEG = encoded(smooth(), "JPEG", quality=95, subsampling=0)
+
+
+def with_chunk(data, kind, content):
+    """A PNG with one more chunk before its pixels."""
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return data[:33] + chunk + data[33:]
+
+
+TEXT = 3_000_000 * b"a"  # longer than the text that Pillow takes
+LONG = {
+    "compressed text": (b"zTXt", b"note\0\0" + zlib.compress(TEXT)),
+    "international text": (b"iTXt", b"note\0\1\0\0\0" + zlib.compress(TEXT)),
+    "colour profile": (b"iCCP", b"icc\0\0" + zlib.compress(TEXT)),
+}
+BESIDE = {  # what libjpeg and libpng skip
+    **{
+        name: lambda chunk=chunk: (with_chunk(encoded(smooth(), "PNG"), *chunk), encoded(smooth(), "PNG"))
+        for name, chunk in LONG.items()
+    },
+    "stray bytes": lambda: (JPEG[:20] + b"\0\x01" + JPEG[20:], JPEG),
+    "stray and stuffed bytes": lambda: (JPEG[:20] + b"\xff\0\x07\xff" + JPEG[20:], JPEG),
+    "a marker without a length": lambda: (JPEG[:20] + b"\xff\xd3" + JPEG[20:], JPEG),
+    "fill bytes": lambda: (JPEG[:20] + b"\xff\xff\xff" + JPEG[20:], JPEG),
+    "an empty segment of length 0": lambda: (JPEG[:20] + b"\xff\xe5\0\0" + JPEG[20:], JPEG),
+    "bytes after the end": lambda: (JPEG + 1000 * b"x", JPEG),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_libjpeg_and_libpng_skip_is_skipped(name, kind, tmp_path):
+    for file, data in zip("ab", BESIDE[kind](), strict=True):
+        (tmp_path / file).write_bytes(data)
+    images, bad = decode(name, [str(tmp_path / "a"), str(tmp_path / "b")])
+    assert not bad
+    assert (images[0].int() - images[1].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("kind", ["WEBP", "BMP", "PNG", "JPEG"])
+def test_a_wrong_suffix_does_not_matter(name, kind, tmp_path):
+    for file in ("a.jpg", "a.png"):
+        (tmp_path / file).write_bytes(encoded(smooth(), kind))
+        images, bad = decode(name, [str(tmp_path / file)])
+        assert not bad
+        assert (images[0].int() - pil(tmp_path / file).int()).abs().max() <= 1
+
+
+OTHER = {
+    b"\0\0\0\x18ftypheic": "HEIC, which is not read: convert it",
+    b"\0\0\0\x18ftypmp42": "a video instead of an image",
+    b"RIFF\0\0\0\0AVI ": "a sound or a video",
+    b"\xff\x0a": "JPEG XL, which is not read",
+    b"\0\0\0\x0cjP  ": "JPEG 2000, which is not read",
+    b"<?xml version='1.0'?><svg>": "SVG, which is not read",
+    b"version https://git-lfs.github.com/spec/v1": "a pointer of Git LFS",
+    b"%PDF-1.4": "a PDF",
+}
+
+
+@pytest.mark.parametrize("start", OTHER)
+def test_formats_that_are_not_read_are_named(start):
+    with pytest.raises(ValueError, match=OTHER[start]):
+        inspect(start + bytes(100))
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "BMP", "GIF", "TIFF"])
+@pytest.mark.parametrize("length", [0.1, 0.5, 0.9])
+def test_a_truncated_file_of_another_format_is_named(kind, length, tmp_path):
+    data = encoded(smooth(), kind)
+    (tmp_path / "a").write_bytes(data[: int(length * len(data))])
+    _, bad = decode("torchvision", [str(tmp_path / "a")])
+    assert kind in bad["a"]
+    assert inspect_files([str(tmp_path / "a")], "inspecting").keys() == {0}
+
+
+def test_streaming_finds_what_the_header_does_not_show(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(damaged()["marker flipped"][0])
+    assert inspect_files([str(tmp_path / "a.jpg")], "inspecting") == {0: damaged()["marker flipped"][1]}
+
+
+def test_a_tiff_of_32_bits_is_refused():
+    data = encoded(Image.fromarray(np.zeros((40, 40), np.float32)), "TIFF")
+    with pytest.raises(ValueError, match="values of 32 bits are not read"):
+        decode_bytes(data, Picture(None, 16, 3))
+
+
+TRANSPARENT = {
+    "PNG": lambda image: encoded(image, "PNG"),
+    "WebP": lambda image: encoded(image, "WEBP", lossless=True, exact=True),
+    "TIFF": lambda image: encoded(image, "TIFF"),
+    "grey PNG": lambda image: encoded(image.convert("LA"), "PNG"),
+    "palette PNG": lambda image: encoded(image.quantize(16), "PNG"),
+    "GIF": lambda image: encoded(image, "GIF"),
+    "colour key": lambda image: encoded(image.convert("RGB"), "PNG", transparency=(200, 0, 0)),
+    "grey key": lambda image: encoded(image.convert("L"), "PNG", transparency=60),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_transparent_pixels_are_white(kind, channels, tmp_path):
+    """The left half hides red, the right half is blue."""
+    values = np.zeros((40, 40, 4), np.uint8)
+    values[:, :20], values[:, 20:] = (200, 0, 0, 0), (0, 0, 220, 255)
+    data = TRANSPARENT[kind](Image.fromarray(values))
+    image = decode_bytes(data, Picture(None, 40, channels))
+    blue = 25 if channels == 1 else torch.tensor([25, 25, 25] if "grey" in kind else [0, 0, 220])
+    assert (image[:, :19] == 255).all()
+    assert (image[:, 21:].int() - blue).abs().max() <= 1
+
+
+def test_half_transparent_pixels_are_mixed_with_white():
+    data = encoded(Image.new("RGBA", (40, 40), (100, 0, 0, 51)), "PNG")
+    assert decode_bytes(data, Picture(None, 1, 3)).flatten().tolist() == [224, 204, 204]
+
+
+def test_transparency_of_16_bits():
+    values = np.tile(np.array([0x1234, 0xABCD], np.uint16).repeat(32), (64, 1))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    data = with_chunk(png(64, 64, 16, 0, rows), b"tRNS", b"\x12\x34")
+    image = decode_bytes(data, Picture(None, 64, 1))
+    assert (image[:, :32] == 255).all()
+    assert (image[:, 32:] == 0xAB).all()
 
 
 @pytest.mark.parametrize("name", DECODERS)

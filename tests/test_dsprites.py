@@ -41,12 +41,47 @@ def test_images_and_indices(tmp_path, monkeypatch):
     assert not (tmp_path / "created").exists()
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.bool_])
+def test_bool_and_fortran_order_are_read(tmp_path, dtype, order):
+    expected = read(archive(tmp_path / "expected.npz")).packed
+    images = np.load(tmp_path / "expected.npz")["imgs"].reshape(12, 64, 64)
+    path = archive(tmp_path / "changed.npz", imgs=np.asarray(images.astype(dtype), order=order))
+    assert torch.equal(read(path).packed, expected)
+
+
+@pytest.mark.parametrize("change", ["cut", "values"])
+def test_damage_in_fortran_order(tmp_path, change):
+    images = np.asfortranarray(np.zeros((12, 64, 64), np.uint8))
+    if change == "values":
+        images[3, 4, 5] = 7
+    path = archive(tmp_path / "x.npz", imgs=images)
+    if change == "cut":
+        with zipfile.ZipFile(path) as source:
+            parts = {name: source.read(name) for name in source.namelist()}
+        with zipfile.ZipFile(path, "w") as target:
+            for name, data in parts.items():
+                target.writestr(name, data[:-5000] if name == "imgs.npy" else data)
+    with pytest.raises(
+        ValueError, match="imgs ends too early" if change == "cut" else "got 7 in one of them"
+    ):
+        read(path)
+
+
+def test_a_folder_instead_of_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder: give the file, .*dsprites_\*.npz"):
+        read(tmp_path)
+    path = archive(tmp_path / "mine.npz")
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder: give the file, {path}"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"imgs": None}, "not dSprites' npz.*imgs"),
         ({"latents_classes": None}, "not dSprites' npz.*latents_classes"),
-        ({"imgs": np.full((12, 64, 64), 255, np.uint8)}, "imgs must be uint8 .* of 0 and 1, got 255"),
+        ({"imgs": np.full((12, 64, 64), 255, np.uint8)}, "imgs must be uint8 or bool .* of 0 and 1, got 255"),
         ({"imgs": np.zeros((12, 32, 32), np.uint8)}, r"got uint8 \[12, 32, 32\]"),
         ({"imgs": np.zeros((12, 64, 64), np.float32)}, "got float32"),
         ({"imgs": np.zeros((0, 64, 64), np.uint8)}, "imgs is empty"),

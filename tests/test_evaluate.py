@@ -237,6 +237,7 @@ def test_attributes_are_told_by_single_latents(data, tmp_path, monkeypatch):
     [
         (None, "holds no list_attr_celeba.txt .or .csv., which gives the attributes"),
         ("", "list_attr_celeba.txt is empty"),
+        ("Bald Young\n000055.jpg 1 1\n", "line 1: expected the number of images, which this copy lacks"),
         ("2\nBald Young\n000055.jpg 1\n", "line 3: expected a file name and 2 times 1 or -1"),
         ("2\nBald Young\n000055.jpg 1 0\n", "line 3: expected a file name and 2 times 1 or -1"),
         ("2\nBald Young\n000001.jpg 1 1\n", "the list of attributes lacks 000055.jpg and 5 more"),
@@ -256,11 +257,27 @@ def test_attributes_that_cannot_be_used(data, tmp_path, text, message):
         ground_truth.attributes(tmp_path, small_model())
 
 
-def test_kaggles_attributes(data, tmp_path):
+def test_attributes_and_factors_of_images_with_another_suffix(data, tmp_path):
+    shutil.copytree(data / "celeba", tmp_path / "celeba")
+    for path in (tmp_path / "celeba" / "img_align_celeba").iterdir():
+        path.rename(path.with_suffix(".JPEG"))
+    for truth in (ground_truth.attributes, lambda root, model: ground_truth.folder(root, model, bins=5)):
+        ours, theirs = truth(tmp_path, small_model()), truth(data, small_model())
+        assert np.array_equal(ours.factors, theirs.factors)
+        assert torch.equal(ours.images(np.arange(3)), theirs.images(np.arange(3)))
+
+
+@pytest.mark.parametrize("index", [False, True], ids=["Kaggle", "pandas with its index"])
+def test_attributes_as_csv(data, tmp_path, index):
     shutil.copytree(data / "celeba", tmp_path / "celeba")
     path = tmp_path / "celeba" / "list_attr_celeba.txt"
     _, names, *rows = path.read_text().splitlines()
     lines = [",".join(["image_id", *names.split()]), *(",".join(row.split()) for row in rows)]
+    if index:
+        lines = [
+            "," + lines[0],
+            *(f'{i},"{line.replace(",", chr(34) + ",", 1)}' for i, line in enumerate(lines[1:])),
+        ]
     path.with_suffix(".csv").write_text("\n".join(lines) + "\n")
     path.unlink()
     ours = ground_truth.attributes(tmp_path, small_model())

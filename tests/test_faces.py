@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torchvision.io import decode_jpeg, read_file
 
 from bvae.errors import UsageError
-from bvae.pipelines import faces
+from bvae.pipelines import faces, portrait
 from bvae.pipelines.faces import FACTORS, render, sample_factors, write
 
 NAMES = [factor.name for factor in FACTORS]
@@ -47,9 +48,12 @@ def test_celebas_layout(folder):
     assert folder.name == "celeba"
     assert sorted(p.name for p in folder.iterdir()) == [
         "factors.csv",
+        "identity_CelebA.txt",
         "img_align_celeba",
         "list_attr_celeba.txt",
+        "list_bbox_celeba.txt",
         "list_eval_partition.txt",
+        "list_landmarks_align_celeba.txt",
     ]
     expected = [f"{i:06d}.jpg" for i in range(1, N + 1)]
     assert sorted(p.name for p in (folder / "img_align_celeba").iterdir()) == expected
@@ -59,6 +63,52 @@ def test_celebas_layout(folder):
     assert {"Smiling", "Eyeglasses", "Young", "Black_Hair", "Blond_Hair", "Pale_Skin"} <= set(names)
     assert all(len(row) == 1 + len(names) and set(row[1:]) <= {"-1", "1"} for row in rows)
     assert (folder / "list_attr_celeba.txt").read_text().splitlines()[0] == str(N)
+
+
+def test_torchvision_opens_the_folder(folder):
+    """Its check compares md5 sums with those of CelebA's own lists, which no other lists can have."""
+    with pytest.raises(RuntimeError, match="not found or corrupted"):
+        torchvision.datasets.CelebA(folder.parent, download=False)
+
+    class Faces(torchvision.datasets.CelebA):
+        file_list: ClassVar[list] = []  # no sums to compare
+
+    targets = ["attr", "identity", "bbox", "landmarks"]
+    opened = Faces(folder.parent, "train", targets, download=False)
+    assert len(opened) == 16
+    assert len(Faces(folder.parent, "all")) == N
+    image, (attributes, identity, box, landmarks) = opened[4]
+    assert image.size == (178, 218)
+    assert identity == 5
+    assert attributes.tolist() == [
+        int(value == "1") for value in table(folder / "list_attr_celeba.txt", header=1)[1][4][1:]
+    ]
+    left, top, width, height = box.tolist()
+    points = landmarks.view(5, 2)
+    assert (
+        (points >= torch.tensor([left, top])) & (points < torch.tensor([left + width, top + height]))
+    ).all()
+
+
+def test_landmarks_are_where_the_parts_are_painted():
+    """The nose turns with the head; pupils are dark, and eyes are white beside them."""
+    factors = plain(3, azimuth=torch.tensor([-25.0, 0.0, 25.0]), skin=0.0, hair_colour=0.0)
+    images, points = render(factors), portrait.landmarks(factors).view(3, 5, 2)
+    assert points[0, 2, 0] < 80 < points[1, 2, 0] < 98 < points[2, 2, 0]
+    for image, (left, right, *_) in zip(images, points.tolist(), strict=True):
+        for x, y in (left, right):
+            assert image[y, x].float().mean() < 80
+            assert image[y - 2 : y + 2, x - 12 : x + 13].float().mean(-1).max() > 180
+
+
+def test_boxes_hold_the_head():
+    """Beside the box is only wall where there is no hair, no ear and no body."""
+    factors = plain(2, azimuth=torch.tensor([0.0, 36.0]), hair_length=0.0)
+    left, top, width, height = portrait.boxes(factors).T
+    assert (left[0] + width[0] / 2 - 89).abs() <= 1
+    assert width.min() >= 90
+    assert (top == 52).all()
+    assert (top + height == 170).all()
 
 
 def test_images_are_the_rendered_faces(folder):

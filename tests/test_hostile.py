@@ -202,6 +202,7 @@ PICTURES = [
     encoded(smooth((40, 30)).quantize(16), "PNG"),
     encoded(smooth((40, 30)).convert("I;16"), "PNG"),
     encoded(smooth((20, 15)), "PNG", save_all=True, append_images=[smooth((20, 15), 1)]),
+    *(encoded(smooth((20, 15)), kind) for kind in ("WEBP", "BMP", "GIF", "TIFF")),
 ]
 pictures = mutated(PICTURES)
 
@@ -311,7 +312,7 @@ def read_list(data, where):
         path.unlink()
     (base / f"list_eval_partition.{'csv' if b',' in data else 'txt'}").write_bytes(data)
     with contextlib.suppress(ValueError, FileNotFoundError):
-        for files in celeba.splits(where).values():
+        for files in celeba.inventory(where).splits.values():
             for file in files:
                 assert Path(file).parent == base / "img_align_celeba"
 
@@ -325,7 +326,7 @@ def decode(data, where):
 def read_shard(data, where):
     (where / "shard.tar").write_bytes(data)
     with contextlib.suppress(ValueError, FileNotFoundError):
-        for files in folder.splits(where).values():
+        for files in folder.inventory(where).splits.values():
             for member in files:
                 assert ".." not in member.name.split("/")
                 assert not member.name.startswith("/")
@@ -455,13 +456,31 @@ def test_many_cases(name, tmp_path):
 
 # ---- what was found, or known beforehand -------------------------------------------------------------------
 
-JPEG, PROGRESSIVE, *_, PNG, _, _, _ = PICTURES
+JPEG, PROGRESSIVE, _, _, _, PNG, *_ = PICTURES
 
 
 def enlarged(jpeg):
     """A JPEG whose header says 60000 x 60000."""
     at = jpeg.index(b"\xff\xc0") + 5
     return jpeg[:at] + struct.pack(">HH", 60_000, 60_000) + jpeg[at + 4 :]
+
+
+def claiming(kind):
+    """A small image whose header says 60000 x 60000, or as many as it can say."""
+    data, side = bytearray(encoded(smooth((40, 30)), kind)), 60_000
+    match kind:
+        case "BMP":
+            data[18:26] = struct.pack("<II", side, side)
+        case "GIF":
+            data[6:10] = struct.pack("<HH", side, side)
+        case "TIFF":
+            for tag in (256, 257):
+                at = data.index(struct.pack("<HHI", tag, 4 if struct.pack("<HH", tag, 4) in data else 3, 1))
+                data[at + 8 : at + 12] = struct.pack("<I", side)
+        case "WEBP":
+            data = bytearray(encoded(smooth((40, 30)), kind, lossless=True))
+            data[21:24] = b"\xff\xff\xff"
+    return bytes(data)
 
 
 def bombs():
@@ -473,12 +492,20 @@ def bombs():
         "PNG with two headers": (PNG[:33] + larger + PNG[33:], "broken PNG: it has two headers"),
         "marker without a length": (
             JPEG[:2] + b"\xff\xd0" + enlarged(JPEG)[2:],
-            "broken header: a JPEG marker where none belongs",
+            "60000 x 60000 pixels are more than 80,000,000: not decoded",
         ),
         "length of nothing": (
-            JPEG[:2] + b"\xff\xe2\0\0" + JPEG[2:],
-            "broken header: a JPEG marker where none belongs",
+            JPEG[:2] + b"\xff\xe2\0\0" + enlarged(JPEG)[2:],
+            "60000 x 60000 pixels are more than 80,000,000: not decoded",
         ),
+        "stray bytes": (
+            JPEG[:2] + b"\0\xff\0\x01" + enlarged(JPEG)[2:],
+            "60000 x 60000 pixels are more than 80,000,000: not decoded",
+        ),
+        **{
+            kind: (claiming(kind), f"60000 x 60000 pixels are more than|broken {kind}")
+            for kind in ("BMP", "GIF", "TIFF", "WEBP")
+        },
         "hundred scans": (
             PROGRESSIVE[:-2] + 100 * scan + b"\xff\xd9",
             " scans are more than 30: not decoded",
@@ -512,7 +539,7 @@ def test_pipes_devices_and_giants_are_not_read(tmp_path):
         file.truncate(1 << 40)
     (tmp_path / "good.jpg").write_bytes(JPEG)
     with in_time():
-        files = [file for split in folder.splits(tmp_path).values() for file in split]
+        files = [file for split in folder.inventory(tmp_path).splits.values() for file in split]
         assert {Path(file).name for file in files} == {"giant.jpg", "good.jpg"}
         for name, said in [
             ("pipe", "regular file"),
@@ -531,14 +558,14 @@ def test_tar_that_goes_in_circles(tmp_path):
     data[148:156] = b"%06o\0 " % sum(data)
     (tmp_path / "x.tar").write_bytes(tarfile.TarInfo("b.txt").tobuf() + data + bytes(10240))
     with in_time(), pytest.raises(ValueError, match="a negative size"):
-        folder.splits(tmp_path)
+        folder.inventory(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg"])
 def test_tar_member_that_leads_out(tmp_path, name):
     (tmp_path / "x.tar").write_bytes(tar(tarfile.GNU_FORMAT, (name, JPEG)))
     with pytest.raises(ValueError, match=re.escape(f"{name!r} points outside the shard's folder")):
-        folder.splits(tmp_path)
+        folder.inventory(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../000001.jpg", "/etc/passwd", "a/b.jpg", ".."])
@@ -547,7 +574,7 @@ def test_listed_file_that_leads_out(tmp_path, name):
     (base / "list_eval_partition.txt").write_text(f"{name} 0\n")
     (base / "factors.csv").write_text(f"file,a\n{name},1\n")
     with pytest.raises(ValueError, match="is outside the image folder"):
-        celeba.splits(tmp_path)
+        celeba.inventory(tmp_path)
     with pytest.raises(ValueError, match="is outside the image folder"):
         ground_truth.folder(tmp_path, BetaVAE(hidden_dims=[2], image_size=32), bins=5)
 

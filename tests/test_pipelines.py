@@ -20,7 +20,9 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("layout", ["torchvision", "flat", "kaggle"])
 def test_celeba_layouts(tmp_path, layout):
     root = write_celeba(tmp_path / "data", layout)
-    names = {split: [Path(file).name for file in files] for split, files in celeba.splits(root).items()}
+    names = {
+        split: [Path(file).name for file in files] for split, files in celeba.inventory(root).splits.items()
+    }
     assert names["train"] == [f"{i:06}.jpg" for i in range(1, 9)]
     assert names["valid"] == ["000009.jpg", "000010.jpg"]
     assert names["test"] == ["000011.jpg", "000012.jpg"]
@@ -30,7 +32,7 @@ def test_partial_celeba_gives_what_it_holds(tmp_path):
     root = write_celeba(tmp_path, "torchvision")
     for name in ("000002.jpg", "000009.jpg", "000010.jpg"):
         (root / "celeba" / "img_align_celeba" / name).unlink()
-    splits = celeba.splits(root)
+    splits = celeba.inventory(root).splits
     assert len(splits["train"]) == 7
     assert splits["valid"] == []
 
@@ -95,7 +97,7 @@ def test_celeba_damage(tmp_path, damage, message):
     elif damage == "absolute name":
         partition.write_text("/etc/secret.jpg 0\n")
     with pytest.raises((FileNotFoundError, ValueError), match=message):
-        celeba.splits(root)
+        celeba.inventory(root)
 
 
 def test_folder_takes_any_tree(tmp_path):
@@ -104,16 +106,16 @@ def test_folder_takes_any_tree(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "._00.jpg").write_text("what macOS leaves beside 00.jpg")
     (tmp_path / "folder.jpg").mkdir()
-    parts = folder.splits(tmp_path)
+    parts = folder.inventory(tmp_path).splits
     assert {split: len(files) for split, files in parts.items()} == {"train": 16, "valid": 2, "test": 2}
     assert len({file for files in parts.values() for file in files}) == 20
 
 
 def test_folder_without_images(tmp_path):
     with pytest.raises(FileNotFoundError, match="no image"):
-        folder.splits(tmp_path)
+        folder.inventory(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder at"):
-        folder.splits(tmp_path / "absent")
+        folder.inventory(tmp_path / "absent")
 
 
 def shard(path, files):
@@ -129,13 +131,43 @@ def test_tar_shards_are_read_in_place(tmp_path):
     (tmp_path / "shards").mkdir()
     shard(tmp_path / "shards" / "00.tar", [*files[:8], loose / "007.json"])
     shard(tmp_path / "shards" / "01.tar", files[8:])
-    sharded, plain = folder.splits(tmp_path / "shards"), folder.splits(loose)
+    sharded, plain = folder.inventory(tmp_path / "shards").splits, folder.inventory(loose).splits
     for split, members in sharded.items():
         assert [read(member) for member in members] == [read(file) for file in plain[split]]
     train, valid, *_ = open_data(DataConfig("folder", tmp_path / "shards"), 4, 0, CPU)
     again, *_ = open_data(DataConfig("folder", loose), 4, 0, CPU)
     assert (train.count, valid.count) == (16, 2)
     assert torch.equal(train.head(16), again.head(16))
+
+
+def test_hidden_members_of_shards_are_passed_over(tmp_path):
+    """macOS puts ._x.jpg beside x.jpg; names that begin with ./ are not hidden."""
+    loose = write_folder(tmp_path / "loose", 10)
+    (loose / "._000.jpg").write_text("what macOS leaves")
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "00.tar", "w") as tar:
+        tar.add(loose, ".")
+    found = folder.inventory(tmp_path / "shards")
+    assert sum(map(len, found.splits.values())) == 10
+    assert found.notes == ["1 file passed over: 1 hidden"]
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("w:gz", "gzip"), ("w:bz2", "bzip2"), ("w:xz", "xz")])
+def test_a_compressed_shard_is_named(tmp_path, mode, kind):
+    with tarfile.open(tmp_path / "00.tar", mode) as tar:
+        tar.add(write_image(tmp_path / "a.jpg"), "a.jpg")
+    with pytest.raises(
+        UsageError, match=rf"00.tar is compressed \({kind}\), not a plain tar file: unpack it"
+    ):
+        folder.inventory(tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".webp", ".bmp", ".gif", ".tif", ".TIFF"])
+def test_a_folder_of_other_formats_trains(tmp_path, ending):
+    for i in range(20):
+        write_image(tmp_path / f"{i:02}{ending}", (40, 40), seed=i)
+    train, valid, bad, _ = open_data(DataConfig("folder", tmp_path), 4, 0, CPU)
+    assert (train.count, valid.count, bad) == (16, 2, [])
 
 
 def test_truncated_shard(tmp_path):
@@ -145,10 +177,10 @@ def test_truncated_shard(tmp_path):
     whole = (tmp_path / "shards" / "00.tar").read_bytes()
     (tmp_path / "shards" / "00.tar").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="00.tar is not a tar file that can be read"):
-        folder.splits(tmp_path / "shards")
+        folder.inventory(tmp_path / "shards")
     (tmp_path / "shards" / "00.tar").write_text("<html>")
     with pytest.raises(ValueError, match="00.tar is not a tar file that can be read"):
-        folder.splits(tmp_path / "shards")
+        folder.inventory(tmp_path / "shards")
 
 
 def test_fewer_images_than_a_batch_make_a_smaller_one(tmp_path):

@@ -411,7 +411,7 @@ def test_nan_stops_the_run_and_names_the_step(data, tmp_path, monkeypatch, capsy
     assert "step-00000007.pt" in error
     named = (tmp_path / "run" / "batch-13.txt").read_text().split()
     assert len(set(named)) == 16
-    assert set(named) <= set(celeba.splits(data)["train"])
+    assert set(named) <= set(celeba.inventory(data).splits["train"])
     assert f"{', '.join(named[:3])} and 13 more (all are in {tmp_path / 'run' / 'batch-13.txt'})" in error
     kept = checkpoint.load_newest(tmp_path / "run" / "checkpoints", torch.device("cpu"))
     assert kept["step"] == 7
@@ -489,7 +489,7 @@ def test_number_of_workers_changes_nothing(data, tmp_path, monkeypatch):
 
 def test_batch_that_is_named_is_the_one_that_was_read(data, tmp_path):
     arguments = parse(["--data-root", str(data), "--out", str(tmp_path / "run"), *TINY], "")
-    files = celeba.splits(data)["train"]
+    files = celeba.inventory(data).splits["train"]
     with open_run(arguments) as prepared:
         for number, (_, index) in enumerate([*prepared.train.epoch(0), *prepared.train.epoch(1)], start=1):
             assert prepared.images(number) == [files[i] for i in index]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bvae import config, ground_truth, metrics
 from bvae.config import Config, DataConfig
-from bvae.datasets import CELEBA_CROP, DRAWN_ROOT
+from bvae.datasets import DRAWN_ROOT
 from bvae.errors import UsageError
 from bvae.evaluation.options import Protocol
 from bvae.ground_truth import Truth
@@ -63,7 +63,7 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
         if data.name == "folder" or data.name == "memory":
             raise UsageError(f"{run} was trained on images without known factors: name others with --data")
         name = data.name
-    root, crop = protocol.data_root or data.root, data.crop or CELEBA_CROP
+    root, crop = protocol.data_root or data.root, data.crop
     if name == "faces":
         return ground_truth.folder(root or DRAWN_ROOT, model, protocol.factor_bins, crop)
     if name == "sprites":
