@@ -101,11 +101,10 @@ def reparam_kl(
         )
         return (z, kl, kl_per_dim) if per_dim else (z, kl)
     if seed is None:
-        dtype, shape = (
-            reference.compute_dtype(mu, log_var),
-            mu.shape if samples is None else (samples, *mu.shape),
-        )
-        eps = torch.randn(shape, generator=generator, dtype=dtype, device=mu.device)
+        # without a generator the call has no such argument, which torch.export cannot take
+        source = {} if generator is None else {"generator": generator}
+        shape = mu.shape if samples is None else (samples, *mu.shape)
+        eps = torch.randn(shape, dtype=reference.compute_dtype(mu, log_var), device=mu.device, **source)
     else:
         eps = _noise_of_seed(mu.shape, seed, step, first_sample, samples)
     z, kl, kl_per_dim = reference.reparam_kl(
