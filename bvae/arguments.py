@@ -3,6 +3,7 @@
 import math
 import warnings
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ def posterior(mu: Tensor | Distribution, log_var: Tensor | float | None, std: Te
         raise ValueError(f"mu must be [B, ...] with one to four more dimensions, got {describe(mu)}")
     if (log_var is None) == (std is None):
         raise TypeError("give log_var or std, and not both")
-    name, spread = ("log_var", log_var) if std is None else ("std", std)
+    name = "log_var" if std is None else "std"
+    spread: Any = log_var if std is None else std
     if isinstance(spread, Real) and not isinstance(spread, bool):
         spread = torch.full((), float(spread), dtype=mu.dtype, device=mu.device)
     _check_float(name, spread)

@@ -39,6 +39,8 @@ class _Loss(nn.Module):
     _factor_name: str  # "beta" or "gamma"
     _weight: Tensor  # the product of the numbers; 'm_over_n' counts as 1, and multiplies in forward
     kl_weight: KLWeight
+    _by_shape: bool
+    _has_tensor: bool
 
     def __init__(self, factor: float | Tensor, kl_weight: KLWeight, objective: Objective) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class _Loss(nn.Module):
         self.likelihood: Likelihood = objective.likelihood
         self.activation: Activation = objective.activation
         self.reduction: Reduction = objective.reduction
-        self.decoder_variance = objective.decoder_variance
+        self.decoder_variance: Any = objective.decoder_variance  # a number, for the trainer
         self.decoder_scale = objective.decoder_scale
         self.from_logits = objective.from_logits
 
@@ -77,7 +79,7 @@ class _Loss(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def _set_weight(self, name: str, value: KLWeight) -> None:
+    def _set_weight(self, name: str, value: Any) -> None:
         by_shape = name == "kl_weight" and isinstance(value, str) and value == "m_over_n"
         if not by_shape and not _is_weight(value):
             expected = "'m_over_n' or " if name == "kl_weight" else ""
@@ -90,8 +92,8 @@ class _Loss(nn.Module):
             super().__setattr__(name, value)
         # in attributes of their own, so that a compiled forward pass does not depend on the numbers
         if name == "kl_weight":
-            super().__setattr__("_by_shape", by_shape)
-        super().__setattr__("_has_tensor", any(isinstance(part, Tensor) for part in self._parts()))
+            self.__dict__["_by_shape"] = by_shape
+        self.__dict__["_has_tensor"] = any(isinstance(part, Tensor) for part in self._parts())
         if not isinstance(value, Tensor) and value != before:
             self._write_weight()
 
@@ -383,7 +385,7 @@ class CapacityLoss(_StepCounter, _Loss):
         mask: Tensor | None = None,
     ) -> LossTerms:
         """`(recon, target, kl)` with kl `[B]`, or `(recon, target, mu, log_var)`: see `bvae.ops.vae_loss`."""
-        schedule = {"max_capacity": self.max_capacity, "capacity_iters": self.capacity_iters}
+        schedule: dict[str, Any] = {"max_capacity": self.max_capacity, "capacity_iters": self.capacity_iters}
         return self._terms(
             recon, target, kl, log_var, weight=weight, mask=mask, step=self._count(), **schedule
         )

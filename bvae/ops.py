@@ -1,6 +1,7 @@
 """The public operations: check the arguments, draw the noise, run the kernel or the reference."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def reparam_kl(
         return (z, kl, kl_per_dim) if per_dim else (z, kl)
     if seed is None:
         # without a generator the call has no such argument, which torch.export cannot take
-        source = {} if generator is None else {"generator": generator}
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
         shape = mu.shape if samples is None else (samples, *mu.shape)
         eps = torch.randn(shape, dtype=reference.compute_dtype(mu, log_var), device=mu.device, **source)
     else:
@@ -150,7 +151,7 @@ def gaussian_kl(
     if plain and launch.runs_triton(mu, log_var):
         bounds = None if clamp is None else list(clamp)
         return bvae.kernels.reparam_kl.reparam_kl(mu, log_var, None, None, bounds, False)[1]
-    options = {"clamp": clamp, "prior": prior, "free_bits": free_bits, "reduction": reduction}
+    options: dict[str, Any] = {"clamp": clamp, "prior": prior, "free_bits": free_bits, "reduction": reduction}
     return reference.reparam_kl(mu, log_var, None, per_dim=False, **options)[1]
 
 

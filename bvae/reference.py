@@ -6,6 +6,7 @@ the forms that the kernels lack.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def reparam_kl(
     free_bits: float = 0.0,
     reduction: str = "sum",
     per_dim: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+) -> tuple[Any, Tensor, Any]:
     """A sample of N(mu, exp(log_var)), and its KL divergence to the prior: Kingma and Welling (2014).
 
         z  = mu + exp(log_var / 2) * eps
@@ -58,8 +59,8 @@ def reparam_kl(
         reduction: "sum" or "none".
 
     Returns:
-        z in mu's dtype; the KL per sample, `[B]`, or with "none" per element, nats; with `per_dim` the
-        batch's mean KL per dimension, nats, without the free bits.
+        z in mu's dtype, or None without eps; the KL per sample, `[B]`, or with "none" per element, nats; with
+        `per_dim` the batch's mean KL per dimension, nats, without the free bits, else None.
     """
     dtype = compute_dtype(mu, log_var)
     mean, log_variance = mu.to(dtype), log_var.to(dtype)
@@ -132,7 +133,7 @@ def _logistic_errors(x: Tensor, y: Tensor, objective: Objective) -> Tensor:
     scale = objective.decoder_scale
     if isinstance(scale, Tensor):
         scale = _at_least_smallest(scale.to(x.dtype))
-        log_width = torch.log(-torch.expm1(-2 * half_bin / scale))
+        log_width: Any = torch.log(-torch.expm1(-2 * half_bin / scale))
     else:
         log_width = math.log(-math.expm1(-2 * half_bin / scale))
     above = -F.logsigmoid((y + half_bin - x) / scale)
