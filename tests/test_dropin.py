@@ -197,6 +197,7 @@ def test_disentangling_vae(backend):
 
 def test_pythae(tmp_path):
     pytest.importorskip("pythae")
+    from pythae.data.datasets import BaseDataset
     from pythae.models import VAE as Original
     from pythae.models import VAEConfig
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
@@ -204,7 +205,7 @@ def test_pythae(tmp_path):
     namespace = {"VAE": Original}
     exec(short(snippet("pythae")), namespace)
     config = VAEConfig(input_dim=(1, 8, 8), latent_dim=4, reconstruction_loss="mse")
-    data, weights = torch.rand(40, 1, 8, 8), []
+    data, weights = BaseDataset(torch.rand(40, 1, 8, 8), torch.ones(40)), []
     for kind in (Original, namespace["FastVAE"]):
         torch.manual_seed(0)
         model = kind(config)
