@@ -194,7 +194,7 @@ def _grad_scale(recon: Tensor, options: Options) -> float:
     return likelihood.factor(options.likelihood, options.spread) * _error_scale(recon, options)
 
 
-def layout_of(*tensors: Tensor) -> tuple[dict[str, Any], list[tuple[int, tuple[int, ...]]]]:
+def _layout(*tensors: Tensor) -> tuple[dict[str, Any], list[tuple[int, tuple[int, ...]]]]:
     """The kernel arguments that describe the rows, and each tensor's row stride and strides within a row.
 
     Elements are visited in the first tensor's order in memory, because a sum allows any order. If all tensors
@@ -224,7 +224,7 @@ def plan_forward(
 ) -> tuple[Launch, list[Tensor]]:
     """The forward launch, and the outputs it fills: loss, recon, kld, capacity, dloss_dkl, unscaled_grad."""
     outputs = *terms, unscaled_grad = _outputs(recon, with_grad)
-    layout, strides = layout_of(recon, target, unscaled_grad if with_grad else recon)
+    layout, strides = _layout(recon, target, unscaled_grad if with_grad else recon)
     block = _BLOCK
     if layout["rows"] > 1:  # a short row fills a block of its own size
         block = min(max(power_of_two(layout["row_length"]), 256), _BLOCK)

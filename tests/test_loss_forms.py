@@ -142,7 +142,7 @@ def test_the_logistics_256_bins_have_probability_one(backend):
 def test_the_optimal_variance_is_the_best_one(backend):
     arguments = decoder_output(torch.float32, backend), pixels(backend), divergence(backend)
     best = ops.vae_loss(*arguments, decoder_variance="optimal", activation="tanh")
-    mse = float(ops.vae_loss(*arguments, activation="tanh").recon)
+    mse = ops.vae_loss(*arguments, activation="tanh").recon.item()
     for factor in (0.5, 0.9, 1.0, 1.1, 2.0):
         other = ops.vae_loss(
             *arguments, decoder_variance=torch.tensor(factor * mse, device=backend), activation="tanh"
