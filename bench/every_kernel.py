@@ -17,6 +17,7 @@ from bvae import ops
 LATENTS = ((144, 128), (3, 41), (2, 4, 9, 7), (2, 5000))
 IMAGES = ((144, 3, 64, 64), (5, 1, 33, 31))
 DTYPES = (torch.float32, torch.bfloat16)
+LIKELIHOODS = ("gaussian", "laplace", "logistic", "bernoulli")
 
 
 def sample(shape: tuple[int, ...], dtype: torch.dtype, per_dim: bool, device: torch.device) -> None:
@@ -33,19 +34,23 @@ def loss(shape: tuple[int, ...], dtype: torch.dtype, likelihood: str, device: to
     pixels = torch.randint(256, (batch, *size, channels), dtype=torch.uint8, device=device)
     target = pixels.permute(0, 3, 1, 2)
     kl = torch.rand(batch, device=device).requires_grad_()
-    activation = "tanh" if likelihood == "gaussian" else None
+    activation = None if likelihood == "bernoulli" else "tanh"
     step = torch.tensor(3, device=device)
     for layout in (torch.contiguous_format, torch.channels_last):
         for capacity in ({}, {"step": step, "max_capacity": 25.0, "capacity_iters": 100}):
             options = {"kl_weight": 0.03, "likelihood": likelihood, "activation": activation, **capacity}
             ops.vae_loss(recon.contiguous(memory_format=layout), target, kl, **options).loss.backward()
+            each = ops.vae_loss(
+                recon.contiguous(memory_format=layout), target, kl, reduction="none", **options
+            )
+            each.loss.sum().backward()
 
 
 def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for shape, dtype, per_dim in itertools.product(LATENTS, DTYPES, (False, True)):
         sample(shape, dtype, per_dim, device)
-    for shape, dtype, likelihood in itertools.product(IMAGES, DTYPES, ("gaussian", "bernoulli")):
+    for shape, dtype, likelihood in itertools.product(IMAGES, DTYPES, LIKELIHOODS):
         loss(shape, dtype, likelihood, device)
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bvae.kernels import capacity_loss, reparam_kl
+from bvae.kernels import capacity_loss, image_errors, reparam_kl
 from bvae.kernels.launch import Launch
 
 TARGETS = {
@@ -70,6 +70,16 @@ def _loss_backward(recon: Tensor) -> Launch:
     return capacity_loss.plan_backward(torch.empty_like(recon), one, *grads, 1.0, batch, torch.float32)[0]
 
 
+def _image_errors(likelihood: str, activation: str | None) -> Launch:
+    low = 0.0 if likelihood in ("bernoulli", "probabilities") else -1.0
+    options = True, likelihood, activation, 0.1, low
+    return image_errors.plan_forward(_images(BF16), _images(U8), *options)[0]
+
+
+def _image_errors_backward() -> Launch:
+    return image_errors.plan_backward(_images(BF16), torch.empty(144, device="meta"), 2.0)[0]
+
+
 BF16, U8 = torch.bfloat16, torch.uint8
 CASES: dict[str, Callable[[], Launch]] = {
     "sample, [144, 128]": lambda: _sample(_latents(144, 128)),
@@ -84,6 +94,15 @@ CASES: dict[str, Callable[[], Launch]] = {
     "loss, bernoulli": lambda: _loss(_images(BF16), _images(U8), "bernoulli", None, True),
     "loss, tanh, recon NCHW": lambda: _loss(_images(BF16, False), _images(U8), "gaussian", "tanh", True),
     "loss, backward": lambda: _loss_backward(_images(BF16)),
+    "loss, laplace": lambda: _loss(_images(BF16), _images(U8), "laplace", "tanh", True),
+    "loss, logistic": lambda: _loss(_images(BF16), _images(U8), "logistic", "tanh", True),
+    "loss, probabilities": lambda: _loss(_images(BF16), _images(U8), "probabilities", None, True),
+    "errors per image, tanh": lambda: _image_errors("gaussian", "tanh"),
+    "errors per image, laplace": lambda: _image_errors("laplace", "tanh"),
+    "errors per image, logistic": lambda: _image_errors("logistic", "tanh"),
+    "errors per image, bernoulli": lambda: _image_errors("bernoulli", None),
+    "errors per image, probabilities": lambda: _image_errors("probabilities", None),
+    "errors per image, backward": _image_errors_backward,
 }
 
 

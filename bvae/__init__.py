@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
+    "AnnealedBeta",
     "BetaLoss",
     "BetaVAE",
     "CapacityLoss",
@@ -29,16 +30,17 @@ if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
 if TYPE_CHECKING:
     from bvae.architectures import register_architecture
     from bvae.fitting import fit
-    from bvae.losses import BetaLoss, CapacityLoss
+    from bvae.losses import AnnealedBeta, BetaLoss, CapacityLoss
     from bvae.model import BetaVAE
+    from bvae.objective import LossTerms
     from bvae.ops import gaussian_kl, reparam_kl, vae_loss
-    from bvae.reference import LossTerms
 else:  # hidden from type checkers, which would accept any name
     _MODULES = {
+        "AnnealedBeta": "losses",
         "BetaLoss": "losses",
         "BetaVAE": "model",
         "CapacityLoss": "losses",
-        "LossTerms": "reference",
+        "LossTerms": "objective",
         "fit": "fitting",  # not fit.py: importing a module of this name would hide the function
         "gaussian_kl": "ops",
         "register_architecture": "architectures",

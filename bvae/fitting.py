@@ -192,7 +192,12 @@ def _check_loss(loss: nn.Module, config: Config) -> None:
             f"loss must have likelihood={wanted[0]!r} and activation={wanted[1]!r} for this model, got "
             f"{loss.likelihood!r} and {loss.activation!r}"
         )
-    if loss.kl_weight == "m_over_n":
+    if loss.reduction == "none" or isinstance(loss.decoder_variance, (str, Tensor)):
+        raise UsageError(
+            "loss must have a reduction of 'mean' or 'sum' and a number as decoder_variance, from which the "
+            f"log computes the MSE per pixel; got {loss.reduction!r} and {loss.decoder_variance!r}"
+        )
+    if isinstance(loss.kl_weight, str):  # "m_over_n"
         loss.kl_weight = config.model.latent_dim / config.data.image_size**2
 
 

@@ -1,107 +1,74 @@
-"""The public operations: check the arguments, draw the seed, run the kernel or the reference."""
+"""The public operations: check the arguments, draw the noise, run the kernel or the reference."""
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
-from bvae import reference
+from bvae import arguments, reference
 from bvae.kernels import launch, noise
-from bvae.reference import Activation, Likelihood, LossTerms, Objective, Reduction
+from bvae.objective import Activation, Likelihood, LossTerms, Objective, Reduction, Variance
 
 if launch.AVAILABLE:
     import bvae.kernels.capacity_loss
+    import bvae.kernels.image_errors
     import bvae.kernels.reparam_kl
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MAX_DIMS = 5  # the batch and up to four more
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    _check_tensor(name, tensor)
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_describe(tensor)}")
-
-
-def _check_pair(mu: Tensor, log_var: Tensor) -> None:
-    _check_float("mu", mu)
-    _check_float("log_var", log_var)
-    if not 2 <= mu.dim() <= _MAX_DIMS:
-        raise ValueError(f"mu must be [B, ...] with one to four more dimensions, got {_describe(mu)}")
-    if mu.shape != log_var.shape:
-        raise ValueError(f"log_var must have mu's shape {list(mu.shape)}, got {_describe(log_var)}")
-    if mu.device != log_var.device:
-        raise ValueError(f"log_var must be on mu's device {mu.device}, got {_describe(log_var)}")
-
-
-def _check_clamp(clamp: tuple[float, float] | None) -> None:
-    if clamp is None:
-        return
-    pair = isinstance(clamp, (tuple, list)) and len(clamp) == 2
-    if not (pair and all(isinstance(bound, (int, float)) for bound in clamp)):
-        raise TypeError(f"clamp must be two numbers (low, high) or None, got {clamp!r}")
-    if not clamp[0] < clamp[1]:
-        raise ValueError(f"clamp must be (low, high) with low < high, got {clamp}")
-
-
-def _counter(name: str, value: Tensor | int, device: torch.device) -> Tensor:
-    """A seed or step as the 0-d int64 tensor that the kernels read."""
-    if isinstance(value, Tensor):
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int64 tensor or a Python int, got {_describe(value)}")
-        if value.dim() != 0 or value.device != device:
-            raise ValueError(f"{name} must be a 0-d tensor on {device}, got {_describe(value)}")
-        return value
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name} must be an int64 tensor or a Python int, got {type(value).__name__} {value!r}"
-        )
-    if name == "seed" and 2**63 <= value < 2**64:  # as torch.initial_seed() may be: use the same 64 bits
-        value -= 2**64
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit into 64 bits, got {value}")
-    return torch.full((), value, dtype=torch.int64, device=device)
+Prior = tuple[Tensor, Tensor] | Distribution | None
 
 
 def reparam_kl(
-    mu: Tensor,
-    log_var: Tensor,
+    mu: Tensor | Distribution,
+    log_var: Tensor | float | None = None,
     *,
+    std: Tensor | None = None,
     seed: Tensor | int | None = None,
     step: Tensor | int | None = None,
     first_sample: int = 0,
+    generator: torch.Generator | None = None,
+    samples: int | None = None,
     clamp: tuple[float, float] | None = None,
+    prior: Prior = None,
+    free_bits: float = 0.0,
+    reduction: str = "sum",
     per_dim: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Draw z ~ N(mu, exp(log_var)) and measure KL(N(mu, exp(log_var)) || N(0, I)).
+    """Draw z ~ N(mu, exp(log_var)) and measure KL(N(mu, exp(log_var)) || prior), by default to N(0, I).
 
         z = mu + exp(log_var / 2) * eps,    KL = 0.5 * (mu^2 + exp(log_var) - 1 - log_var)
 
-    The noise eps is a function of (seed, step, sample, element): `bvae.kernels.noise`. The kernel does not
-    store it; its backward pass draws it again. With seed and step as tensors, it takes one launch forward and
-    one backward. A seed of None costs one more launch, to draw it; each Python int costs one, to copy it.
+    With a seed the noise eps is a function of (seed, step, sample, element): `bvae.kernels.noise`. The kernel
+    does not store it; its backward pass draws it again. With seed and step as tensors, it takes one launch
+    forward and one backward. A seed of None costs one more launch, to draw it; each Python int costs one, to
+    copy it. Where no kernel runs, on a CPU for example, a seed of None draws eps with `torch.randn`.
 
     Args:
-        mu, log_var: `[B, ...]` with one to four more dimensions, one shape and device, any strides; float32,
-            bfloat16, float16, or float64, which runs the reference.
+        mu: `[B, ...]` with one to four more dimensions, any strides; float32, bfloat16, float16, or float64,
+            which runs the reference. Or a `torch.distributions.Normal`, which has mu and std.
+        log_var: what broadcasts to mu's shape: `[B, ...]`, `[D]`, or one number.
+        std: the standard deviation instead of log_var, for example `F.softplus(x)`.
         seed: 0-d int64 tensor on mu's device, or an int up to 2**64 - 1, which a captured graph freezes. None
-            draws one from torch's generator, so that `torch.manual_seed` reproduces and each call differs.
+            draws from torch's generator, so that `torch.manual_seed` reproduces and each call differs.
         step: 0-d int64 tensor on mu's device, or an int: each step of a seed has its own noise. None is 0.
         first_sample: the first sample's number, if the batch is a part of a larger one: the parts then draw
             the same noise as the whole.
+        generator: draws the noise instead of torch's default generator, if there is no seed.
+        samples: K draws of each: z is `[K, B, ...]`. The first is the z of None with the same seed.
         clamp: (low, high) bounds of log_var; its gradient is zero at and outside them. diffusers: (-30, 20).
-        per_dim: also return the batch's mean KL of each dimension.
+        prior: (mu, log_var) or a Normal, given or learned, broadcasting to mu's shape. None is N(0, I).
+        free_bits: nats per dimension. A dimension whose mean KL in the batch is less enters kl with this
+            number, a constant: Kingma et al. (2016), equation 15.
+        reduction: "none" leaves the KL per element.
+        per_dim: also return the batch's mean KL of each dimension, without the free bits.
+
+    `samples`, `prior`, `free_bits` and a `reduction` of "none" run the reference.
 
     Returns:
-        z of mu's shape and dtype; kl `[B]` float32, nats per sample, summed over all other dimensions; with
-        `per_dim`, the mean KL per dimension, float32 of shape mu.shape[1:], nats. float64 gives float64.
+        z of mu's shape and dtype; kl `[B]` float32, nats per sample, summed over all other dimensions (with
+        `reduction="none"` of mu's shape); with `per_dim`, the mean KL per dimension, float32 of shape
+        mu.shape[1:], nats. float64 gives float64.
 
     Raises:
         TypeError, ValueError: naming the argument, its shape and what was expected.
@@ -114,101 +81,78 @@ def reparam_kl(
     (torch.Size([2, 2]), tensor([0.0000, 2.5000]))
     >>> torch.equal(z, reparam_kl(mu, log_var, seed=0)[0])
     True
+    >>> reparam_kl(torch.distributions.Normal(mu, 1.0), samples=5)[0].shape
+    torch.Size([5, 2, 2])
     """
-    _check_pair(mu, log_var)
-    _check_clamp(clamp)
-    if seed is None:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=mu.device)
-    seed = _counter("seed", seed, mu.device)
-    step = None if step is None else _counter("step", step, mu.device)
-    if not 0 <= first_sample <= 2**32 - len(mu):
-        raise ValueError(
-            f"first_sample must be 0 or more and number {len(mu)} samples in 32 bits, got {first_sample}"
-        )
-    if launch.runs_triton(mu, log_var):
+    mu, log_var = arguments.posterior(mu, log_var, std)
+    prior = arguments.prior_of(prior, mu)
+    arguments.check_clamp(clamp)
+    arguments.check_kl_options(reduction, free_bits)
+    arguments.check_sampling(mu, seed, first_sample, generator, samples)
+    step = None if step is None else arguments.counter("step", step, mu.device)
+    if seed is not None:
+        seed = arguments.counter("seed", seed, mu.device)
+    plain = samples is None and prior is None and free_bits == 0 and reduction == "sum"
+    if plain and launch.runs_triton(mu, log_var):
+        if seed is None:
+            seed = torch.randint(2**63 - 1, (), generator=generator, dtype=torch.int64, device=mu.device)
         bounds = None if clamp is None else list(clamp)
         z, kl, kl_per_dim, _ = bvae.kernels.reparam_kl.reparam_kl(
             mu, log_var, seed, step, bounds, per_dim, first_sample
         )
+        return (z, kl, kl_per_dim) if per_dim else (z, kl)
+    if seed is None:
+        # without a generator the call has no such argument, which torch.export cannot take
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
+        shape = mu.shape if samples is None else (samples, *mu.shape)
+        eps = torch.randn(shape, dtype=reference.compute_dtype(mu, log_var), device=mu.device, **source)
     else:
-        eps = noise.normal(mu.shape, seed, step, first_sample)
-        z, kl, kl_per_dim = reference.reparam_kl(mu, log_var, eps, clamp=clamp)
+        eps = _noise_of_seed(mu.shape, seed, step, first_sample, samples)
+    z, kl, kl_per_dim = reference.reparam_kl(
+        mu, log_var, eps, clamp=clamp, prior=prior, free_bits=free_bits, reduction=reduction, per_dim=per_dim
+    )
     return (z, kl, kl_per_dim) if per_dim else (z, kl)
 
 
-def gaussian_kl(mu: Tensor, log_var: Tensor, *, clamp: tuple[float, float] | None = None) -> Tensor:
-    """The KL of `reparam_kl` without the sample: `[B]` float32, nats.
+def _noise_of_seed(
+    shape: torch.Size, seed: Tensor, step: Tensor | None, first_sample: int, samples: int | None
+) -> Tensor:
+    """Noise of `shape`, or `[samples, *shape]`: later draws continue with the elements after the first's."""
+    if samples is None:
+        return noise.normal(shape, seed, step, first_sample)
+    eps = noise.normal((shape[0], samples * math.prod(shape[1:])), seed, step, first_sample)
+    return eps.view(shape[0], samples, *shape[1:]).transpose(0, 1)
+
+
+def gaussian_kl(
+    mu: Tensor | Distribution,
+    log_var: Tensor | float | None = None,
+    *,
+    std: Tensor | None = None,
+    clamp: tuple[float, float] | None = None,
+    prior: Prior = None,
+    free_bits: float = 0.0,
+    reduction: str = "sum",
+) -> Tensor:
+    """The KL of `reparam_kl` without the sample, float32, nats: `[B]`, or mu's shape for `reduction="none"`.
 
     >>> import torch
     >>> from bvae import gaussian_kl
     >>> gaussian_kl(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
     tensor([2.5000])
+    >>> gaussian_kl(torch.tensor([[1.0, 2.0]]), 0.0, prior=(torch.ones(2), torch.zeros(2)), reduction="none")
+    tensor([[0.0000, 0.5000]])
     """
-    _check_pair(mu, log_var)
-    _check_clamp(clamp)
-    if launch.runs_triton(mu, log_var):
+    mu, log_var = arguments.posterior(mu, log_var, std)
+    prior = arguments.prior_of(prior, mu)
+    arguments.check_clamp(clamp)
+    arguments.check_kl_options(reduction, free_bits)
+    plain = prior is None and free_bits == 0 and reduction == "sum"
+    if plain and launch.runs_triton(mu, log_var):
         bounds = None if clamp is None else list(clamp)
         return bvae.kernels.reparam_kl.reparam_kl(mu, log_var, None, None, bounds, False)[1]
-    return reference.reparam_kl(mu, log_var, torch.zeros_like(mu), clamp=clamp)[1]
-
-
-def _as_recon(target: Tensor, recon: Tensor) -> Tensor:
-    """`target` as a view of recon's shape: unchanged, or from channels last if only that fits."""
-    if target.shape == recon.shape:
-        return target
-    if target.dim() == 4 and target.permute(0, 3, 1, 2).shape == recon.shape:
-        return target.permute(0, 3, 1, 2)
-    expected = f"recon's shape {list(recon.shape)}"
-    if recon.dim() == 4:
-        expected += f" or, channels last, {list(recon.permute(0, 2, 3, 1).shape)}"
-    raise ValueError(f"target must have {expected}, got {_describe(target)}")
-
-
-def _check_kl_scale(scale: Tensor, device: torch.device) -> None:
-    """Raise if a tensor that weighs the KL is not 0-d float32 on `device`."""
-    if scale.dtype != torch.float32:
-        raise TypeError(f"kl_weight must be a number or a 0-d float32 tensor, got {_describe(scale)}")
-    if scale.dim() != 0 or scale.device != device:
-        raise ValueError(f"kl_weight must be a number or 0-d on {device}, got {_describe(scale)}")
-    if scale.requires_grad and torch.is_grad_enabled():
-        raise ValueError("kl_weight gets no gradient: pass kl_weight.detach()")
-
-
-def _check_loss(recon: Tensor, target: Tensor, kl: Tensor, objective: Objective) -> Tensor:
-    """Check the tensors of a loss, and return the target as a view of recon's shape."""
-    _check_float("recon", recon)
-    _check_float("kl", kl)
-    if not 2 <= recon.dim() <= _MAX_DIMS:
-        raise ValueError(f"recon must be [B, ...] with one to four more dimensions, got {_describe(recon)}")
-    _check_tensor("target", target)
-    if target.dtype != torch.uint8 and target.dtype not in _FLOATS:
-        raise TypeError(f"target must be uint8 or floating point, got {_describe(target)}")
-    target = _as_recon(target, recon)
-    if target.device != recon.device:
-        raise ValueError(f"target must be on recon's device {recon.device}, got {_describe(target)}")
-    if kl.shape != recon.shape[:1] or kl.device != recon.device:
-        raise ValueError(
-            f"kl must be [{recon.shape[0]}] on {recon.device}, one number per image, got {_describe(kl)}"
-        )
-    if objective.likelihood == "bernoulli":
-        _check_probabilities(target)
-    if target.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"target gets no gradient: pass target.detach(), got {_describe(target)}")
-    return target
-
-
-def _check_probabilities(target: Tensor) -> None:
-    """Raise for a Bernoulli target outside [0, 1]; only in eager mode on a CPU, where no sync is needed."""
-    if torch.compiler.is_compiling() or target.device.type != "cpu" or not target.is_floating_point():
-        return
-    if target.numel() == 0:
-        return
-    low, high = (bound.item() for bound in torch.aminmax(target))
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"target of a bernoulli likelihood must lie in [0, 1], got {_describe(target)} with values from "
-            f"{low:.6g} to {high:.6g}"
-        )
+    options: dict[str, Any] = {"clamp": clamp, "prior": prior, "free_bits": free_bits, "reduction": reduction}
+    return reference.reparam_kl(mu, log_var, None, per_dim=False, **options)[1]
 
 
 def vae_loss(
@@ -218,12 +162,16 @@ def vae_loss(
     *,
     kl_weight: float | Tensor = 1.0,
     step: Tensor | int | None = None,
-    max_capacity: float = 25.0,
+    max_capacity: float | Tensor = 25.0,
     capacity_iters: int = 10_000,
     likelihood: Likelihood = "gaussian",
     activation: Activation = None,
+    from_logits: bool = True,
     reduction: Reduction = "mean",
-    decoder_variance: float = 0.5,
+    decoder_variance: Variance = 0.5,
+    decoder_scale: float | Tensor = 1.0,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> LossTerms:
     """The beta-VAE's objective or, with `step`, the capacity objective.
 
@@ -231,42 +179,62 @@ def vae_loss(
         loss = recon + kl_weight * |kld - C|       Burgess et al. (2018), equation 8
 
     with kld the mean of kl over the batch, C = clamp(max_capacity / capacity_iters * step, 0, max_capacity).
-    The reconstruction term, up to a constant the negative log-likelihood of an image in nats, is
+    The reconstruction term, up to a constant the negative log-likelihood of an image in nats, is the sum over
+    its elements, with x = activation(recon), y the target, v = decoder_variance and s = decoder_scale, of
 
-        gaussian     sum of (activation(recon) - target)^2 / (2 * decoder_variance)
-        bernoulli    sum of the binary cross-entropy of target with the logits recon
+        gaussian     (x - y)^2 / (2 v)
+        laplace      |x - y| / s
+        logistic     -log(sigmoid((y - x + h) / s) - sigmoid((y - x - h) / s)), h half of a step of uint8
+        bernoulli    the binary cross-entropy of y with the logits recon
 
     averaged over the batch (`reduction="sum"`) and, for `"mean"`, over the elements of an image too: with the
-    default variance of 1/2 that is the mean squared error.
+    default variance of 1/2 that is the mean squared error, and for laplace the mean absolute error.
 
     Args:
         recon: `[B, ...]` with one to four more dimensions, any strides, floating point. The decoder's output:
             raw with `activation`, else already activated; logits for `bernoulli`.
         target: floating point in the decoder's range, or uint8, which is scaled to it: [0, 1] for
-            `bernoulli` or `activation="sigmoid"`, else [-1, 1] (`bvae.reference.Objective.pixel_range`).
+            `bernoulli` or `activation="sigmoid"`, else [-1, 1] (`bvae.objective.Objective.pixel_range`).
             recon's shape with any strides, or `[B, H, W, C]` for recon `[B, C, H, W]`; a shape that fits both
-            ways is read as `[B, C, H, W]`.
+            ways is read as `[B, C, H, W]`. It gets a gradient if it requires one.
         kl: `[B]` floating point, nats per image.
         kl_weight: the factor of the KL term: beta or gamma, times M/N where the reconstruction is a mean. A
-            number, or a 0-d float32 tensor on recon's device, which the kernel loads. `torch.compile`
+            number, or one in a floating-point tensor on recon's device, learned or not. `torch.compile`
             compiles again for each new number, up to its limit, and a captured graph keeps the number that it
             was captured with. If the weight changes from step to step, pass a tensor and write into it, or
             anneal the attributes of `bvae.losses`' modules, which do that.
         step: 0-d int64 tensor on recon's device, or an int, which a captured graph freezes: the training
             step, 1 on the first. None is the objective without a capacity.
-        max_capacity, capacity_iters: C's last value in nats, and the step that reaches it.
+        max_capacity, capacity_iters: C's last value in nats, a number or one in a tensor, and the step that
+            reaches it.
+        from_logits: False takes bernoulli's recon as probabilities. Logarithms are bounded by -100, as in
+            `F.binary_cross_entropy`.
+        reduction: "mean", "sum", or "none": loss, recon (as for "sum") and kld are then `[B]`, one per image,
+            and the capacity term is the |kl - C| of each image.
+        decoder_variance: of the gaussian: a number; a tensor that broadcasts to recon's shape, such as one
+            parameter or a decoder's variance of each pixel, which adds 0.5 log v to each element; or
+            "optimal", the batch's mean squared error, which is the best v: Rybkin et al. (2021).
+        decoder_scale: of laplace and logistic: a number, or a tensor that broadcasts to recon's shape. A
+            tensor adds log s to each element of laplace. The nats of logistic are complete in any case.
+        weight: `[B]` floating point, at least 0: the averages are averages with these weights, and a
+            `reduction` of "none" multiplies loss and recon by them.
+        mask: bool, recon's shape or 1 in some dimensions: False leaves elements out of the reconstruction,
+            whatever they hold, and out of the number that "mean" divides by.
 
     The kernel reads recon and target once. If recon needs a gradient, the kernel also writes it up to a
     factor, which the backward pass applies. With bfloat16 and uint8 that is 5 bytes per element forward and 4
-    backward, in one launch each; a tensor like recon is kept in between.
+    backward, in one launch each; a tensor like recon is kept in between. A `weight`, a `reduction` of "none",
+    a learned number or an optimal variance add launches on `[B]`. A mask, a variance or scale of several
+    numbers, a learned scale of logistic and a gradient of the target run the reference.
 
     Returns:
-        `LossTerms`, 0-d float32 tensors; loss, recon and kld are differentiable with respect to recon and kl.
+        `LossTerms`, 0-d float32 tensors; loss, recon and kld are differentiable.
 
     Raises:
-        TypeError, ValueError: naming the argument, its shape and what was expected. A target that requires a
-        gradient raises, because it gets none. A float target outside [0, 1] for `bernoulli` raises on a CPU
-        in eager mode; elsewhere the check would make the host wait, and the loss is NaN instead.
+        TypeError, ValueError: naming the argument, its shape and what was expected. A float target or
+        probability outside [0, 1] for `bernoulli`, a negative weight, variance or scale raise on a CPU in
+        eager mode, and logits that all lie in [0, 1] give a warning; elsewhere the check would make the host
+        wait, and the loss is NaN instead, without a warning.
 
     >>> import torch
     >>> from bvae import vae_loss
@@ -274,6 +242,8 @@ def vae_loss(
     >>> terms = vae_loss(recon, images, torch.tensor([2.0]), kl_weight=0.5)
     >>> terms.loss, terms.recon, terms.kld
     (tensor(2.), tensor(1.), tensor(2.))
+    >>> vae_loss(recon, images, torch.tensor([2.0]), reduction="none").loss  # 192 elements, and the KL
+    tensor([194.])
     """
     kl_scale = kl_weight if isinstance(kl_weight, Tensor) else None
     objective = Objective(
@@ -284,8 +254,10 @@ def vae_loss(
         activation=activation,
         reduction=reduction,
         decoder_variance=decoder_variance,
+        decoder_scale=decoder_scale,
+        from_logits=from_logits,
     )
-    return loss_of(objective, recon, target, kl, step=step, kl_scale=kl_scale)
+    return loss_of(objective, recon, target, kl, step=step, kl_scale=kl_scale, weight=weight, mask=mask)
 
 
 def loss_of(
@@ -296,36 +268,69 @@ def loss_of(
     *,
     step: Tensor | int | None = None,
     kl_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> LossTerms:
     """`vae_loss` of an `Objective`.
 
     The KL's weight has two factors. objective.kl_weight, a Python number, is compiled in and costs no launch.
-    `kl_scale`, 0-d float32 on recon's device, is the one device scalar: the kernel loads it, so it may change
+    `kl_scale`, one number on recon's device, is the one device scalar: the kernel loads it, so it may change
     between calls of a compiled function and replays of a captured graph. A loss module needs both: M/N comes
     from the shapes of each call. Writing it into the scalar would take a launch, and a captured graph would
     repeat that launch and overwrite a beta or gamma that was assigned later.
     """
-    target = _check_loss(recon, target, kl, objective)
+    target = arguments.target_of(recon, target, kl, objective)
+    arguments.check_tensor_options(objective, recon)
+    arguments.check_weight_and_mask(weight, mask, recon)
     if kl_scale is not None:
-        _check_kl_scale(kl_scale, recon.device)
-    step = None if step is None else _counter("step", step, recon.device)
-    if not launch.runs_triton(recon, target, kl):
-        return reference.vae_loss(recon, target, kl, objective, step=step, kl_scale=kl_scale)
+        arguments.check_kl_scale(kl_scale, recon.device)
+    step = None if step is None else arguments.counter("step", step, recon.device)
+    rest = {"step": step, "kl_scale": kl_scale, "weight": weight}
+    wants_gradient = torch.is_grad_enabled() and target.requires_grad
+    if mask is not None or wants_gradient or not _has_kernel(objective, recon, target, kl):
+        return reference.vae_loss(recon, target, kl, objective, mask=mask, **rest)
+    with_grad = recon.requires_grad and torch.is_grad_enabled()
+    likelihood = objective.likelihood if objective.from_logits else "probabilities"
+    pixel_low = objective.pixel_range[0]
+    learned = kl_scale is not None and kl_scale.requires_grad and torch.is_grad_enabled()
+    numbers = not isinstance(objective.spread, (str, Tensor)) and not isinstance(
+        objective.max_capacity, Tensor
+    )
+    if objective.reduction == "none" or weight is not None or learned or not numbers:
+        scale = objective.spread if likelihood == "logistic" else 1.0
+        errors, _ = bvae.kernels.image_errors.image_errors(
+            recon, target, with_grad, likelihood, objective.activation, scale, pixel_low
+        )
+        return reference.terms_of(errors, math.prod(recon.shape[1:]), kl, objective, **rest)
+    if kl_scale is not None:
+        kl_scale = kl_scale.detach().reshape(()).float()
     *terms, _, _ = bvae.kernels.capacity_loss.vae_loss(
         recon,
         target,
         kl,
         step,
         kl_scale,
-        recon.requires_grad and torch.is_grad_enabled(),
+        with_grad,
         # the fields of `capacity_loss.Options`
         objective.kl_weight,
         objective.max_capacity,
         int(objective.capacity_iters),  # PyTorch-VAE's is 1e5
-        objective.likelihood,
+        likelihood,
         objective.activation,
         objective.reduction,
-        objective.decoder_variance,
-        objective.pixel_range[0],
+        objective.spread,
+        pixel_low,
     )
     return LossTerms(*terms)
+
+
+def _has_kernel(objective: Objective, recon: Tensor, target: Tensor, kl: Tensor) -> bool:
+    """Whether a kernel computes the reconstruction term of `objective` for these tensors."""
+    if not launch.runs_triton(recon, target, kl):
+        return False
+    if isinstance(objective.spread, Tensor) and (
+        objective.likelihood == "logistic" or objective.spread.numel() > 1
+    ):
+        return False
+    # the gradient at a probability near 0 is beyond float16, and the kernel stores it
+    return objective.from_logits or recon.dtype != torch.float16

@@ -1,82 +1,20 @@
 """The mathematics of the objective in plain PyTorch: the specification of the kernels.
 
 It runs on any device, is differentiated by autograd, and computes in float32, or in float64 if an argument is
-float64. The tests and benchmarks compare the kernels with it, and training on a CPU uses it.
+float64. The tests and benchmarks compare the kernels with it. It runs where no kernel does: on a CPU, and for
+the forms that the kernels lack.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Likelihood = Literal["gaussian", "bernoulli"]
-Activation = Literal["tanh", "sigmoid"] | None
-Reduction = Literal["mean", "sum"]
+from bvae.objective import LossTerms, Objective
 
-
-class LossTerms(NamedTuple):
-    """The objective and its parts: 0-d tensors, float32 (float64 if an argument is float64)."""
-
-    loss: Tensor  # the number that training minimises
-    recon: Tensor  # the reconstruction term, as it enters the loss
-    kld: Tensor  # the batch's mean KL divergence, nats per image, unweighted
-    capacity: Tensor  # C in nats; 0 if the objective has none
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The options of an objective; `bvae.ops.vae_loss` documents them.
-
-    Raises:
-        TypeError: an option that must be a number is not one.
-        ValueError: an option out of its range, or an invalid combination.
-    """
-
-    kl_weight: float = 1.0
-    max_capacity: float = 25.0  # nats
-    capacity_iters: int = 10_000  # steps
-    likelihood: Likelihood = "gaussian"
-    activation: Activation = None
-    reduction: Reduction = "mean"
-    decoder_variance: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.likelihood not in ("gaussian", "bernoulli"):
-            raise ValueError(f"likelihood must be 'gaussian' or 'bernoulli', got {self.likelihood!r}")
-        if self.activation not in (None, "tanh", "sigmoid"):
-            raise ValueError(f"activation must be None, 'tanh' or 'sigmoid', got {self.activation!r}")
-        if self.likelihood == "bernoulli" and self.activation is not None:
-            raise ValueError(
-                f"a bernoulli likelihood takes logits: activation must be None, got {self.activation!r}"
-            )
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}")
-        for name in ("max_capacity", "capacity_iters", "decoder_variance"):
-            if isinstance(getattr(self, name), Tensor):  # whose gradient would be lost without a word
-                raise TypeError(
-                    f"{name} must be a number, got a tensor: it is not learned; give float({name})"
-                )
-        if not 0 < self.decoder_variance < math.inf:
-            raise ValueError(f"decoder_variance must be positive, got {self.decoder_variance}")
-        if not 0 <= self.max_capacity < math.inf:
-            raise ValueError(f"max_capacity must be at least 0 nats, got {self.max_capacity}")
-        if not 1 <= self.capacity_iters < math.inf or self.capacity_iters % 1 != 0:
-            raise ValueError(f"capacity_iters must be at least 1 step and whole, got {self.capacity_iters}")
-        if isinstance(self.kl_weight, bool) or not isinstance(self.kl_weight, (int, float)):
-            got = type(self.kl_weight).__name__
-            raise TypeError(f"kl_weight must be a number or a 0-d float32 tensor, got {got}")
-
-    @property
-    def pixel_range(self) -> tuple[float, float]:
-        """The range of the decoder's output, to which uint8 pixels are scaled.
-
-        [0, 1] for a Bernoulli likelihood or a sigmoid. Otherwise [-1, 1], for a tanh and for outputs that are
-        already activated.
-        """
-        return (0.0 if self.likelihood == "bernoulli" or self.activation == "sigmoid" else -1.0), 1.0
+_SMALLEST = 1e-6  # a variance or scale that is a tensor counts as at least this, as in F.gaussian_nll_loss
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -95,20 +33,34 @@ def scale_pixels(images: Tensor, low: float = -1.0) -> Tensor:
 
 
 def reparam_kl(
-    mu: Tensor, log_var: Tensor, eps: Tensor, *, clamp: tuple[float, float] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A sample of N(mu, exp(log_var)), and its KL divergence to N(0, I): Kingma and Welling (2014).
+    mu: Tensor,
+    log_var: Tensor,
+    eps: Tensor | None,
+    *,
+    clamp: tuple[float, float] | None = None,
+    prior: tuple[Tensor, Tensor] | None = None,
+    free_bits: float = 0.0,
+    reduction: str = "sum",
+    per_dim: bool = True,
+) -> tuple[Any, Tensor, Any]:
+    """A sample of N(mu, exp(log_var)), and its KL divergence to the prior: Kingma and Welling (2014).
 
         z  = mu + exp(log_var / 2) * eps
-        KL = 0.5 * (mu^2 + exp(log_var) - 1 - log_var)
+        KL = 0.5 * (mu^2 + exp(log_var) - 1 - log_var)         to N(0, I); else with mu - m and log_var - v:
+        KL = 0.5 * ((mu - m)^2 / exp(v) + exp(log_var - v) - 1 - (log_var - v))
 
     Args:
         mu, log_var: `[B, ...]`, of one shape.
-        eps: standard normal noise of that shape.
+        eps: standard normal noise `[B, ...]` or `[K, B, ...]`; None for the KL alone.
         clamp: bounds of log_var; its gradient at and outside them is zero. diffusers has them.
+        prior: the prior's mean m and log variance v, which broadcast to mu's shape.
+        free_bits: a dimension whose mean KL in the batch is less has this instead, a constant, in `kl`:
+            Kingma et al. (2016), equation 15.
+        reduction: "sum" or "none".
 
     Returns:
-        z in mu's shape and dtype; the KL per sample, `[B]`, nats; the batch's mean KL per dimension, nats.
+        z in mu's dtype, or None without eps; the KL per sample, `[B]`, or with "none" per element, nats; with
+        `per_dim` the batch's mean KL per dimension, nats, without the free bits, else None.
     """
     dtype = compute_dtype(mu, log_var)
     mean, log_variance = mu.to(dtype), log_var.to(dtype)
@@ -116,14 +68,93 @@ def reparam_kl(
         low, high = clamp
         inside = (log_variance > low) & (log_variance < high)
         log_variance = torch.where(inside, log_variance, log_variance.detach().clamp(low, high))
-    z = mean + torch.exp(0.5 * log_variance) * eps
-    kl = 0.5 * (mean * mean + torch.exp(log_variance) - 1 - log_variance)
-    return z.to(mu.dtype), kl.flatten(1).sum(1), kl.mean(0)
+    half = 0.5 * log_variance
+    std = torch.exp(half)
+    z = None if eps is None else torch.addcmul(mean, std, eps.to(dtype)).to(mu.dtype)
+    if prior is None:  # in the form that takes a CPU the fewest passes, forward and backward
+        kl = torch.add(-0.5 - half, mean * mean + std * std, alpha=0.5)
+    else:
+        prior_mean, prior_log_variance = (p.to(dtype) for p in prior)
+        excess = log_variance - prior_log_variance
+        distance = (mean - prior_mean) * torch.exp(-0.5 * prior_log_variance)
+        kl = 0.5 * (distance.square() + torch.exp(excess) - 1 - excess)
+    kl_per_dim = kl.mean(0) if per_dim else None
+    if free_bits > 0:
+        kl = torch.where(kl.mean(0) < free_bits, free_bits, kl)
+    if reduction == "sum":
+        kl = kl.flatten(1).sum(1)
+    return z, kl, kl_per_dim
 
 
-def capacity_at(step: Tensor, max_capacity: float, capacity_iters: int) -> Tensor:
+def capacity_at(step: Tensor, max_capacity: float | Tensor, capacity_iters: int) -> Tensor:
     """C = clamp(max_capacity / capacity_iters * step, 0, max_capacity), nats: Burgess et al. (2018)."""
+    if isinstance(max_capacity, Tensor):
+        rising = step.to(max_capacity.dtype) * (max_capacity / capacity_iters)
+        return torch.minimum(rising.clamp(min=0.0), max_capacity)
     return (step.float() * (max_capacity / capacity_iters)).clamp(0.0, max_capacity)
+
+
+def _at_least_smallest(spread: Tensor) -> Tensor:
+    """A variance or scale; the gradient passes, as with F.gaussian_nll_loss. A negative one gives NaN."""
+    spread = torch.where(spread < 0, torch.nan, spread)
+    return spread + (spread.clamp(min=_SMALLEST) - spread).detach()
+
+
+def pixel_errors(x: Tensor, y: Tensor, objective: Objective) -> Tensor:
+    """The error of each element, not yet divided by the variance or scale: see `bvae.ops.vae_loss`.
+
+    Args:
+        x: the decoder's output, before the activation.
+        y: the target, in the decoder's range.
+    """
+    if objective.likelihood == "bernoulli":
+        if objective.from_logits:
+            return F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        wrong = ~((x >= 0) & (x <= 1))  # torch's function stops a GPU for these
+        error = F.binary_cross_entropy(torch.where(wrong, 0.5, x), y, reduction="none")
+        return torch.where(wrong, torch.nan, error)
+    if objective.activation is not None:
+        x = torch.tanh(x) if objective.activation == "tanh" else torch.sigmoid(x)
+    if objective.likelihood == "gaussian":
+        return F.mse_loss(x, y, reduction="none")
+    if objective.likelihood == "laplace":
+        return F.l1_loss(x, y, reduction="none")
+    return _logistic_errors(x, y, objective)
+
+
+def _logistic_errors(x: Tensor, y: Tensor, objective: Objective) -> Tensor:
+    """-log of the probability that a logistic distribution around x gives to y's bin, one of 256.
+
+    With the bin's ends at a and b scales from x, log(sigmoid(a) - sigmoid(b)) is log sigmoid(a) +
+    log sigmoid(-b) + log(1 - exp(b - a)), which does not cancel. The first and last bin have no outer end.
+    """
+    low, high = objective.pixel_range
+    half_bin = (high - low) / 510
+    scale = objective.decoder_scale
+    if isinstance(scale, Tensor):
+        scale = _at_least_smallest(scale.to(x.dtype))
+        log_width: Any = torch.log(-torch.expm1(-2 * half_bin / scale))
+    else:
+        log_width = math.log(-math.expm1(-2 * half_bin / scale))
+    above = -F.logsigmoid((y + half_bin - x) / scale)
+    below = -F.logsigmoid((x - y + half_bin) / scale)
+    return torch.where(y <= low, above, torch.where(y >= high, below, above + below - log_width))
+
+
+def _divided(errors: Tensor, count: float | Tensor, spread: float | Tensor, objective: Objective) -> Tensor:
+    """The negative log-likelihood of `count` elements, whose `errors` add up, up to a constant.
+
+    A tensor, which may be learned, adds the logarithm that keeps it from growing.
+    """
+    if objective.likelihood in ("bernoulli", "logistic"):
+        return errors
+    gaussian = objective.likelihood == "gaussian"
+    if not isinstance(spread, Tensor):
+        divisor = 2 * spread if gaussian else spread
+        return errors if divisor == 1 else errors / divisor
+    spread = _at_least_smallest(spread.to(errors.dtype))
+    nll = count * torch.log(spread) + errors / spread
+    return 0.5 * nll if gaussian else nll
 
 
 def vae_loss(
@@ -134,13 +165,12 @@ def vae_loss(
     *,
     step: Tensor | None = None,
     kl_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> LossTerms:
     """The beta-VAE's objectives; `bvae.ops.vae_loss` documents the arguments.
 
-    without step: loss = recon + weight * kld             Higgins et al. (2017), equation 4
-    with step:    loss = recon + weight * |kld - C|       Burgess et al. (2018), equation 8
-
-    The weight is the objective's kl_weight, times kl_scale (a 0-d tensor) if it is given.
+    The KL's weight is the objective's kl_weight, times kl_scale (one number in a tensor) if it is given.
     """
     dtype = compute_dtype(recon, target, kl)
     x = recon.to(dtype)
@@ -148,18 +178,68 @@ def vae_loss(
         y = scale_pixels(target, objective.pixel_range[0]).to(dtype)
     else:
         y = target.to(dtype)
-    if objective.likelihood == "bernoulli":
-        if target.dtype != torch.uint8:  # make a wrong target visible without a sync
+        if objective.likelihood == "bernoulli":  # make a wrong target visible without a sync
             y = torch.where((y < 0) | (y > 1), torch.nan, y)
-        error = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+    if mask is not None:  # before the error, whose gradient would carry a NaN of an element left out
+        x, y = torch.where(mask, x, 0.0), torch.where(mask, y, 0.0)
+    errors = pixel_errors(x, y, objective)
+    spread, elements = objective.spread, tuple(range(1, x.dim()))
+    if isinstance(spread, Tensor) and spread.numel() > 1:
+        errors = _divided(errors, 1.0, spread, objective)
+    counts: int | Tensor = math.prod(x.shape[1:])
+    if mask is not None:
+        errors = torch.where(mask, errors, 0.0)
+        counts = mask.expand(x.shape).sum(elements)
+    return terms_of(errors.sum(elements), counts, kl, objective, step=step, kl_scale=kl_scale, weight=weight)
+
+
+def terms_of(
+    errors: Tensor,
+    counts: int | Tensor,
+    kl: Tensor,
+    objective: Objective,
+    *,
+    step: Tensor | None = None,
+    kl_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> LossTerms:
+    """The objective of images whose `pixel_errors` add up to `errors` `[B]`, over `counts` elements each.
+
+    without step: loss = recon + weight * kld             Higgins et al. (2017), equation 4
+    with step:    loss = recon + weight * |kld - C|       Burgess et al. (2018), equation 8
+
+    A variance or scale of more than one number has divided them already.
+    """
+    dtype = errors.dtype
+    if weight is not None:
+        weight = torch.where(weight < 0, torch.nan, weight).to(dtype)
+    images = errors.shape[0] if weight is None else weight.sum()
+
+    def total(per_image: Tensor) -> Tensor:
+        return (per_image if weight is None else weight * per_image).sum()
+
+    elements = total(counts.to(dtype)) if isinstance(counts, Tensor) else images * counts
+    spread = objective.spread
+    if isinstance(spread, str):  # "optimal"
+        spread = (total(errors) / elements).clamp(min=_SMALLEST)
+    if not isinstance(spread, Tensor) or spread.numel() == 1:
+        spread = spread.reshape(()) if isinstance(spread, Tensor) else spread
+        errors = _divided(errors, counts, spread, objective)
+    kl_weight: float | Tensor = objective.kl_weight
+    if kl_scale is not None:
+        kl_weight = kl_weight * kl_scale.reshape(()).to(dtype)
+    kl = kl.to(dtype)
+    if objective.reduction == "none":
+        recon_term, kld = (errors if weight is None else weight * errors), kl
     else:
-        if objective.activation is not None:
-            x = torch.tanh(x) if objective.activation == "tanh" else torch.sigmoid(x)
-        error = (x - y).square() / (2 * objective.decoder_variance)
-    recon_term = error.mean() if objective.reduction == "mean" else error.flatten(1).sum(1).mean()
-    kld = kl.to(dtype).mean()
-    weight = objective.kl_weight if kl_scale is None else objective.kl_weight * kl_scale
-    if step is None:
-        return LossTerms(recon_term + weight * kld, recon_term, kld, torch.zeros_like(kld))
-    capacity = capacity_at(step, objective.max_capacity, objective.capacity_iters).to(dtype)
-    return LossTerms(recon_term + weight * (kld - capacity).abs(), recon_term, kld, capacity)
+        recon_term = total(errors) / (elements if objective.reduction == "mean" else images)
+        kld = total(kl) / images
+    capacity, excess = torch.zeros((), dtype=dtype, device=errors.device), kld
+    if step is not None:
+        limit = objective.max_capacity
+        limit = limit.reshape(()).to(dtype) if isinstance(limit, Tensor) else limit
+        capacity = capacity_at(step, limit, objective.capacity_iters).to(dtype)
+        excess = (kld - capacity).abs()
+    if objective.reduction == "none" and weight is not None:
+        excess = weight * excess
+    return LossTerms(recon_term + kl_weight * excess, recon_term, kld, capacity)

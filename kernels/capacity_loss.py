@@ -1,16 +1,12 @@
 """recon, target, KL, step -> the loss terms, and the gradient of recon in the same pass.
 
-    error = (activation(recon) - target)^2                  gaussian
-          = BCE(sigmoid(recon), target)                     bernoulli: recon are logits
-    loss  = error_scale * sum(error) + weight * kld            kld = mean(KL), weight = kl_weight * kl_scale
-          = error_scale * sum(error) + weight * |kld - C|      C = clamp(ratio * step, 0, max_capacity)
+    loss = error_scale * sum(error) + weight * kld            kld = mean(KL), weight = kl_weight * kl_scale
+         = error_scale * sum(error) + weight * |kld - C|      C = clamp(ratio * step, 0, max_capacity)
 
 recon's gradient does not depend on the sum, so the pass that reads recon and target for the loss also writes
+the error's `unscaled_grad`; `likelihood` has both.
 
-    unscaled_grad = (activation(recon) - target) * activation'(recon)      gaussian
-                  = sigmoid(recon) - target                                bernoulli
-
-    d loss / d recon = unscaled_grad * grad_scale     grad_scale = 2 * error_scale; bernoulli: error_scale
+    d loss / d recon = unscaled_grad * grad_scale             grad_scale = factor * error_scale
 
 Each element is read once: 5 bytes of traffic for bfloat16 and uint8. A tensor like recon is kept for the
 backward pass. The gradient is stored without its scale, because the scale of a mean is below float16's
@@ -31,50 +27,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bvae.kernels import likelihood
 from bvae.kernels.completion_counters import completion_counters
 from bvae.kernels.launch import Launch, check_single_backward, collapse, is_dense, power_of_two
+from bvae.kernels.likelihood import error_and_grad, pixel
 from bvae.kernels.tile import last_to_arrive, offsets
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x in [0, 1]: the rounding of 1 + x is divided out again (Kahan)."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
-
-
-@triton.jit
-def _tanh(x):
-    e = tl.exp(-2.0 * tl.abs(x))  # never overflows
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _error_and_grad(x, y, BERNOULLI: tl.constexpr, ACTIVATION: tl.constexpr):
-    """An element's reconstruction error and its `unscaled_grad`, as in the module's docstring."""
-    if BERNOULLI:
-        e = tl.exp(-tl.abs(x))  # never overflows; used for error and gradient
-        log_sigmoid = tl.where(x < 0, x, 0.0) - _log1p(e)
-        error = (1.0 - y) * x - log_sigmoid
-        unscaled_grad = tl.where(x < 0, e, 1.0) / (1.0 + e) - y
-    else:
-        v = x
-        derivative = tl.full(x.shape, 1.0, tl.float32)
-        if ACTIVATION == "tanh":
-            v = _tanh(x)
-            derivative = 1.0 - v * v
-        if ACTIVATION == "sigmoid":
-            v = _sigmoid(x)
-            derivative = v * (1.0 - v)
-        error = (v - y) * (v - y)
-        unscaled_grad = (v - y) * derivative
-    return error, unscaled_grad
 
 
 @triton.jit(do_not_specialize=["batch", "rows"])  # the last batch of an epoch compiles nothing
@@ -101,6 +58,10 @@ def _forward_kernel(
     max_capacity,
     pixel_shift,  # a uint8 pixel p is (p - shift) * scale
     pixel_scale,
+    low,  # of the logistic: the smallest target, half a bin, 1 / scale and the logarithm of `likelihood`
+    half_bin,
+    inverse_scale,
+    log_width,
     kl_stride,
     sizes,
     recon_row_stride,
@@ -110,7 +71,7 @@ def _forward_kernel(
     unscaled_grad_row_stride,
     unscaled_grad_strides,
     DIMS: tl.constexpr,
-    BERNOULLI: tl.constexpr,
+    LIKELIHOOD: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PROGRAMS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -127,12 +88,10 @@ def _forward_kernel(
         recon_ptrs = recon + row * recon_row_stride + offsets(column, sizes, recon_strides, DIMS)
         target_ptrs = target + row * target_row_stride + offsets(column, sizes, target_strides, DIMS)
         x = tl.load(recon_ptrs, mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(target_ptrs, mask=mask, other=0).to(tl.float32)
-        if target.dtype.element_ty == tl.uint8:
-            y = (y - pixel_shift) * pixel_scale
-        elif BERNOULLI:  # not a probability: the loss becomes NaN
-            y = tl.where((y < 0.0) | (y > 1.0), float("nan"), y)
-        error, element_grad = _error_and_grad(x, y, BERNOULLI, ACTIVATION)
+        y = pixel(tl.load(target_ptrs, mask=mask, other=0), pixel_shift, pixel_scale, LIKELIHOOD)
+        error, element_grad = error_and_grad(
+            x, y, low, half_bin, inverse_scale, log_width, LIKELIHOOD, ACTIVATION
+        )
         error_sum += tl.where(mask, error, 0.0)
         if unscaled_grad is not None:
             offset = row * unscaled_grad_row_stride + offsets(column, sizes, unscaled_grad_strides, DIMS)
@@ -211,30 +170,28 @@ _PROGRAMS = 1024  # enough to fill the largest GPU; each loops over its share. A
 
 
 class Options(NamedTuple):
-    """An objective's options, in the order of the operation's schema: a flat `bvae.reference.Objective`."""
+    """An objective's options, in the order of the operation's schema."""
 
     kl_weight: float
     max_capacity: float
     capacity_iters: int
-    likelihood: str
+    likelihood: str  # "probabilities" is a bernoulli whose recon are no logits
     activation: str | None
     reduction: str
-    decoder_variance: float
+    spread: float  # the gaussian's variance, else the scale
     pixel_low: float  # a uint8 target is scaled to [pixel_low, 1]; -1 or 0
 
 
 def _error_scale(recon: Tensor, options: Options) -> float:
     """The factor of the summed error in the loss."""
     terms = recon.numel() if options.reduction == "mean" else recon.shape[0]
-    return (
-        1.0 / terms if options.likelihood == "bernoulli" else 1.0 / (2.0 * options.decoder_variance * terms)
-    )
+    divisor = {"gaussian": 2.0 * options.spread, "laplace": options.spread}.get(options.likelihood, 1.0)
+    return 1.0 / (divisor * terms)
 
 
 def _grad_scale(recon: Tensor, options: Options) -> float:
     """The factor that turns the unscaled gradient into the loss's gradient."""
-    scale = _error_scale(recon, options)
-    return scale if options.likelihood == "bernoulli" else 2.0 * scale
+    return likelihood.factor(options.likelihood, options.spread) * _error_scale(recon, options)
 
 
 def _layout(*tensors: Tensor) -> tuple[dict[str, Any], list[tuple[int, tuple[int, ...]]]]:
@@ -289,10 +246,8 @@ def plan_forward(
         "kl_weight": options.kl_weight,
         "capacity_ratio": options.max_capacity / options.capacity_iters,
         "max_capacity": options.max_capacity,
-        "pixel_shift": 0.0 if options.pixel_low == 0.0 else 127.5,
-        "pixel_scale": 1 / 255 if options.pixel_low == 0.0 else 1 / 127.5,
         "kl_stride": kl.stride(0),
-        "BERNOULLI": options.likelihood == "bernoulli",
+        **likelihood.arguments(options.likelihood, options.spread, options.pixel_low),
         "ACTIVATION": options.activation,
         "PROGRAMS_PADDED": _PROGRAMS,
         "BLOCK": block,
@@ -347,7 +302,7 @@ def _backward_outputs(unscaled_grad: Tensor, batch: int, kl_dtype: torch.dtype) 
 _SCHEMA = """(
     Tensor recon, Tensor target, Tensor kl, Tensor? step, Tensor? kl_scale, bool with_grad,
     float kl_weight, float max_capacity, int capacity_iters, str likelihood, str? activation, str reduction,
-    float decoder_variance, float pixel_low
+    float spread, float pixel_low
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
 

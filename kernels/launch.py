@@ -27,16 +27,14 @@ def runs_triton(*tensors: Tensor) -> bool:
     float32), if a tensor is empty (a grid cannot be empty), and inside `torch.func`'s transforms and
     forward-mode AD, for which a kernel has no rule: its tangents would be zero.
     """
-    if not (AVAILABLE and ENABLED) or any(t.dtype == torch.float64 or t.numel() == 0 for t in tensors):
+    kind = tensors[0].device.type
+    on_device = os.environ.get("TRITON_INTERPRET") == "1" if kind == "cpu" else kind == "cuda"
+    if not (on_device and AVAILABLE and ENABLED) or is_transformed():
         return False
-    if _is_transformed():
-        return False
-    if tensors[0].device.type == "cpu":
-        return os.environ.get("TRITON_INTERPRET") == "1"
-    return tensors[0].device.type == "cuda"
+    return not any(t.dtype == torch.float64 or t.numel() == 0 for t in tensors)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode AD is active."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 

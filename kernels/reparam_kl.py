@@ -6,7 +6,7 @@
 The noise eps comes from `noise`. The forward pass does not store it; the backward pass draws it again:
 
     d_mu      = d_z + d_KL * mu
-    d_log_var = d_z * eps * exp(log_var / 2) / 2 + d_KL * (exp(log_var) - 1) / 2     (0 at or past a bound)
+    d_log_var = (std * (d_z * eps + d_KL * std) - d_KL) / 2     std = exp(log_var / 2); 0 at or past a bound
 
 A sample is a row. Many short rows share a program. A long row is split among programs; the last one to finish
 adds their partial sums in a fixed order, so equal inputs give equal bits.
@@ -107,11 +107,12 @@ def _forward_kernel(
         v = tl.load(log_var_ptrs, mask=mask, other=0.0).to(tl.float32)
         if CLAMP:
             v = _clamped(v, low, high)
+        std = tl.exp(0.5 * v)
         if z is not None:
             eps = _noise(rows + first_sample, column_block, seed_value, step_value, COLUMNS)
             z_ptrs = z + rows * z_row_stride + offsets(columns, sizes, z_strides, DIMS)
-            tl.store(z_ptrs, (m + tl.exp(0.5 * v) * eps).to(z.dtype.element_ty), mask=mask)
-        kl_element = tl.where(mask, 0.5 * (m * m + tl.exp(v) - 1 - v), 0.0)
+            tl.store(z_ptrs, (m + std * eps).to(z.dtype.element_ty), mask=mask)
+        kl_element = tl.where(mask, 0.5 * (m * m + std * std - 1 - v), 0.0)
         kl_sum += kl_element
         if kl_per_dim is not None:
             column = column_block * COLUMNS + tl.arange(0, COLUMNS)
@@ -185,23 +186,23 @@ def _backward_kernel(
     v = raw
     if CLAMP:
         v = _clamped(raw, low, high)
+    std = tl.exp(0.5 * v)
     d_mu = tl.zeros((ROWS, COLUMNS), tl.float32)
-    d_log_var = tl.zeros((ROWS, COLUMNS), tl.float32)
+    d_kl = tl.zeros((ROWS, COLUMNS), tl.float32)  # of each element's KL
+    d_std = tl.zeros((ROWS, COLUMNS), tl.float32)
     if grad_z is not None:
         grad_z_ptrs = grad_z + rows * grad_z_row_stride + offsets(columns, sizes, grad_z_strides, DIMS)
         d_z = tl.load(grad_z_ptrs, mask=mask, other=0.0).to(tl.float32)
         eps = _noise(rows + first_sample, column_block, tl.load(key), tl.load(key + 1), COLUMNS)
         d_mu += d_z
-        d_log_var += d_z * eps * (0.5 * tl.exp(0.5 * v))
+        d_std += d_z * eps
     if grad_kl is not None:
-        d_kl = tl.load(grad_kl + rows * grad_kl_stride, mask=rows < batch, other=0.0).to(tl.float32)
-        d_mu += d_kl * m
-        d_log_var += d_kl * (0.5 * (tl.exp(v) - 1))
+        d_kl += tl.load(grad_kl + rows * grad_kl_stride, mask=rows < batch, other=0.0).to(tl.float32)
     if grad_kl_per_dim is not None:
         d_dim_ptrs = grad_kl_per_dim + offsets(columns, sizes, grad_kl_per_dim_strides, DIMS)
-        d_dim = tl.load(d_dim_ptrs, mask=columns < row_length, other=0.0).to(tl.float32) / batch
-        d_mu += d_dim * m
-        d_log_var += d_dim * (0.5 * (tl.exp(v) - 1))
+        d_kl += tl.load(d_dim_ptrs, mask=columns < row_length, other=0.0).to(tl.float32) / batch
+    d_mu += d_kl * m
+    d_log_var = 0.5 * (std * (d_std + d_kl * std) - d_kl)
     if CLAMP:
         d_log_var = tl.where((raw > low) & (raw < high), d_log_var, 0.0)
     grad_mu_ptrs = grad_mu + rows * grad_mu_row_stride + offsets(columns, sizes, grad_mu_strides, DIMS)

@@ -1,7 +1,5 @@
 """vae_loss: kernels and reference against float64 and the textbook; layouts, capacity, extremes, misuse."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,7 @@ from torch.library import opcheck
 from bvae import ops, reference
 from bvae.kernels import capacity_loss
 from bvae.losses import BetaLoss, CapacityLoss, LossTerms
-from bvae.reference import Objective
+from bvae.objective import Objective
 
 OBJECTIVES = {
     "mse": {},
@@ -329,8 +327,6 @@ def test_the_schema_has_the_options_in_order():
     last = schema.arguments[-len(options) :]
     assert {a.name: str(a.type) for a in last} == {name: kinds[kind] for name, kind in options.items()}
     assert [a.name for a in last] == list(options)
-    shared = [field.name for field in dataclasses.fields(Objective)]
-    assert [*shared, "pixel_low"] == list(options)
 
 
 def test_a_gradient_with_gaps_is_refused(kernels):
@@ -436,31 +432,19 @@ MISUSE = {
         (images(), images(), KL),
         {"kl_weight": KL},
         ValueError,
-        r"kl_weight must be a number or 0-d on cpu, got float32 \[2\]",
+        r"kl_weight must be a number or one in a tensor on cpu, got float32 \[2\]",
     ),
     "weight's dtype": (
         (images(), images(), KL),
         {"kl_weight": torch.tensor(1)},
         TypeError,
-        "kl_weight must be a number or a 0-d float32 tensor, got int64",
+        "kl_weight must be a number or a floating-point tensor, got int64",
     ),
     "weight True": (
         (images(), images(), KL),
         {"kl_weight": True},
         TypeError,
-        "kl_weight must be a number or a 0-d float32 tensor, got bool",
-    ),
-    "weight trained": (
-        (images(), images(), KL),
-        {"kl_weight": torch.tensor(1.0, requires_grad=True)},
-        ValueError,
-        "kl_weight gets no gradient",
-    ),
-    "target trained": (
-        (images(), images().requires_grad_(), KL),
-        {},
-        ValueError,
-        r"target gets no gradient: pass target.detach\(\)",
+        "kl_weight must be a number or a 0-d tensor, got bool",
     ),
     "recon a list": (([1.0], images(), KL), {"step": 3}, TypeError, "recon must be a tensor, got list"),
     "step beyond 64 bits": ((images(), images(), KL), {"step": 2**63}, ValueError, "step must fit"),
@@ -478,9 +462,9 @@ MISUSE = {
     ),
     "likelihood": (
         (images(), images(), KL),
-        {"likelihood": "laplace"},
+        {"likelihood": "poisson"},
         ValueError,
-        "likelihood must be .*'laplace'",
+        "likelihood must be .*'poisson'",
     ),
     "activation": (
         (images(), images(), KL),
@@ -488,22 +472,18 @@ MISUSE = {
         ValueError,
         "activation must be .*'relu'",
     ),
-    "reduction": ((images(), images(), KL), {"reduction": "none"}, ValueError, "reduction must be .*'none'"),
+    "reduction": (
+        (images(), images(), KL),
+        {"reduction": "batch"},
+        ValueError,
+        "reduction must be .*'batch'",
+    ),
     "variance": (
         (images(), images(), KL),
         {"decoder_variance": 0.0},
         ValueError,
         "decoder_variance must be positive",
     ),
-    **{
-        f"a learned {name}": (
-            (images(), images(), KL),
-            {name: torch.nn.Parameter(torch.tensor(0.5))},
-            TypeError,
-            f"{name} must be a number, got a tensor: it is not learned",
-        )
-        for name in ("decoder_variance", "max_capacity", "capacity_iters")
-    },
     "step": ((images(), images(), KL), {"step": torch.tensor(1.0)}, TypeError, "step must be an int64"),
     "iterations": (
         (images(), images(), KL),

@@ -63,6 +63,9 @@ def test_the_last_batch_of_an_epoch_compiles_nothing():
         ("sample, [64, 4, 64, 64]", {"16": 2}, {"16": 1}, 6),
         ("loss, tanh", {"16": 1, "8": 1}, {"16": 1}, 5),
         ("loss, bernoulli", {"16": 1, "8": 1}, {"16": 1}, 5),
+        ("loss, laplace", {"16": 1, "8": 1}, {"16": 1}, 5),
+        ("loss, logistic", {"16": 1, "8": 1}, {"16": 1}, 5),
+        ("loss, probabilities", {"16": 1, "8": 1}, {"16": 1}, 5),
         ("loss, tanh, evaluation", {"16": 1, "8": 1}, {}, 3),
     ],
 )
@@ -78,11 +81,19 @@ def test_the_main_loop_moves_what_the_model_says(sm_90, case, loads, stores, byt
         ("sample, [144, 128], backward", 3, 2),
         ("sample, [64, 4, 64, 64], backward", 3, 2),
         ("loss, backward", 1, 1),
+        ("errors per image, backward", 1, 1),
     ],
 )
 def test_the_backward_passes_are_16_bytes_wide(sm_90, case, loads, stores):
     assert sm_90[case]["loads"]["16"] == loads
     assert sm_90[case]["stores"]["16"] >= stores
+
+
+@pytest.mark.parametrize("likelihood", ["tanh", "laplace", "logistic", "bernoulli", "probabilities"])
+def test_the_errors_per_image_are_read_and_written_once(sm_90, likelihood):
+    code = sm_90[f"errors per image, {likelihood}"]
+    assert code["loads"] == {"16": 1, "8": 1}
+    assert code["stores"]["16"] == 1
 
 
 @pytest.mark.slow
