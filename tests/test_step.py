@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import resize
 
 from bvae.config import TrainingConfig
 from bvae.kernels import launch
-from bvae.losses import BetaLoss, CapacityLoss
+from bvae.losses import AnnealedBeta, BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, portrait
 from bvae.pipelines.memory_loaders import DeviceLoader
@@ -137,7 +137,14 @@ def test_a_step_never_synchronises():
 # ---- what a step computes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [CapacityLoss(10.0, 25.0, 10**6, **GAUSSIAN), BetaLoss(4.0, **GAUSSIAN)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CapacityLoss(10.0, 25.0, 10**6, **GAUSSIAN),
+        BetaLoss(4.0, **GAUSSIAN),
+        AnnealedBeta(4.0, 10, **GAUSSIAN),
+    ],
+)
 def test_parts_of_a_batch_give_the_whole_batchs_update(loss):
     state = {name: value.clone() for name, value in loss.state_dict().items()}
     results = []
@@ -147,7 +154,7 @@ def test_parts_of_a_batch_give_the_whole_batchs_update(loss):
         for number in range(4):
             step(batch(seed=number))
         results.append((weights(step), step.metrics_buffer.rows.clone()))
-        if isinstance(loss, CapacityLoss):
+        if isinstance(loss, CapacityLoss | AnnealedBeta):
             assert loss.step == 4
     for one, other in zip(*(r[0] for r in results), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

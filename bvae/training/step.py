@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bvae.config import TrainingConfig
 from bvae.errors import UsageError
-from bvae.losses import BetaLoss, CapacityLoss, LossTerms
+from bvae.losses import AnnealedBeta, BetaLoss, CapacityLoss, LossTerms
 from bvae.model import BetaVAE
 from bvae.ops import reparam_kl
 from bvae.pipelines.memory_loaders import DeviceLoader
@@ -284,7 +284,7 @@ class TrainingStep:
             gradient; and the row's index [1].
         """
         self.step += counts
-        if self.accumulate > 1 and isinstance(self.loss, CapacityLoss):
+        if self.accumulate > 1 and isinstance(self.loss, CapacityLoss | AnnealedBeta):
             self.loss.step += counts - 1  # it counts forward passes; the parts are one step
         target = images.permute(0, 3, 1, 2)
         if torch.compiler.is_compiling() and self.dtype is not None:
