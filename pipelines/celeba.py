@@ -82,9 +82,7 @@ def _notes(
     if twice := len(partition) - absent - len(used):
         notes.append(f"{plural(twice, 'image')} listed twice: the first entry counts")
     passed, unlisted = PassedOver(), 0
-    for name in present:
-        if name in used:
-            continue
+    for name in set(present) - used:
         if suffix(name) in SUFFIXES and not name.startswith("."):
             unlisted += 1
         else:
@@ -192,6 +190,7 @@ def _images(root: Path) -> Path:
 def _read_partition(path: Path) -> list[tuple[str, int]]:
     """(file name, split number) of every listed image."""
     lines = _read_lines(path)
+    table: Iterable[tuple[int, list[str]]]
     if path.suffix == ".csv":
         names, table = _read_csv(path, lines)
         column = next((names.index(name) + 1 for name in names if name.lower() in SPLIT), None)
@@ -199,7 +198,7 @@ def _read_partition(path: Path) -> list[tuple[str, int]]:
             raise UsageError(f"{path}: expected the header image_id,partition, got {lines[0]!r}")
         table = [(number, [words[0], *words[column : column + 1]]) for number, words in table if words]
     else:
-        table = [(number, line.split()) for number, line in enumerate(lines, start=1)]
+        table = ((number, line.split()) for number, line in enumerate(lines, start=1))  # not 200 000 at once
     partition = []
     for number, words in table:
         if not words:

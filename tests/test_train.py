@@ -277,7 +277,7 @@ def test_compiled_run(data, tmp_path):
     ("options", "message"),
     [
         ("--data-root /absent/faces --data celeba", "no folder at /absent/faces"),
-        ("--data folder --data-root {empty}", "no image (.jpg, .jpeg, .png) under"),
+        ("--data folder --data-root {empty}", "no image (.jpg, .jpeg, .jpe, .jfif, .png, .webp"),
         ("--data celeba --data-root {empty}", "holds a folder img_align_celeba/"),
         ("--crop 200", "135 of 135 images cannot be used"),
         ("--loss-type TC", "Undefined loss type. --loss-type must be VAE, H or B, got TC"),
