@@ -29,14 +29,14 @@ def runs_triton(*tensors: Tensor) -> bool:
     """
     if not (AVAILABLE and ENABLED) or any(t.dtype == torch.float64 or t.numel() == 0 for t in tensors):
         return False
-    if _is_transformed():
+    if is_transformed():
         return False
     if tensors[0].device.type == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1"
     return tensors[0].device.type == "cuda"
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode AD is active."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
