@@ -306,3 +306,10 @@ def test_two_processes_may_build_at_once(tmp_path, monkeypatch, built):
     names = {process.communicate()[0].strip() for process in processes}
     assert len(names) == 1
     assert [file.name for file in (tmp_path / "bvae").iterdir()] == [Path(names.pop()).name]
+
+
+def test_without_a_home_folder_the_layers_are_pytorchs(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without a passwd line
+    with pytest.raises(library.NotBuilt, match="no home folder"):
+        library.load()

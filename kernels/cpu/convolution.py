@@ -2,9 +2,9 @@
 
     to few channels   3 x 3, stride 1, to 1 or 3 channels: forward and the weight's gradient in C++
     deep              3 x 3, stride 2, small images of many channels: the weight's gradient as one product of
-                      matrices, small^T @ columns; a row of columns has the 3 x 3 pixels of `big` that a pixel of
-                      `small` is connected to. `big` is the larger image: the input of a convolution, the output
-                      of a transposed one.
+                      matrices, small^T @ columns. A row of columns has the 3 x 3 pixels of `big` that a pixel
+                      of `small` is connected to. `big` is the larger image: the input of a convolution, the
+                      output of a transposed one.
 
 The input's gradient, and the forward pass of the deep ones, stay PyTorch's.
 """

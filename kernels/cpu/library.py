@@ -45,6 +45,8 @@ def load() -> CDLL:
     if architecture is None:
         raise NotBuilt("they need AVX2")
     path = library_path(architecture)
+    if not path.is_absolute():  # a container's user of a number alone
+        raise NotBuilt("there is no home folder to keep them in: set XDG_CACHE_HOME")
     try:
         if not path.exists():
             print("Compiling the layers in C++ for this CPU, once: some seconds", flush=True)
@@ -61,7 +63,7 @@ def load() -> CDLL:
 def library_path(architecture: str) -> Path:
     """Where the library of this source, these flags and this compiler is or will be."""
     key = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, architecture, _compiler())).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     return cache / "bvae" / f"layers-{architecture}-{key.hexdigest()[:16]}.so"
 
 
