@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 
 from bvae.errors import UsageError
-from bvae.layers import BatchNorm2d, LeakyReLU
+from bvae.layers import BatchNormLeakyReLU, Downsample, ToImage, Upsample
 
 
 class Network(NamedTuple):
@@ -48,28 +48,18 @@ def pytorch_vae(channels: int, size: int, latent_dim: int, widths: Sequence[int]
                 _up(widths[i], widths[max(i - 1, 0)], sizes[i + 1], sizes[i])
                 for i in reversed(range(len(widths)))
             ),
-            nn.Conv2d(widths[0], channels, 3, padding=1),
+            ToImage(widths[0], channels),
         ),
     )
 
 
 def _down(in_channels: int, out_channels: int) -> nn.Sequential:
-    # No bias: BatchNorm subtracts it again, so its gradient is zero, but it would cost a pass over the layer.
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False),
-        BatchNorm2d(out_channels),
-        LeakyReLU(0.01),
-    )
+    return nn.Sequential(Downsample(in_channels, out_channels), BatchNormLeakyReLU(out_channels))
 
 
 def _up(in_channels: int, out_channels: int, size: int, new_size: int) -> nn.Sequential:
-    output_padding = new_size - (2 * size - 1)  # 1 doubles the size; 0 gives an odd size
     return nn.Sequential(
-        nn.ConvTranspose2d(
-            in_channels, out_channels, 3, stride=2, padding=1, output_padding=output_padding, bias=False
-        ),
-        BatchNorm2d(out_channels),
-        LeakyReLU(0.01),
+        Upsample(in_channels, out_channels, size, new_size), BatchNormLeakyReLU(out_channels)
     )
 
 

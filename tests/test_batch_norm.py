@@ -1,31 +1,32 @@
-"""BatchNorm2d against PyTorch's."""
+"""BatchNormLeakyReLU against PyTorch's BatchNorm2d and LeakyReLU."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from bvae.layers import BatchNorm2d
+from bvae.layers import BatchNormLeakyReLU
 
 
 def test_outputs_gradients_and_statistics_are_pytorchs():
     torch.manual_seed(0)
-    ours, theirs = BatchNorm2d(3), nn.BatchNorm2d(3)
+    ours, theirs = BatchNormLeakyReLU(3), nn.BatchNorm2d(3)
     for _ in range(3):
         x = torch.randn(4, 3, 5, 5) * 2 + 1
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        y, expected = ours(a), theirs(b)
+        y, expected = ours(a), F.leaky_relu(theirs(b), 0.01)
         assert torch.equal(y, expected)
         y.square().sum().backward(), expected.square().sum().backward()
         assert torch.equal(a.grad, b.grad)
     assert torch.equal(ours.running_mean, theirs.running_mean)
     assert torch.equal(ours.running_var, theirs.running_var)
     ours.eval(), theirs.eval()
-    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours(x), F.leaky_relu(theirs(x), 0.01))
     assert (ours.num_batches_tracked, theirs.num_batches_tracked) == (0, 3)
 
 
 def test_weights_go_from_one_to_the_other():
     torch.manual_seed(0)
-    ours, theirs = BatchNorm2d(3), nn.BatchNorm2d(3)
+    ours, theirs = BatchNormLeakyReLU(3), nn.BatchNorm2d(3)
     theirs(torch.randn(4, 3, 5, 5))
     ours.load_state_dict(theirs.state_dict())
     assert ours.num_batches_tracked == 1

@@ -33,7 +33,12 @@ def test_the_wheel_holds_nothing_but_bvae(tmp_path):
     wheel = build(tmp_path / "source", "wheel")
     names = wheel.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"bvae"}
-    assert {"bvae/kernels/reparam_kl.py", "bvae/kernels/noise.py", "bvae/py.typed"} <= set(names)
+    assert {
+        "bvae/kernels/reparam_kl.py",
+        "bvae/kernels/noise.py",
+        "bvae/kernels/cpu/layers.cpp",
+        "bvae/py.typed",
+    } <= set(names)
     assert sorted(name for name in names if name.endswith(".py")) == sorted(
         file if file.startswith("bvae/") else f"bvae/{file}"
         for folder in ("bvae", "kernels", "pipelines")

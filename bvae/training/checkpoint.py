@@ -14,6 +14,7 @@ import torch
 
 from bvae import __version__, files
 from bvae.errors import MissingError, UsageError
+from bvae.kernels.cpu import library
 
 FOLDER = "checkpoints"  # in the run folder
 KEPT = 2  # the two newest are kept, and the best one
@@ -105,10 +106,12 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that determine a run's numbers."""
+    """The versions of the packages that determine a run's numbers, and of the C++ layers if it uses them."""
     result = {"torch": str(torch.__version__), "bvae": __version__}
     with contextlib.suppress(metadata.PackageNotFoundError):
         result["triton"] = metadata.version("triton")
+    if library.loaded:
+        result["layers"] = Path(library.loaded._name).stem  # names the source and the instruction set
     return result
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from ctypes import CDLL
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from bvae.datasets import Data, find_files, open_data
 from bvae.device import choose_device
 from bvae.errors import UsageError
 from bvae.kernels import launch
+from bvae.kernels.cpu import library
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE, build
 from bvae.pipelines.memory_loaders import DeviceLoader
@@ -49,6 +51,7 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
     deterministic: Any = torch.utils.deterministic  # type: ignore[attr-defined]
     before = (
         launch.ENABLED,
+        library.loaded,
         torch.backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -66,11 +69,23 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
                 deterministic.fill_uninitialized_memory = False
             launch.ENABLED = training.fused
+            library.loaded = _load_cpu_layers(training, device)
             yield
         finally:
-            launch.ENABLED, torch.backends.cudnn.benchmark = before[:2]
-            torch.use_deterministic_algorithms(before[2], warn_only=before[3])
-            deterministic.fill_uninitialized_memory = before[4]
+            launch.ENABLED, library.loaded, torch.backends.cudnn.benchmark = before[:3]
+            torch.use_deterministic_algorithms(before[3], warn_only=before[4])
+            deterministic.fill_uninitialized_memory = before[5]
+
+
+def _load_cpu_layers(training: TrainingConfig, device: torch.device) -> CDLL | None:
+    """The C++ layers for a run in float32 on a CPU; if they cannot be built, one line says why."""
+    if device.type != "cpu" or not training.fused or autocast_dtype(device, training.amp)[0] is not None:
+        return None
+    try:
+        return library.load()
+    except library.NotBuilt as reason:
+        print(f"PyTorch's layers are used, not the faster ones in C++: {reason}", flush=True)
+        return None
 
 
 # --- The run ----------------------------------------------------------------------------------------------
