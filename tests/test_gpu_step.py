@@ -151,7 +151,13 @@ def test_streamed_data_are_captured(device, tmp_path):
 
 def test_a_resumed_run_is_captured(device, tmp_path, capsys):
     data = faces.write(tmp_path / "faces", n=120, seed=0, progress=False)  # 6 steps per epoch
-    options = ("--device", device.type, "--decoder", "torchvision", "--deterministic", "--max-steps")
+    options = ("--device", device.type, "--decoder", "torchvision", "--deterministic")
+    options = (
+        *options,
+        "--schedule",
+        "exponential",
+        "--max-steps",
+    )  # the rates of both parts are the whole's
     train(data, tmp_path / "whole", *options, 10)
     train(data, tmp_path / "part", *options, 5)
     assert main(["--resume", str(tmp_path / "part"), "--max-steps", "10", "--device", device.type]) == 0

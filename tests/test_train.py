@@ -138,8 +138,9 @@ def test_muon_with_a_schedule_and_warm_up_resumes_bit_for_bit(data, tmp_path, mo
 
 def test_resume_continues_bit_for_bit(data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(data, whole, "--epochs", 6, "--max-steps", 40, "--capacity-iters", 30) == 0
-    assert run(data, parts, "--epochs", 6, "--max-steps", 20, "--capacity-iters", 30) == 0
+    options = ("--epochs", 6, "--capacity-iters", 30, "--schedule", "exponential")
+    assert run(data, whole, *options, "--max-steps", 40) == 0
+    assert run(data, parts, *options, "--max-steps", 20) == 0
     assert main(["--resume", str(parts), "--max-steps", "40"]) == 0
     # The first part also validated at its end, in the middle of an epoch.
     extra = [record for record in metrics(parts, "valid") if record["step"] != 20]
@@ -338,8 +339,9 @@ def test_resume_refuses_other_data(data, tmp_path, capsys):
 
 def test_extended_run_goes_on_as_extended(data, tmp_path, capsys):
     whole, longer = tmp_path / "whole", tmp_path / "longer"
-    run(data, whole, "--max-steps", 10, "--capacity-iters", 5)
-    run(data, longer, "--max-steps", 5, "--capacity-iters", 5)
+    options = ("--capacity-iters", 5, "--schedule", "exponential")  # neither depends on the run's length
+    run(data, whole, "--max-steps", 10, *options)
+    run(data, longer, "--max-steps", 5, *options)
     assert main(["--resume", str(longer), "--max-steps", "10"]) == 0
     assert main(["--config", str(longer / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
     for name, value in weights(whole).items():
@@ -370,7 +372,8 @@ def test_config_of_a_run_follows_new_options(data, tmp_path):
 
 
 def test_learning_rate_falls_each_epoch(data, tmp_path):
-    run(data, tmp_path / "run", "--epochs", 2, "--lr", 1e-3, "--lr-gamma", 0.5)
+    options = ("--optimizer", "adam", "--lr", 1e-3, "--schedule", "exponential", "--lr-gamma", 0.5)
+    run(data, tmp_path / "run", "--epochs", 2, *options)
     assert [(r["step"], r["lr"]) for r in metrics(tmp_path / "run")] == [(5, 1e-3), (10, 5e-4), (14, 5e-4)]
 
 
@@ -421,7 +424,7 @@ def test_nan_stops_the_run_and_names_the_step(data, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("cause", "named"),
     [
-        ("forward", "the output of encoder.0.0 (Conv2d) is "),
+        ("forward", "the output of encoder.0.0 (Downsample) is "),
         ("sample", "the input of "),
         ("backward", "the backward pass of decoder"),
         ("lr", "at step 9"),
