@@ -179,7 +179,7 @@ class MachineCode:
     """The machine code of one kernel on one target. Widths are counted in its main loop, if it has one."""
 
     registers: int  # per thread; VGPRs on AMD
-    spilled: int  # bytes of local memory per thread on NVIDIA, registers on AMD
+    spilled: int  # bytes of local memory per thread on NVIDIA, vector registers on AMD
     shared: int  # bytes per program
     loads: dict[int, int]  # width in bytes: number of instructions that load from global memory
     stores: dict[int, int]
@@ -259,11 +259,10 @@ def _nvidia(kernel: triton.compiler.CompiledKernel) -> tuple[list[str], int, int
 
 
 def _amd(kernel: triton.compiler.CompiledKernel) -> tuple[list[str], int, int]:
-    """Assembly, vector registers, spilled registers."""
+    """Assembly, vector registers, spilled ones: a spilled scalar register goes to a lane of one, not to memory."""
     assembly = kernel.asm["amdgcn"]
-    numbers = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s*(\d+)", assembly))
-    spilled = int(numbers["vgpr_spill_count"]) + int(numbers["sgpr_spill_count"])
-    return assembly.splitlines(), int(numbers["vgpr_count"]), spilled
+    numbers = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", assembly))
+    return assembly.splitlines(), int(numbers["vgpr_count"]), int(numbers["vgpr_spill_count"])
 
 
 def inspect(case: str, target: str) -> MachineCode:
