@@ -71,7 +71,8 @@ def test_training_command(command, data, run_folder, tmp_path, monkeypatch):
         archive(tmp_path / "dsprites.npz")
         monkeypatch.setattr(sprites, "COUNT", 50)
         short = SHORT_SHAPES if "sprites" in arguments else SHORT
-        assert main([*shlex.split(arguments, comments=True), *short.split(), "--out", "run"]) == 0
+        drawn = [] if "--data" in arguments or "sprites" in arguments else ["--data-root", str(data)]
+        assert main([*shlex.split(arguments, comments=True), *short.split(), *drawn, "--out", "run"]) == 0
         assert (tmp_path / "run" / "traversals.gif").is_file()
 
 
