@@ -259,7 +259,7 @@ def _nvidia(kernel: triton.compiler.CompiledKernel) -> tuple[list[str], int, int
 
 
 def _amd(kernel: triton.compiler.CompiledKernel) -> tuple[list[str], int, int]:
-    """Assembly, vector registers, spilled ones: a spilled scalar register goes to a lane of one, not to memory."""
+    """Assembly, vector registers, spilled ones: a scalar register spills to a lane of one, not to memory."""
     assembly = kernel.asm["amdgcn"]
     numbers = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", assembly))
     return assembly.splitlines(), int(numbers["vgpr_count"]), int(numbers["vgpr_spill_count"])

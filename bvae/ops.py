@@ -9,6 +9,8 @@ from torch.distributions import Distribution
 
 from bvae import arguments, reference
 from bvae.kernels import launch, noise
+from bvae.kernels.cpu import image_errors as closed_errors
+from bvae.kernels.cpu import reparam_kl as closed_sample
 from bvae.objective import Activation, Likelihood, LossTerms, Objective, Reduction, Variance
 
 if launch.AVAILABLE:
@@ -108,6 +110,8 @@ def reparam_kl(
         eps = torch.randn(shape, dtype=reference.compute_dtype(mu, log_var), device=mu.device, **source)
     else:
         eps = _noise_of_seed(mu.shape, seed, step, first_sample, samples)
+    if plain and clamp is None and not per_dim and launch.runs_closed_form(mu, log_var):
+        return closed_sample.reparam_kl(mu, log_var, eps)
     z, kl, kl_per_dim = reference.reparam_kl(
         mu, log_var, eps, clamp=clamp, prior=prior, free_bits=free_bits, reduction=reduction, per_dim=per_dim
     )
@@ -287,8 +291,13 @@ def loss_of(
     step = None if step is None else arguments.counter("step", step, recon.device)
     rest = {"step": step, "kl_scale": kl_scale, "weight": weight}
     wants_gradient = torch.is_grad_enabled() and target.requires_grad
-    if mask is not None or wants_gradient or not _has_kernel(objective, recon, target, kl):
-        return reference.vae_loss(recon, target, kl, objective, mask=mask, **rest)
+    plain = mask is None and not wants_gradient
+    if not plain or not _has_kernel(objective, recon, target, kl):
+        logits = objective.likelihood == "bernoulli" and objective.from_logits
+        if not plain or not logits or not launch.runs_closed_form(recon, target, kl):
+            return reference.vae_loss(recon, target, kl, objective, mask=mask, **rest)
+        errors = closed_errors.bernoulli_errors(recon, target)
+        return reference.terms_of(errors, math.prod(recon.shape[1:]), kl, objective, **rest)
     with_grad = recon.requires_grad and torch.is_grad_enabled()
     likelihood = objective.likelihood if objective.from_logits else "probabilities"
     pixel_low = objective.pixel_range[0]

@@ -34,6 +34,17 @@ def runs_triton(*tensors: Tensor) -> bool:
     return not any(t.dtype == torch.float64 or t.numel() == 0 for t in tensors)
 
 
+def runs_closed_form(*tensors: Tensor) -> bool:
+    """Whether an operation on `tensors` goes to `kernels/cpu`, whose gradients are written by hand.
+
+    It does in eager mode on a CPU, for what the Triton kernels would take on a GPU: autograd's gradients need
+    more passes. A compiler fuses the reference's operations better than these.
+    """
+    if not ENABLED or tensors[0].device.type != "cpu" or is_transformed() or torch.compiler.is_compiling():
+        return False
+    return not any(t.dtype == torch.float64 or t.numel() == 0 for t in tensors)
+
+
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode AD is active."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
