@@ -13,11 +13,13 @@ from bench.race import clock
 from bench.reference_step import PyTorchVAE, PyTorchVAEStep
 from bvae.config import TrainingConfig
 from bvae.kernels import launch
+from bvae.kernels.cpu import library
 from bvae.losses import CapacityLoss
 from bvae.model import BetaVAE
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.training import malloc
 from bvae.training.optimizer import build_optimizer
+from bvae.training.setup import load_cpu_layers
 from bvae.training.step import TrainingStep, autocast_dtype, captures
 
 GAMMA, MAX_CAPACITY, CAPACITY_ITERS, LR = 10.0, 25.0, 10_000, 5e-4
@@ -89,17 +91,17 @@ def pytorch_vae(network: Network, images: Tensor, *, tuned: bool = False, compil
     return Contender(call, lambda: last[0][1:], model.load_state_dict)
 
 
-def with_memory_returned(contender: Contender) -> Contender:
+def with_memory_returned(step: Callable[[], object]) -> Callable[[], object]:
     """The same step in a process that returns freed memory to the system, as glibc does by itself."""
 
     def call() -> None:
         malloc.keep(False)
         try:
-            contender.step()
+            step()
         finally:
             malloc.keep(True)
 
-    return replace(contender, step=call)
+    return call
 
 
 def ours(
@@ -107,19 +109,14 @@ def ours(
     images: Tensor | DeviceLoader,
     folder: Path,
     training: TrainingConfig,
-    *,
-    channels_last: bool = True,
 ) -> Contender:
     """`bvae.train`'s step on uint8 `images` [B, H, W, C], with the layers that `training` enables.
 
-    With a data set on a GPU, it gathers a batch per step inside its graph, as training does. Without
-    `channels_last`, weights and images are contiguous. Weights are loaded through a file in `folder`.
+    With a data set on a GPU, it gathers a batch per step inside its graph, as training does. Weights are
+    loaded through a file in `folder`.
     """
     device = images.device
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    if not channels_last and isinstance(images, Tensor):
-        images = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    model = BetaVAE(3, **network.config).to(device, memory_format=layout)
+    model = BetaVAE(3, **network.config).to(device, memory_format=torch.channels_last)
     loss = CapacityLoss(GAMMA, MAX_CAPACITY, CAPACITY_ITERS, network.kl_weight, activation="tanh").to(device)
     step = TrainingStep(
         model,
@@ -131,10 +128,11 @@ def ours(
         buffer_steps=training.log_every,
     )
     to_capture = [captures(device, training)[0]]
+    layers = load_cpu_layers(training, device)
 
     def call() -> None:
         torch.backends.cudnn.benchmark = True
-        launch.ENABLED = training.fused
+        launch.ENABLED, library.loaded = training.fused, layers
         if to_capture[0]:
             to_capture[0] = False
             if not step.capture(images):

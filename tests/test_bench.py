@@ -139,27 +139,6 @@ def test_the_steps_gate(tmp_path, monkeypatch, factor):
             contenders.check(network, {"there": there, "here": here}, CPU)
 
 
-def test_a_contiguous_contender_is_contiguous(tmp_path, monkeypatch):
-    """The images that its convolutions get, and its weights; the usual one has neither."""
-    seen = []
-    encode = BetaVAE.encode_scaled
-
-    def spy(model, x):
-        weights = [p for p in model.parameters() if p.dim() == 4]
-        seen.append([t.is_contiguous() for t in (x, *weights)])
-        return encode(model, x)
-
-    monkeypatch.setattr(BetaVAE, "encode_scaled", spy)
-    images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
-    network = contenders.Network(4, (8, 16), 32)
-    for channels_last in (False, True):
-        plain = TrainingConfig(compile=False)
-        contenders.ours(network, images, tmp_path, plain, channels_last=channels_last).step()
-    there, here = seen
-    assert all(there)
-    assert not any(here)
-
-
 def test_the_floor_of_pytorch_vaes_network():
     """Its published arithmetic, and the passes over its tensors that were counted by hand."""
     cost = roofline.cost({}, itemsize=2)

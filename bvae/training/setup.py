@@ -69,7 +69,7 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
                 deterministic.fill_uninitialized_memory = False
             launch.ENABLED = training.fused
-            library.loaded = _load_cpu_layers(training, device)
+            library.loaded = load_cpu_layers(training, device)
             yield
         finally:
             launch.ENABLED, library.loaded, torch.backends.cudnn.benchmark = before[:3]
@@ -77,7 +77,7 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
             deterministic.fill_uninitialized_memory = before[5]
 
 
-def _load_cpu_layers(training: TrainingConfig, device: torch.device) -> CDLL | None:
+def load_cpu_layers(training: TrainingConfig, device: torch.device) -> CDLL | None:
     """The C++ layers for a run in float32 on a CPU; if they cannot be built, one line says why."""
     if device.type != "cpu" or not training.fused or autocast_dtype(device, training.amp)[0] is not None:
         return None
