@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -181,3 +182,34 @@ def test_models_that_do_not_go_together(runs, tmp_path, capsys):
     assert "holds no config.json" in capsys.readouterr().err
     assert main(["--factor", "smile"]) == 2
     assert "name the run folders to compare" in capsys.readouterr().err
+
+
+def test_a_latent_without_information_is_not_walked(runs, tmp_path):
+    """Latent 0 is a thousandth of latent 1: the bins of both are the same, and its walk would show nothing."""
+    model = BetaVAE.from_pretrained(runs / "second")
+    with torch.no_grad():
+        mu, log_var = model.head.weight.chunk(2)
+        mu[0] = mu[1] / 1000
+        model.head.bias[[0, 1, 4]] = 0
+        log_var[0] = 0
+    model.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text((runs / "second" / "config.yaml").read_text())
+    arguments = Arguments((tmp_path / "run",), "glasses", points=40, factor_bins=2)
+    device = torch.device("cpu")
+    truth = measure.open_truth(tmp_path / "run", Protocol(factor_bins=2), model, device)
+    codes = measure.encode(model, truth, np.arange(N), device)
+    shares = information_shares(codes, truth.factors)
+    assert shares[0] == pytest.approx(shares[1])
+    for factor in truth.names:
+        row = comparison.walk_latent(
+            tmp_path / "run", dataclasses.replace(arguments, factor=factor), None
+        ).row
+        assert row.latent != 0
+        assert row.kl > measure.ACTIVE_KL
+
+
+def test_the_best_latent_is_an_active_one():
+    areas = np.array([[0.9, 0.1], [0.6, 0.3], [0.5, 0.8]])
+    best = measure.best_latents(areas, ("a", "b"), measure.active_latents([0.001, 3.0, 0.5]))
+    assert {name: found["latent"] for name, found in best.items()} == {"a": 1, "b": 2}
+    assert measure.active_latents([0.0, 0.001]).all()

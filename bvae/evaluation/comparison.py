@@ -69,12 +69,12 @@ def walk_latent(run: Path, arguments: CompareOptions, start: int | None) -> Late
     numbers = measure.sample_numbers(truth, arguments.points)
     codes = measure.encode(model, truth, numbers, device)
     shares = measure.information_shares(codes, truth.factors[numbers])
-    latent = int(shares[:, factor].argmax())
-    other = int(np.where(np.arange(len(truth.names)) == factor, -1, shares[latent]).argmax())
-
     trained = measure.trained_config(run)
     variance = (trained or Config()).objective.decoder_variance
     statistics = measure.compute_statistics(model, truth, numbers, variance, device)
+    kl = statistics["kl_per_latent"]
+    latent = int(np.where(measure.active_latents(kl), shares[:, factor], -1).argmax())
+    other = int(np.where(np.arange(len(truth.names)) == factor, -1, shares[latent]).argmax())
     if start is None:
         start = int(np.linalg.norm(codes, axis=1).argmin())
     z = torch.from_numpy(codes[[start]]).to(device)
@@ -83,7 +83,7 @@ def walk_latent(run: Path, arguments: CompareOptions, start: int | None) -> Late
         run.resolve().name,
         loss_name(trained.objective if trained else None),
         latent,
-        statistics["kl_per_latent"][latent],
+        kl[latent],
         float(shares[latent, factor]),
         truth.names[other],
         float(shares[latent, other]),

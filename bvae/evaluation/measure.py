@@ -25,6 +25,9 @@ from bvae.pipelines import dsprites, sprites
 from bvae.pipelines.cache import default_folder
 
 BATCH = {"cpu": 64, "cuda": 4096}  # images encoded at a time; on a CPU what a core's cache holds
+# Nats; the code of a latent below this is nearly constant. Stretched over 20 bins it looks informative, but a
+# walk along it changes nothing: latents are chosen and shown among the others.
+ACTIVE_KL = 0.01
 
 
 class Interval(NamedTuple):
@@ -178,6 +181,12 @@ def information_shares(codes: NDArray[np.float32], factors: NDArray[np.int64]) -
     return mutual_information(discretise(checked), factors) / entropy(factors)
 
 
+def active_latents(kl: Sequence[float]) -> NDArray[np.bool_]:
+    """Which latents carry information, from the KL of each in nats: [D]. All, if none does."""
+    active = np.asarray(kl) > ACTIVE_KL
+    return active if active.any() else ~active
+
+
 def matrices(codes: NDArray[np.float32], truth: Truth, protocol: Protocol) -> dict[str, NDArray[np.float64]]:
     """Matrices of latents by factors [D, K]: mutual information over entropy, and DCI's importance."""
     drawn = sample_numbers(truth, protocol.points)
@@ -188,10 +197,12 @@ def matrices(codes: NDArray[np.float32], truth: Truth, protocol: Protocol) -> di
     }
 
 
-def best_latents(areas: NDArray[np.float64], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The best latent for each attribute, from AUROCs [D, K], and its area; 1 - area if below 0.5."""
+def best_latents(
+    areas: NDArray[np.float64], names: Sequence[str], active: NDArray[np.bool_]
+) -> dict[str, dict[str, float]]:
+    """The best active latent for each attribute, from AUROCs [D, K], and its area; 1 - area if below 0.5."""
     folded = np.maximum(areas, 1 - areas)
-    best = folded.argmax(0)
+    best = np.where(active[:, None], folded, -1).argmax(0)
     return {
         name: {"latent": int(latent), "auroc": float(folded[latent, k])}
         for k, (name, latent) in enumerate(zip(names, best, strict=True))

@@ -15,6 +15,7 @@ from bvae.device import choose_device
 from bvae.errors import UsageError
 from bvae.evaluation.measure import (
     Protocol,
+    active_latents,
     best_latents,
     compute_statistics,
     encode,
@@ -83,18 +84,19 @@ def evaluate(run: Path, protocol: Protocol) -> str:
     statistics = timed(
         "posterior and reconstruction", lambda: compute_statistics(model, truth, drawn, variance, device)
     )
+    kl = statistics["kl_per_latent"]
+    active = active_latents(kl)
     if truth.independent:
         scores = score_codes(codes, truth, protocol, seconds)
         pictured = timed("matrices", lambda: matrices(codes, truth, protocol))
         best = {}
     else:
         areas = timed("AUROC", lambda: auroc(codes, truth.factors))
-        scores, best = {}, best_latents(areas, truth.names)
+        scores, best = {}, best_latents(areas, truth.names, active)
         pictured = {"|2 AUROC - 1|": np.abs(2 * areas - 1)}
     seconds["in all"] = sum(seconds.values())
 
-    kl = statistics["kl_per_latent"]
-    shown = sorted(range(model.latent_dim), key=lambda i: -kl[i])[:ROWS]
+    shown = sorted(np.flatnonzero(active).tolist(), key=lambda i: -kl[i])[:ROWS]
     labels = [f"latent {i}, {kl[i]:.2f} nats" for i in shown]
     picture = heat_map({title: matrix[shown] for title, matrix in pictured.items()}, labels, truth.names)
     result = {
