@@ -185,7 +185,7 @@ def test_models_that_do_not_go_together(runs, tmp_path, capsys):
 
 
 def test_a_latent_without_information_is_not_walked(runs, tmp_path):
-    """Latent 0 is a thousandth of latent 1: the bins of both are the same, and its walk would show nothing."""
+    """Latent 0 is a thousandth of latent 1: the bins of both are the same, but its walk shows nothing."""
     model = BetaVAE.from_pretrained(runs / "second")
     with torch.no_grad():
         mu, log_var = model.head.weight.chunk(2)
