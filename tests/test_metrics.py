@@ -224,6 +224,16 @@ def test_histogram_boosting_says_what_exact_boosting_says(codes, factors):
     assert np.allclose(fast.importance.sum(0), 1)
 
 
+@pytest.mark.parametrize("boosting", ["histogram", "exact"])
+def test_dci_of_duplicated_latents(boosting):
+    """disentanglement_lib's case: each factor is in two latents, which are as good as each other."""
+    factors = np.random.default_rng(0).integers(0, 4, (900, 5))
+    codes = np.concatenate([factors, 7 - 2 * factors], 1).astype(float)
+    found = dci(codes, factors, train=600, test=300, boosting=boosting)
+    assert found.disentanglement > 0.97
+    assert found.completeness == pytest.approx(1 - np.log(2) / np.log(10), abs=0.03)  # 0.70
+
+
 # --- The two metrics that draw pairs ----------------------------------------------------------------------
 FEW = {"train": 600, "test": 300}
 

@@ -44,7 +44,8 @@ def dci(
             a latent is a possible threshold, importance is the decrease in squared error. "histogram" grows
             as many trees of the same depth at the same rate on 255 bins per latent, twenty times faster. Its
             importance is the decrease in loss to second order, which gives late trees, which fit noise, more
-            weight: nearly perfect codes score up to 0.05 lower, other codes the same.
+            weight: disentanglement and completeness come out up to 0.05 lower. Latents that order the points
+            alike share their importance; exact trees draw one of them at each split.
 
     Returns:
         disentanglement, completeness and informativeness, 0 to 1 each, and the importance matrix [D, K].
@@ -105,8 +106,25 @@ def _histogram(data: inputs.Split, k: int, seed: int) -> tuple[np.ndarray, float
     for tree in (tree for stage in trees._predictors for tree in stage):  # the public API has no gains
         inner = tree.nodes[tree.nodes["is_leaf"] == 0]
         np.add.at(importance, inner["feature_idx"], inner["gain"])
+    groups = _alike(data.codes)
+    importance = (np.bincount(groups, importance) / np.bincount(groups))[groups]
     total = importance.sum()
     return importance / total if total else importance, accuracy
+
+
+def _alike(codes: np.ndarray) -> np.ndarray:
+    """The group [D] of each column; columns that order the points alike, or in reverse, are in one.
+
+    To a tree such columns are the same. Histogram trees take the first of them every time, where others draw
+    one: on average they are equally important.
+    """
+    groups: dict[bytes, int] = {}
+    found = []
+    for column in codes.T:
+        ranks = np.unique(column, return_inverse=True)[1]
+        key, reverse = ranks.tobytes(), (ranks.max() - ranks).tobytes()
+        found.append(groups.setdefault(min(key, reverse), len(groups)))
+    return np.array(found)
 
 
 def _concentration(importance: np.ndarray) -> float:
