@@ -200,7 +200,7 @@ def find_files(config: DataConfig) -> Source:
         root = DRAWN_ROOT
         if not (root / "celeba").exists():  # drawing makes it last
             print(f"drawing {DRAWN} faces into {root}, once", flush=True)
-            faces.write(root, n=DRAWN, seed=0)
+            faces.write_missing(root, DRAWN)
     found = inventory(config.name, root)
     crop = config.crop
     if crop is None and config.name != "folder":

@@ -144,6 +144,6 @@ def test_a_user_without_a_home_has_a_cache(home, monkeypatch, capsys):
     assert cache.default_folder() == cache.default_folder() == folder
     assert capsys.readouterr().err.count(f"caches are in {folder}") == 1
     compiler.caches()
-    assert os.environ.pop("TRITON_CACHE_DIR") == str(home / "triton")
+    assert os.environ.pop("TRITON_CACHE_DIR") == str(folder / "triton")
     assert data.main(["ls"]) == 0
     assert not list(Path().iterdir())

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from bvae import disk
 from bvae.errors import FULL
 from bvae.pipelines.cache import default_folder
 from bvae.training.cuda_graph import CaptureFailed, causes, is_out_of_memory
@@ -41,7 +42,7 @@ def caches() -> list[Path]:
 
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     if home.startswith("~"):  # there is none: Triton would make a folder of that name here
-        os.environ.setdefault("TRITON_CACHE_DIR", str(default_folder().with_name("triton")))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(default_folder() / "triton"))
     triton = Path(home, ".triton", "cache")
     folders = (Path(cache_dir()), Path(os.environ.get("TRITON_CACHE_DIR", triton)))
     return [folder for folder in folders if folder.is_dir()]
@@ -142,9 +143,9 @@ def _raise_other_errors(error: Exception) -> None:
     full = [each.errno for each in causes(error) if isinstance(each, OSError) and each.errno in FULL]
     full += [number for number in FULL if os.strerror(number) in _text(error)]  # from the C++ compiler
     if full:
-        free = {folder: shutil.disk_usage(folder).free for folder in (*caches(), Path(tempfile.gettempdir()))}
-        fullest = min(free, key=lambda folder: free[folder])
-        text = f"{os.strerror(full[0])}: the compiler needs space, and {free[fullest]:,} bytes are free"
+        folders = (*caches(), Path(tempfile.gettempdir()))
+        fullest = min(folders, key=lambda folder: shutil.disk_usage(folder).free)
+        text = f"{os.strerror(full[0])}: the compiler needs space, and {disk.free(fullest)}"
         raise OSError(full[0], text, str(fullest)) from None
 
 
