@@ -18,6 +18,7 @@ import yaml
 from bvae.compat.pytorch_vae_config import Translation, brief, is_dialect, translate, unknown_keys
 from bvae.device import has_gpu
 from bvae.errors import MissingError, UsageError
+from bvae.opening import CONFIG, read_bytes
 from bvae.paths import expand
 from bvae.yaml_file import read_mapping
 
@@ -333,11 +334,12 @@ def read(path: str | Path) -> FromFile:
         ValueError: not a YAML mapping, unknown keys or a value of the wrong type; names file and key.
     """
     path = preset_or_path(path)
-    if not path.is_file():
+    if not path.exists():
         presets = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
         raise MissingError(f"no configuration at {path}; presets: {presets}")
+    data = read_bytes(path, CONFIG)
     try:
-        loaded = read_mapping(path)
+        loaded = read_mapping(data)
         base = None
         if "base" in loaded:
             base = read(PRESETS / f"{loaded.pop('base')}.yaml").config

@@ -13,7 +13,7 @@ from bvae.errors import UsageError
 # Most bytes of a file of each kind. A longer one is something else.
 CONFIG = 1 << 18  # YAML, which takes seconds to read
 TABLE = 1 << 28  # lists, CSV and JSON: CelebA's longest list has 27 MB
-IMAGE = 1 << 30
+IMAGE = LOG = 1 << 30
 WEIGHTS = 1 << 33  # models and checkpoints
 ARCHIVE = 1 << 40  # tar files and npz, of which parts alone are read
 

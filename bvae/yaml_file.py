@@ -1,7 +1,6 @@
 """Read a YAML file: UTF-8 or UTF-16 text, a mapping in which no key is given twice."""
 
 import codecs
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -9,14 +8,13 @@ import yaml
 from bvae.errors import UsageError
 
 
-def read_mapping(path: Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds.
+def read_mapping(data: bytes) -> dict[Any, Any]:
+    """The mapping that the bytes of a YAML file hold.
 
     Raises:
         UsageError: text in another encoding, no YAML, no mapping, or a key given twice, with its line.
-        OSError: the file cannot be read.
     """
-    text = _decode(path.read_bytes())
+    text = _decode(data)
     try:
         loaded = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from bvae import disk, files
 from bvae.errors import FULL, MissingError, UsageError, say_once
-from bvae.opening import TABLE, read_bytes
+from bvae.opening import ARCHIVE, TABLE, NotRead, open_regular, read_bytes
 from bvae.owner import LOCK, lock, wait
 from bvae.pipelines.decoder import BATCH, Decoder, cores
 from bvae.pipelines.picture import Picture
@@ -361,13 +361,19 @@ def _map(entry: Path, manifest: dict[str, Any]) -> Tensor:
     """The images, read from disk as they are used."""
     path = entry / "images.bin"
     shape = (manifest["count"], manifest["size"], manifest["size"], manifest["channels"])
-    expected, size = math.prod(shape), path.stat().st_size if path.exists() else 0
-    if size != expected:
-        raise Damaged(f"images.bin holds {size} bytes instead of {expected}")
-    if not expected:
-        return torch.empty(shape, dtype=torch.uint8)
-    # Mode c (copy on write): torch warns about read-only memory, although nothing here writes.
-    return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
+    expected = math.prod(shape)
+    try:
+        with open_regular(path, ARCHIVE) as file:
+            if (size := os.fstat(file.fileno()).st_size) != expected:
+                raise Damaged(f"images.bin holds {size} bytes instead of {expected}")
+            if not expected:
+                return torch.empty(shape, dtype=torch.uint8)
+            # Mode c (copy on write): torch warns about read-only memory, although nothing here writes.
+            return torch.from_numpy(np.memmap(file, np.uint8, "c", shape=shape))
+    except FileNotFoundError:
+        raise Damaged("images.bin is missing") from None
+    except NotRead as error:
+        raise Damaged(f"images.bin is {error.strerror}") from None
 
 
 def _checksums(images: Tensor) -> list[int]:

@@ -28,6 +28,7 @@ from bvae import disk, files
 from bvae.errors import UsageError
 from bvae.opening import open_regular
 from bvae.owner import wait
+from bvae.paths import expand
 from bvae.pipelines.cache import lock_of, other_owner
 from bvae.pipelines.packed_loader import pack
 
@@ -147,7 +148,7 @@ def all_sprites(folder: str | os.PathLike[str], device: torch.device | str = "cp
     device = torch.device(device)
     if device.type != "cpu":
         return _draw_all(device)
-    path = Path(folder) / FILE
+    path = expand(folder) / FILE
     with contextlib.suppress(FileNotFoundError, ValueError):
         packed = _read(path)
         if note := other_owner(path):

@@ -1,12 +1,15 @@
 """Image files, on their own or as members of WebDataset's tar shards."""
 
+import contextlib
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from bvae.errors import UsageError
-from bvae.opening import ARCHIVE, IMAGE, NotRead, open_regular, read_bytes
+from bvae.opening import ARCHIVE, IMAGE, NotRead, open_regular
+from bvae.pipelines.budget import READING
 from bvae.pipelines.passed_over import SUFFIXES, PassedOver, suffix
 
 COMPRESSIONS = {  # by the first bytes
@@ -40,16 +43,25 @@ def read(file: ImageFile) -> bytes:
         OSError: it cannot be read.
         UsageError: it is a pipe or a device, or too long for an image, or its shard is truncated.
     """
-    if isinstance(file, str):
-        return read_bytes(file, IMAGE)
-    if file.size > IMAGE:
-        raise NotRead(file.shard, f"{file.size:,} bytes are more than {IMAGE:,}: not read")
-    with open_regular(file.shard, ARCHIVE) as opened:
-        opened.seek(file.offset)
-        data = opened.read(file.size)
-    if len(data) < file.size:
-        raise NotRead(file.shard, "its shard is truncated")
-    return data
+    with hold(file) as data:
+        return data
+
+
+@contextlib.contextmanager
+def hold(file: ImageFile) -> Iterator[bytes]:
+    """The whole file, as `read`, inside the block; waits while other threads hold too many bytes."""
+    path, most = (file, IMAGE) if isinstance(file, str) else (file.shard, ARCHIVE)
+    with open_regular(path, most) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if isinstance(file, Member):
+            if (size := file.size) > IMAGE:
+                raise NotRead(path, f"{size:,} bytes are more than {IMAGE:,}: not read")
+            opened.seek(file.offset)
+        with READING.take(size):
+            data = opened.read(size)
+            if isinstance(file, Member) and len(data) < size:
+                raise NotRead(path, "its shard is truncated")
+            yield data
 
 
 def _compression(shard: str | Path) -> str | None:

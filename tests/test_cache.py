@@ -169,7 +169,7 @@ def test_damage_is_named_and_mended(root, folder, damage, capsys):
         said = "the checksum of images.bin is not the one that was written"
     elif damage == "images missing":
         images.unlink()
-        said = "images.bin holds 0 bytes"
+        said = "images.bin is missing"
     elif damage == "manifest flipped":
         manifest.write_text(manifest.read_text().replace('"count": 20', '"count": 10'))
     elif damage == "manifest truncated":

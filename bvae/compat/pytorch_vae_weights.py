@@ -14,6 +14,8 @@ from torch import Tensor
 
 from bvae.compat import inert_pickle
 from bvae.errors import MissingError, UsageError
+from bvae.paths import expand
+from bvae.weights import check_finite
 
 MARK = "fc_mu.weight"  # a name that every such network has
 MAPPINGS = 100_000  # values that are looked at
@@ -26,12 +28,11 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint of that network.
     """
-    if not Path(path).is_file():
+    path = expand(path)
+    if not path.exists():
         raise MissingError(f"no checkpoint at {path}")
     state = _find_state(inert_pickle.load(path), path)
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise UsageError(f"{path}: {name} is NaN or infinite: take a checkpoint from before the loss was")
+    check_finite(state, path)
     try:
         depth = len({name.split(".")[1] for name in state if name.startswith("encoder.")})
         widths = [state[f"encoder.{i}.0.weight"].shape[0] for i in range(depth)]

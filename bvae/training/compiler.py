@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from bvae import disk
 from bvae.errors import FULL
+from bvae.opening import TABLE, WEIGHTS, open_regular, read_bytes
 from bvae.pipelines.cache import default_folder
 from bvae.training.cuda_graph import CaptureFailed, causes, is_out_of_memory
 
@@ -66,10 +67,10 @@ def remove_truncated() -> None:
 def _is_truncated(path: Path) -> bool:
     try:
         if path.suffix in _LIBRARIES:
-            with path.open("rb") as file:
+            with open_regular(path, WEIGHTS) as file:
                 return not _is_whole_library(file.read(64), path.stat().st_size)
         if path.suffix == ".json":
-            json.loads(path.read_bytes())
+            json.loads(read_bytes(path, TABLE))
     except ValueError:
         return True
     except OSError:  # another process was faster
