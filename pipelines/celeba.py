@@ -232,11 +232,10 @@ def _read_plain(lines: list[str]) -> tuple[list[str], list[int]] | None:
     words = text.split()
     names, splits = words[::2], words[1::2]
     if (
-        not len(lines) == len(names) == len(splits)
+        not len(names) == len(splits) == len(lines)
         or not {"0", "1", "2"}.issuperset(splits)
-        or not {"0", "1", "2", ".."}.isdisjoint(names)  # a line of one word or of three moves splits here
-        or "/" in text
-        or "\\" in text
+        or [*map(" ".join, zip(names, splits, strict=True))] != lines
+        or ("/" in text or "\\" in text or ".." in names)
     ):
         return None
     return names, [*map(int, splits)]

@@ -15,7 +15,7 @@ import torch
 from bvae import __version__, files
 from bvae.errors import MissingError, UsageError
 from bvae.kernels.cpu import library
-from bvae.opening import CONFIG, WEIGHTS, read_bytes
+from bvae.opening import CONFIG, WEIGHTS, NotRead, read_bytes
 
 FOLDER = "checkpoints"  # in the run folder
 KEPT = 2  # the two newest are kept, and the best one
@@ -102,6 +102,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         return dict(_load(path, torch.device("cpu"))["model"])
+    except NotRead:
+        raise
     except (Damaged, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} is damaged: {error}") from None
 
