@@ -208,6 +208,7 @@ class Config:
             require(name, lambda value: value > 0, "positive")
         for name in _NOT_NEGATIVE:
             require(name, lambda value: value >= 0, "0 or more")
+        require("training.lr_gamma", lambda gamma: gamma <= 10, "at most 10")
         require("data.image_size", lambda size: SIZES[0] <= size <= SIZES[1], "32 to 256 pixels")
         require("training.batch_size", lambda size: size >= 2, "2 or more, as BatchNorm needs")
         require("training.seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1")

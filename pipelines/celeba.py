@@ -41,7 +41,7 @@ def inventory(root: Path) -> Inventory:
     """
     root = expand(root)
     images = _images(root)
-    present = set(os.listdir(images))
+    present = frozenset(os.listdir(images))
     names, numbers = _read_partition(list_file := _list_file(root, "list_eval_partition", "the splits"))
     files = match(names, present)
     split_of: dict[str, int] = {}
@@ -53,10 +53,10 @@ def inventory(root: Path) -> Inventory:
             if name in files:
                 split_of.setdefault(files[name], number)
     base = f"{images}{os.sep}"  # as text: 200 000 Paths take a second
-    paths = {
-        split: [base + file for file, number in split_of.items() if number == i]
-        for i, split in enumerate(SPLITS)
-    }
+    paths: dict[str, list[str]] = {split: [] for split in SPLITS}
+    lists = [*paths.values()]
+    for file, number in split_of.items():
+        lists[number].append(base + file)
     notes = _notes(names, files, set(split_of), present)
     if list_file.parent not in images.parents:
         notes.append(f"the splits are those of {list_file}")
@@ -67,7 +67,7 @@ def inventory(root: Path) -> Inventory:
 
 def match(listed: Sequence[str], present: Iterable[str]) -> dict[str, str]:
     """From names in a list to names of files: the same name, or else the same stem with any image suffix."""
-    names = set(present)
+    names = frozenset(present)
     if names.issuperset(listed):
         return dict(zip(listed, listed, strict=True))
     files = {name: name for name in listed if name in names}
@@ -82,7 +82,7 @@ def stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def _notes(names: list[str], files: dict[str, str], used: set[str], present: set[str]) -> list[str]:
+def _notes(names: list[str], files: dict[str, str], used: set[str], present: frozenset[str]) -> list[str]:
     """What is listed but absent, listed twice, present but unlisted, or no image."""
     notes = []
     listed = len(set(names))

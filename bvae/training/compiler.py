@@ -6,6 +6,7 @@ run would fail on it. Such files are deleted and compiled again.
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,12 +14,12 @@ import struct
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from bvae import disk
-from bvae.errors import FULL
+from bvae.errors import FULL, say_once
 from bvae.opening import TABLE, WEIGHTS, open_regular, read_bytes
 from bvae.pipelines.cache import default_folder
 from bvae.training.cuda_graph import CaptureFailed, causes, is_out_of_memory
@@ -99,6 +100,32 @@ def _remove_unlocked(path: Path, folder: Path) -> bool:
     return False
 
 
+class _FullDisk(logging.Filter):
+    """Says in one line what PyTorch logs with a traceback: a full disk on which it only keeps copies."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, OSError) and error.errno in FULL:
+            say_once(f"{error.strerror}: the compiler cannot fill its cache: the next run compiles again")
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def _full_disk_in_one_line() -> Iterator[None]:
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    handlers = {handler for name in names for handler in logging.getLogger(name).handlers}
+    one_line = _FullDisk()
+    for handler in handlers:
+        handler.addFilter(one_line)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(one_line)
+
+
+@_full_disk_in_one_line()
 def first_step(attempt: Callable[[], T], recompile: Callable[[bool], None], *, compile: bool) -> T:
     """Return the result of `attempt`, which calls compiled code for the first time and can be repeated.
 
