@@ -1,6 +1,7 @@
 """One owner at a time: a lock that the system releases when its process ends, however it ends."""
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -68,6 +69,7 @@ def lock(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
             if not _is_named(handle, path):
                 continue  # its last owner has removed it meanwhile
             with contextlib.suppress(OSError):  # a full disk, or another user's file
+                os.fchmod(handle, 0o644)  # if this process is killed, every user can take it
                 os.truncate(handle, 0)
                 os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             try:
@@ -108,8 +110,8 @@ def _take(handle: int, path: Path, busy: Callable[[str], None]) -> None:
             busy(files.one_line(name) or "another process")
             fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
+        if error.errno not in (*UNSUPPORTED, errno.EBADF):  # NFS locks no file that is open for reading
+            raise files.named(error, path) from None
         say_once(f"{path.parent}: no locks on this file system: start no second process that writes there")
 
 

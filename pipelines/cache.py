@@ -200,7 +200,7 @@ def _read_requested(entry: Path, request: Request) -> Cached:
 def other_owner(entry: Path) -> str:
     """A note if another user wrote an entry, all of whose bytes agree with its checksums; else ""."""
     owner = entry.stat().st_uid
-    if owner in (0, os.getuid()):
+    if owner == 0 or owner == os.getuid():  # 0: the administrator, or Windows
         return ""
     return f", which user {owner} wrote: all its bytes agree with their checksums"
 

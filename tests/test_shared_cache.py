@@ -1,6 +1,7 @@
 """Cache folders of several users and of killed processes: locks, modes, owners, and what is left behind."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import stat
@@ -183,6 +184,35 @@ def test_a_lock_that_cannot_be_written_is_taken(tmp_path, monkeypatch):
         assert path.read_text() == "process 1 on other\n"
         with pytest.raises(UsageError, match="in use by process 1 on other"), lock(path, refuse_by_name):
             pass
+
+
+def test_every_user_can_take_what_a_killed_process_left(tmp_path):
+    before = os.umask(0o077)
+    try:
+        with wait(tmp_path / "x.lock", "x"):
+            assert stat.S_IMODE((tmp_path / "x.lock").stat().st_mode) == 0o644
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EBADF])
+def test_an_error_of_a_lock_names_its_path(tmp_path, monkeypatch, capsys, number):
+    """NFS locks no file that is open for reading only."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    say_once.cache_clear()
+    if number == errno.EIO:
+        with (
+            pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/x.lock'"),
+            wait(tmp_path / "x.lock", "x"),
+        ):
+            pass
+    else:
+        with wait(tmp_path / "x.lock", "x"):
+            assert f"{tmp_path}: no locks on this file system" in capsys.readouterr().err
 
 
 def refuse_by_name(owner):
