@@ -18,7 +18,6 @@ from bvae.opening import CONFIG, WEIGHTS, NotRead, read_bytes, read_text
 from bvae.ops import reparam_kl
 from bvae.paths import expand
 from bvae.reference import scale_pixels
-from bvae.weights import check_finite
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -325,7 +324,11 @@ class BetaVAE(nn.Module):
                 f"{folder} holds the weights of another model than the {model.config['arch']} that its "
                 f"config.json describes: {difference}"
             )
-        check_finite(weights, folder)
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise UsageError(
+                    f"{folder}: {name} is NaN or infinite: take a checkpoint from before the loss was"
+                )
         model.load_state_dict(weights)
         return model.eval()
 

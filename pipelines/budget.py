@@ -1,12 +1,15 @@
 """A bound on the memory that all threads together take for the images that they read and decode."""
 
 import contextlib
+import ctypes
 import os
+import platform
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 LEAST = 1 << 30  # bytes: one large image must fit
+LARGE = 1 << 26  # bytes: who gave back as many returns them to the system
 SHARE = 8  # a budget is this part of the memory
 GROUP = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
 
@@ -31,9 +34,17 @@ class Budget:
         try:
             yield
         finally:
+            if size >= LARGE:
+                _return_freed()
             with self._given_back:
                 self._taken -= size
                 self._given_back.notify_all()
+
+
+def _return_freed() -> None:
+    """Return freed memory to the system: glibc would keep it for the thread that freed it."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory() -> int:

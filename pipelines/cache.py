@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bvae import disk, files
+from bvae import disk
 from bvae.errors import FULL, MissingError, UsageError, say_once
 from bvae.opening import ARCHIVE, TABLE, NotRead, open_regular, read_bytes
 from bvae.owner import LOCK, lock, wait
@@ -43,7 +43,7 @@ FORMAT = 2  # of the files and the rule for pixels; part of the key
 KEY_BYTES = 10
 UNFINISHED = ".unfinished"
 _NAMES = re.compile(  # of what this package writes into the folder; .sprites-* were unfinished before
-    rf"([0-9a-f]{{{2 * KEY_BYTES}}}|sprites-\d+\.bin)(\.unfinished|\.tmp|\.lock)?|\.sprites-\w+"
+    rf"([0-9a-f]{{{2 * KEY_BYTES}}}|sprites-\d+\.bin)(\.unfinished|(\.[0-9a-f]+)?\.tmp|\.lock)?|\.sprites-\w+"
 )
 CHUNK = 1 << 25  # bytes under one checksum
 MARGIN = 1.02  # of free disk space over the images' bytes
@@ -259,9 +259,8 @@ def remove(entry: Path) -> None:
     def refuse(owner: str) -> None:
         raise UsageError(f"{entry} is in use by {owner}")
 
-    name = entry.name
-    for end in (UNFINISHED, LOCK, files.UNFINISHED):
-        name = name.removesuffix(end)
+    known = _NAMES.fullmatch(entry.name)
+    name = known[1] if known and known[1] else entry.name
     with lock(lock_of(entry.with_name(name)), refuse):  # removes the lock's file too
         _delete(entry)
 

@@ -30,8 +30,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value, kind):
         checkpoint.save(tmp_path / "checkpoints", 3, {"step": 3, "model": model.state_dict()})
         checkpoint.mark_best(tmp_path / "checkpoints", 3, 1.0)
         load = partial(BetaVAE.from_pretrained, which="best" if kind == "best" else "last")
-    said = "decoder_input.weight is NaN or infinite: take a checkpoint from before the loss was"
-    with pytest.raises(UsageError, match=f"^{source}: {said}$"):
+    with pytest.raises(UsageError, match=f"^{source}.*: decoder_input.weight is NaN or infinite"):
         load(source)
 
 

@@ -2,6 +2,8 @@
 
 import os
 import resource
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -370,3 +372,27 @@ def test_all_decoders_of_a_process_share_the_budget(tmp_path, monkeypatch):
     list(reader.decode([files]))
     assert max(most) > 1
     assert shared._taken == 0
+
+
+@pytest.mark.slow
+def test_large_images_on_many_threads_take_the_memory_of_one(tmp_path):
+    """Four of 20 megapixels and 16 bits, whose decoding takes 440 MB each."""
+    width, height = 5000, 4000
+    bomb = png(width, height, 16, 6, (b"\0" + bytes(8 * width)) * height)
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(bomb)
+    code = f"""
+import glob, resource
+from bvae.pipelines import budget, torch_decode
+from bvae.pipelines.picture import Picture
+torch_decode.cores = lambda: 4
+torch_decode.DECODING.total = 700 << 20
+reader = torch_decode.TorchDecoder(Picture(None, 32, 3))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+((_, bad),) = reader.decode([sorted(glob.glob({str(tmp_path)!r} + "/*.png"))])
+assert not bad
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 700

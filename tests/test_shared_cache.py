@@ -315,7 +315,7 @@ def test_all_that_killed_runs_left_is_listed_and_removed(tmp_path, folder, entry
     sprites.all_sprites(folder)
     (folder / "0123456789abcdef0123.unfinished").mkdir()
     (folder / "0123456789abcdef0123.unfinished" / "images.bin").write_bytes(bytes(2_000_000))
-    left = {"0123456789abcdef0123.lock", ".sprites-a1b2", "sprites-1.bin.tmp", "sprites-1.bin.lock"}
+    left = {"0123456789abcdef0123.lock", ".sprites-a1b2", "sprites-1.bin.0a1b2c3d.tmp", "sprites-1.bin.lock"}
     for name in left:
         (folder / name).write_bytes(bytes(1_000_000))
     (folder / "mine.txt").write_text("not ours to delete")

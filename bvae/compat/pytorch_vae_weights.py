@@ -15,7 +15,6 @@ from torch import Tensor
 from bvae.compat import inert_pickle
 from bvae.errors import MissingError, UsageError
 from bvae.paths import expand
-from bvae.weights import check_finite
 
 MARK = "fc_mu.weight"  # a name that every such network has
 MAPPINGS = 100_000  # values that are looked at
@@ -32,7 +31,9 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.exists():
         raise MissingError(f"no checkpoint at {path}")
     state = _find_state(inert_pickle.load(path), path)
-    check_finite(state, path)
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UsageError(f"{path}: {name} is NaN or infinite: take a checkpoint from before the loss was")
     try:
         depth = len({name.split(".")[1] for name in state if name.startswith("encoder.")})
         widths = [state[f"encoder.{i}.0.weight"].shape[0] for i in range(depth)]
