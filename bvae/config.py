@@ -18,7 +18,7 @@ import yaml
 from bvae.compat.pytorch_vae_config import Translation, brief, is_dialect, translate, unknown_keys
 from bvae.device import has_gpu
 from bvae.errors import MissingError, UsageError
-from bvae.opening import CONFIG, read_bytes
+from bvae.opening import NotRead
 from bvae.paths import expand
 from bvae.yaml_file import read_mapping
 
@@ -338,9 +338,8 @@ def read(path: str | Path) -> FromFile:
     if not path.exists():
         presets = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
         raise MissingError(f"no configuration at {path}; presets: {presets}")
-    data = read_bytes(path, CONFIG)
     try:
-        loaded = read_mapping(data)
+        loaded = read_mapping(path)
         base = None
         if "base" in loaded:
             base = read(PRESETS / f"{loaded.pop('base')}.yaml").config
@@ -349,6 +348,8 @@ def read(path: str | Path) -> FromFile:
         if ours.names:
             config.check_ranges(ours.names)
         return FromFile(config, ours.unused, ours.out and expand(ours.out), ours.device)
+    except NotRead:
+        raise
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
 

@@ -1,20 +1,24 @@
 """Read a YAML file: UTF-8 or UTF-16 text, a mapping in which no key is given twice."""
 
 import codecs
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from bvae.errors import UsageError
+from bvae.opening import CONFIG, read_bytes
 
 
-def read_mapping(data: bytes) -> dict[Any, Any]:
-    """The mapping that the bytes of a YAML file hold.
+def read_mapping(path: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds.
 
     Raises:
         UsageError: text in another encoding, no YAML, no mapping, or a key given twice, with its line.
+        NotRead: the file is too long or not regular; the message names it, as no other does.
+        OSError: the file cannot be read.
     """
-    text = _decode(data)
+    text = _decode(read_bytes(path, CONFIG))
     try:
         loaded = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LEAST = 1 << 30  # bytes: one large image must fit
+SMALL = 1 << 20  # bytes: fewer are not counted, because a thread holds one image only
 LARGE = 1 << 26  # bytes: who gave back as many returns them to the system
 SHARE = 8  # a budget is this part of the memory
 GROUP = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
@@ -27,6 +28,9 @@ class Budget:
     @contextlib.contextmanager
     def take(self, size: int) -> Iterator[None]:
         """Hold so many bytes inside the block."""
+        if size < SMALL:
+            yield
+            return
         size = min(size, self.total)
         with self._given_back:
             self._given_back.wait_for(lambda: self._taken + size <= self.total)

@@ -51,7 +51,7 @@ def read(file: ImageFile) -> bytes:
 def hold(file: ImageFile) -> Iterator[bytes]:
     """The whole file, as `read`, inside the block; waits while other threads hold too many bytes."""
     path, most = (file, IMAGE) if isinstance(file, str) else (file.shard, ARCHIVE)
-    with open_regular(path, most) as opened:
+    with open_regular(path, most, buffering=0) as opened:
         size = os.fstat(opened.fileno()).st_size
         if isinstance(file, Member):
             if (size := file.size) > IMAGE:

@@ -143,6 +143,12 @@ def bounded():
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """Small images count too."""
+    monkeypatch.setattr(budget, "SMALL", 0)
+
+
 @pytest.mark.parametrize("kind", REASON)
 @pytest.mark.parametrize("of", REFUSED, ids=lambda of: of.__name__)
 def test_what_is_no_file_is_refused_by_name(tmp_path, of, kind):
@@ -307,7 +313,7 @@ def test_folders_of_strange_pictures_start_nothing(tmp_path, no_ghostscript):
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-def test_a_budget_is_never_exceeded():
+def test_a_budget_is_never_exceeded(counted):
     shared, taken, most = Budget(100), [], []
 
     def work(size):
@@ -326,7 +332,7 @@ def test_a_budget_is_never_exceeded():
     assert len(most) == 32
 
 
-def test_what_is_larger_than_the_budget_is_decoded_alone():
+def test_what_is_larger_than_the_budget_is_decoded_alone(counted):
     shared = Budget(100)
     with shared.take(1000):
         assert shared._taken == 100
@@ -342,7 +348,7 @@ def test_a_container_s_limit_counts(tmp_path, monkeypatch):
     assert budget.memory() == 123456
 
 
-def test_all_decoders_of_a_process_share_the_budget(tmp_path, monkeypatch):
+def test_all_decoders_of_a_process_share_the_budget(tmp_path, monkeypatch, counted):
     """Two large images at once would exceed it; small ones are decoded beside each other."""
     pixels = 400 * 300
     shared = Budget(2 * torch_decode.OTHERS * pixels - 1)
