@@ -18,6 +18,7 @@ import yaml
 from bvae.compat.pytorch_vae_config import Translation, brief, is_dialect, translate, unknown_keys
 from bvae.device import has_gpu
 from bvae.errors import MissingError, UsageError
+from bvae.opening import NotRead
 from bvae.paths import expand
 from bvae.yaml_file import read_mapping
 
@@ -207,6 +208,7 @@ class Config:
             require(name, lambda value: value > 0, "positive")
         for name in _NOT_NEGATIVE:
             require(name, lambda value: value >= 0, "0 or more")
+        require("training.lr_gamma", lambda gamma: gamma <= 10, "at most 10")
         require("data.image_size", lambda size: SIZES[0] <= size <= SIZES[1], "32 to 256 pixels")
         require("training.batch_size", lambda size: size >= 2, "2 or more, as BatchNorm needs")
         require("training.seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1")
@@ -333,7 +335,7 @@ def read(path: str | Path) -> FromFile:
         ValueError: not a YAML mapping, unknown keys or a value of the wrong type; names file and key.
     """
     path = preset_or_path(path)
-    if not path.is_file():
+    if not path.exists():
         presets = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
         raise MissingError(f"no configuration at {path}; presets: {presets}")
     try:
@@ -346,6 +348,8 @@ def read(path: str | Path) -> FromFile:
         if ours.names:
             config.check_ranges(ours.names)
         return FromFile(config, ours.unused, ours.out and expand(ours.out), ours.device)
+    except NotRead:
+        raise
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
 

@@ -24,7 +24,7 @@ with needs_train_extra(__name__):
     from bvae.config import Config, DataConfig
     from bvae.datasets import bad_files_message, find_files, fitting_batch, ingest, inventory
     from bvae.device import choose_device
-    from bvae.pipelines import cache, celeba, decoder, faces
+    from bvae.pipelines import cache, celeba, decoder, faces, sprites
     from bvae.pipelines.picture import Picture
     from bvae.pipelines.webdataset import ImageFile
 
@@ -84,35 +84,50 @@ def _status(bad: int, total: int) -> int:
 
 
 def ls(options: argparse.Namespace) -> int:
-    """Print a line for each cache, also for unfinished ones."""
+    """Print a line for each cache, and for what killed runs have left."""
     total = 0
-    for entry in _entries(options.cache_dir):
-        size = sum(file.stat().st_size for file in entry.iterdir())
+    for entry in cache.entries(options.cache_dir):
+        size = cache.size(entry)
         total += size
-        modified = datetime.fromtimestamp(entry.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
-        try:
-            manifest = cache.read_manifest(entry)
-            shape = " x ".join(str(manifest[name]) for name in ("count", "size", "size", "channels"))
-            content = f"{shape}, crop {manifest['crop']}, {manifest['decoder']}, {manifest['root']}"
-        except cache.Damaged as damage:
-            content = f"unfinished or damaged: {damage}"
-        print(f"{entry.name}  {modified}  {size / 1e6:8.1f} MB  {content}")
+        modified = datetime.fromtimestamp(entry.lstat().st_mtime).strftime("%Y-%m-%d %H:%M")
+        print(f"{entry.name}  {modified}  {size / 1e6:8.1f} MB  {_content(entry)}")
     print(f"{total / 1e6:.1f} MB in {options.cache_dir}")
     return 0
+
+
+def _content(entry: Path) -> str:
+    """What an entry of the cache folder holds."""
+    if entry.name == sprites.FILE:
+        return "all sprites, one bit per pixel"
+    if entry.suffix == cache.LOCK:
+        return "a lock: in use, or left by a killed run"
+    if not entry.is_dir():
+        return "unfinished, or of another version"
+    try:
+        manifest = cache.read_manifest(entry)
+    except (cache.Damaged, UsageError) as damage:
+        return f"unfinished or damaged: {damage}"
+    shape = " x ".join(str(manifest[name]) for name in ("count", "size", "size", "channels"))
+    return f"{shape}, crop {manifest['crop']}, {manifest['decoder']}, {manifest['root']}"
 
 
 def rm(options: argparse.Namespace) -> int:
     """Remove caches by their keys, or all."""
     if bool(options.key) == options.all:
         raise UsageError("name the caches to remove, as `ls` shows them, or give --all")
-    entries = {entry.name: entry for entry in _entries(options.cache_dir)}
+    entries = {entry.name: entry for entry in cache.entries(options.cache_dir)}
     for key in options.key:
         if key not in entries:
             raise UsageError(f"no cache {key} in {options.cache_dir}; `python -m bvae.data ls` lists them")
+    left = 0
     for key in entries if options.all else options.key:
-        cache.remove(entries[key])
-        print(f"removed {entries[key]}")
-    return 0
+        try:
+            cache.remove(entries[key])
+            print(f"removed {entries[key]}")
+        except (UsageError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            left += 1
+    return 1 if left else 0
 
 
 def draw_faces(options: argparse.Namespace) -> int:
@@ -122,13 +137,6 @@ def draw_faces(options: argparse.Namespace) -> int:
     target = faces.write(options.out, n=options.n, seed=options.seed)
     print(f"{options.n} faces in {target}; train on them: python -m bvae.train --data-root {options.out}")
     return 0
-
-
-def _entries(folder: Path) -> list[Path]:
-    """The caches in a folder; other files and folders are ignored."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and cache.is_entry(path))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,8 +189,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot be used."""
-    options = _parser().parse_args(argv)
-    return exit_status(lambda: call(options.run, options))
+
+    def run() -> int:
+        options = _parser().parse_args(argv)  # looks for the user's cache folder
+        return call(options.run, options)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bvae.config import SHAPES, DataConfig
 from bvae.errors import UsageError
+from bvae.paths import expand
 from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, sprites
 from bvae.pipelines.inventory import Inventory, masks
 from bvae.pipelines.loader import Loader
@@ -193,14 +194,14 @@ def find_files(config: DataConfig) -> Source:
     """
     if config.name == "memory":
         raise UsageError("this run's images were passed to bvae.fit in Python: train it with bvae.fit")
-    root = config.root
+    root = config.root and expand(config.root)
     if root is None and config.name != "faces":
         raise UsageError(f"--data {config.name} needs --data-root, the folder that holds the images")
     if root is None:
         root = DRAWN_ROOT
         if not (root / "celeba").exists():  # drawing makes it last
             print(f"drawing {DRAWN} faces into {root}, once", flush=True)
-            faces.write(root, n=DRAWN, seed=0)
+            faces.write_missing(root, DRAWN)
     found = inventory(config.name, root)
     crop = config.crop
     if crop is None and config.name != "folder":
@@ -237,7 +238,7 @@ def ingest(
 ) -> Iterator[cache.Cached]:
     """The caches of the training and the validation images; decoded now if they do not exist."""
     name = decoder.choose(config.decoder)
-    cache_dir = config.cache_dir or cache.default_folder()
+    cache_dir = expand(config.cache_dir or cache.default_folder())
     for files, label in zip((source.train, source.valid), LABELS, strict=True):
         request = cache.Request(source.root, files, source.picture, name)
         yield cache.open_or_build(

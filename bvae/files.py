@@ -2,11 +2,11 @@
 
 import io
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from bvae import disk
 from bvae.errors import FULL, UNSUPPORTED, say_once
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def write(path: Path, writer: Callable[[IO[bytes]], Any], size: int) -> None:
         # torch.save raises a RuntimeError in place of ENOSPC
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError) and cause.errno in FULL:
-            free = shutil.disk_usage(path.parent).free
-            text = f"{cause.strerror}: {path.name} needs {size:,} bytes, and {free:,} are free"
+            text = f"{cause.strerror}: {path.name} needs {size:,} bytes, and {disk.free(path.parent)}"
             raise OSError(cause.errno, text, str(path.parent)) from None
         if isinstance(cause, OSError):
             raise named(cause, path) from None

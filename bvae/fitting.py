@@ -18,7 +18,7 @@ from bvae.datasets import Data, open_images
 from bvae.errors import UsageError
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
-from bvae.paths import expand
+from bvae.paths import expand, expand_options
 from bvae.pipelines.arrays import collect
 from bvae.training import results
 from bvae.training.claim import claim
@@ -158,7 +158,7 @@ def _configure(
         raise UsageError(f"{', '.join(sorted(refused))}: the images are given already, leave this out")
     if model is not None:
         options = {**options, **_architecture(model)}
-    config = configuration.override(config, options)
+    config = configuration.override(expand_options(config), options)
     config.check()
     return config, device
 

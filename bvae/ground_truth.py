@@ -1,6 +1,7 @@
 """Data sets with known factors or attributes, in the form that a model takes."""
 
 import csv
+import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +17,13 @@ from bvae.errors import MissingError, UsageError
 from bvae.images import read_image
 from bvae.metrics.inputs import Factors
 from bvae.model import BetaVAE
+from bvae.opening import TABLE, NotRead, read_text
+from bvae.paths import expand
 from bvae.pipelines import celeba, sprites
 from bvae.pipelines.packed_loader import unpack
 from bvae.reference import scale_pixels
+
+MOST = 1000  # factors
 
 
 class Truth(NamedTuple):
@@ -60,6 +65,7 @@ def attributes(root: Path, model: BetaVAE, crop: int | None = None) -> Truth:
     Raises:
         FileNotFoundError, ValueError: no CelebA at root, or lists that cannot be read or lack an image.
     """
+    root = expand(root)
     splits, (names, rows) = celeba.inventory(root).splits, celeba.attributes(root)
     paths = [Path(str(file)) for file in splits["test"] or splits["valid"] or splits["train"]]
     rows = {celeba.stem(name): row for name, row in rows.items()}  # the images may have another suffix
@@ -86,14 +92,20 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int | None = None) -> Tr
     """
     if bins < 2:
         raise UsageError(f"bins of the factors must be at least 2, got {bins}")
-    folders = [base for base in (root, root / "celeba") if (base / "factors.csv").is_file()]
+    root = expand(root)
+    folders = [base for base in (root, root / "celeba") if (base / "factors.csv").exists()]
     if not folders:
         raise MissingError(f"{root} holds no factors.csv: the factors of its images are not known")
     table = folders[0] / "factors.csv"
     try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            (_, *names), *rows = filter(None, csv.reader(file))
+        lines = filter(None, csv.reader(io.StringIO(read_text(table, TABLE), newline="")))
+        _, *names = next(lines, [""])
+        if len(names) > MOST:
+            raise NotRead(table, f"{len(names):,} factors are more than {MOST:,}")
+        rows = [*lines]
         values = np.array([row[1:] for row in rows], float).reshape(len(rows), len(names))
+    except NotRead:
+        raise
     except (ValueError, csv.Error) as error:
         raise UsageError(f"{table} is not a table of numbers: {error}") from None
     if not values.size:

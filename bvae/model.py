@@ -14,7 +14,9 @@ from bvae import files
 from bvae.architectures import ARCHITECTURES, Network, check_size
 from bvae.compat import pytorch_vae_weights
 from bvae.errors import MissingError, UsageError
+from bvae.opening import CONFIG, WEIGHTS, NotRead, read_bytes, read_text
 from bvae.ops import reparam_kl
+from bvae.paths import expand
 from bvae.reference import scale_pixels
 
 if TYPE_CHECKING:
@@ -272,15 +274,16 @@ class BetaVAE(nn.Module):
         >>> again.config == model.config
         True
         """
-        folder = Path(folder)
+        folder = expand(folder)
         self.save_config(folder)
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
         files.write_bytes(folder / "model.safetensors", save(weights))
 
     def save_config(self, folder: str | Path) -> None:
         """Write `config.json`, from which `from_pretrained` builds the network."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        files.write_text(Path(folder) / "config.json", json.dumps(self.config, indent=2) + "\n")
+        folder = expand(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(folder / "config.json", json.dumps(self.config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, which: Literal["last", "best"] = "last") -> "BetaVAE":
@@ -292,7 +295,7 @@ class BetaVAE(nn.Module):
 
         Raises:
             MissingError: the folder holds no model, or no best checkpoint.
-            UsageError: its files are damaged, or belong to different models.
+            UsageError: its files are damaged, belong to different models, or hold NaN or infinite weights.
 
         >>> import tempfile
         >>> import torch
@@ -305,13 +308,15 @@ class BetaVAE(nn.Module):
         >>> torch.equal(again.decode(z), model.eval().decode(z))
         True
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
+        folder = expand(folder)
+        if not (folder / "config.json").exists():
             raise MissingError(f"{folder} holds no config.json: it is not a folder of a saved model or a run")
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = json.loads(read_text(folder / "config.json", CONFIG))
             model = cls(**config)
-        except (TypeError, ValueError) as error:
+        except NotRead:
+            raise
+        except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"{folder / 'config.json'} does not describe a BetaVAE: {error}") from None
         weights = _read_weights(folder, which)
         if difference := _difference(weights, model.state_dict()):
@@ -319,6 +324,11 @@ class BetaVAE(nn.Module):
                 f"{folder} holds the weights of another model than the {model.config['arch']} that its "
                 f"config.json describes: {difference}"
             )
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise UsageError(
+                    f"{folder}: {name} is NaN or infinite: take a checkpoint from before the loss was"
+                )
         model.load_state_dict(weights)
         return model.eval()
 
@@ -366,10 +376,10 @@ def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
     newest = checkpoint.checkpoints(folder / checkpoint.FOLDER)[-1:]
     if newest and not (path.is_file() and path.stat().st_mtime >= newest[0].stat().st_mtime):
         return checkpoint.weights(newest[0])
-    if not path.is_file():
+    if not path.exists():
         raise MissingError(f"{folder} holds no model.safetensors and no checkpoint: no model was saved yet")
     try:
-        return load(path.read_bytes())
+        return load(read_bytes(path, WEIGHTS))
     except SafetensorError as error:
         raise UsageError(f"{path} is damaged: {error}") from None
 

@@ -17,7 +17,7 @@ _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 _FLAGS = {"root": "--data-root", "run": "RUN", "runs": "RUN", "dir": "DIR"}  # others: the field's name
 
 
-def expand(path: str | Path) -> Path:
+def expand(path: str | os.PathLike[str]) -> Path:
     """A path with `~` and `$VAR` expanded.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from bvae.errors import UsageError
+from bvae.opening import CONFIG, read_bytes
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
@@ -14,9 +15,10 @@ def read_mapping(path: Path) -> dict[Any, Any]:
 
     Raises:
         UsageError: text in another encoding, no YAML, no mapping, or a key given twice, with its line.
+        NotRead: the file is too long or not regular; the message names it, as no other does.
         OSError: the file cannot be read.
     """
-    text = _decode(path.read_bytes())
+    text = _decode(read_bytes(path, CONFIG))
     try:
         loaded = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:

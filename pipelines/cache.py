@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -30,19 +31,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bvae.errors import UNSUPPORTED, MissingError, say_once
+from bvae import disk
+from bvae.errors import FULL, MissingError, UsageError, say_once
+from bvae.opening import ARCHIVE, TABLE, NotRead, open_regular, read_bytes
+from bvae.owner import LOCK, lock, wait
 from bvae.pipelines.decoder import BATCH, Decoder, cores
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.webdataset import ImageFile
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may build the same cache at the same time
-    fcntl = None  # type: ignore[assignment]
-
 FORMAT = 2  # of the files and the rule for pixels; part of the key
 KEY_BYTES = 10
 UNFINISHED = ".unfinished"
+_NAMES = re.compile(  # of what this package writes into the folder; .sprites-* were unfinished before
+    rf"([0-9a-f]{{{2 * KEY_BYTES}}}|sprites-\d+\.bin)(\.unfinished|(\.[0-9a-f]+)?\.tmp|\.lock)?|\.sprites-\w+"
+)
 CHUNK = 1 << 25  # bytes under one checksum
 MARGIN = 1.02  # of free disk space over the images' bytes
 
@@ -110,6 +112,11 @@ def default_folder() -> Path:
         return folder
     folder = Path(tempfile.gettempdir(), f"bvae-{os.getuid()}")  # as in a container with a user of a number
     say_once(f"no home folder can be written: caches are in {folder}, or in --cache-dir")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise UsageError(f"{folder} is not a folder of yours: name one with --cache-dir")
     return folder
 
 
@@ -135,16 +142,16 @@ def open_or_build(
     """
     entry = folder / request.key
     with contextlib.suppress(FileNotFoundError, Damaged):
-        cached = read(entry)
-        print(f"{label}: {len(cached.images)} from the cache {entry}", flush=True)
+        cached = _read_requested(entry, request)
+        print(f"{label}: {len(cached.images)} from the cache {entry}{other_owner(entry)}", flush=True)
         return cached
     folder.mkdir(parents=True, exist_ok=True)
     own = request.share(rank, world_size)
     if world_size > 1:
         open_or_build(own, folder, decoder, f"{label}, share {rank + 1} of {world_size}")
-    with lock(entry, label):
+    with wait(lock_of(entry), label):
         try:
-            cached = read(entry)  # built while this process waited
+            cached = _read_requested(entry, request)  # built while this process waited
             if world_size > 1:
                 shutil.rmtree(
                     folder / own.key, ignore_errors=True
@@ -154,7 +161,7 @@ def open_or_build(
             pass
         except Damaged as damage:
             print(f"{entry} is damaged ({damage}): decoding again", flush=True)
-            shutil.rmtree(entry, ignore_errors=True)
+            _delete(entry)
         if world_size == 1:
             reader, n = decoder(), len(request.files)
             print(f"{label}: decoding {n} with {reader.version}, once, into {entry}", flush=True)
@@ -181,12 +188,29 @@ def read(entry: Path) -> Cached:
     return Cached(images, [(file, text) for file, text in manifest["bad"]], entry)
 
 
+def _read_requested(entry: Path, request: Request) -> Cached:
+    """`read`, and compare the number and the shape of the images with what was requested."""
+    cached, picture = read(entry), request.picture
+    shape = (len(request.files) - len(cached.bad), picture.size, picture.size, picture.channels)
+    if cached.images.shape != shape:
+        raise Damaged(f"its images are {list(cached.images.shape)} instead of {list(shape)}")
+    return cached
+
+
+def other_owner(entry: Path) -> str:
+    """A note if another user wrote an entry, all of whose bytes agree with its checksums; else ""."""
+    owner = entry.stat().st_uid
+    if owner == 0 or owner == os.getuid():  # 0: the administrator, or Windows
+        return ""
+    return f", which user {owner} wrote: all its bytes agree with their checksums"
+
+
 def read_manifest(entry: Path) -> dict[str, Any]:
     """A cache's manifest. Raises what `read` raises, for the manifest alone."""
     if not entry.is_dir():
         raise MissingError(f"no cache at {entry}")
     try:
-        manifest = json.loads((entry / "manifest.json").read_bytes())
+        manifest = json.loads(read_bytes(entry / "manifest.json", TABLE))
         if not _is_manifest(manifest) or manifest.pop("checksum") != _digest(manifest):
             raise ValueError
     except FileNotFoundError:
@@ -213,14 +237,40 @@ def _is_manifest(manifest: Any) -> bool:
     )
 
 
-def is_entry(folder: Path) -> bool:
-    """Whether a folder's name is that of a cache, or of an unfinished one."""
-    return re.fullmatch(rf"[0-9a-f]{{{2 * KEY_BYTES}}}(\{UNFINISHED})?", folder.name) is not None
+def entries(folder: Path) -> list[Path]:
+    """What this package wrote into a cache folder, sorted: caches, and what killed processes left."""
+    return sorted(path for path in folder.iterdir() if _NAMES.fullmatch(path.name)) if folder.is_dir() else []
+
+
+def size(entry: Path) -> int:
+    """The bytes of an entry."""
+    files = entry.iterdir() if entry.is_dir() else [entry]
+    return sum(file.lstat().st_size for file in files)
 
 
 def remove(entry: Path) -> None:
-    """Delete a cache, finished or not. A process that has it open can still read it."""
-    shutil.rmtree(entry)
+    """Delete an entry, finished or not. A process that has it open can still read it.
+
+    Raises:
+        UsageError: another process is building it.
+        OSError: it cannot be deleted.
+    """
+
+    def refuse(owner: str) -> None:
+        raise UsageError(f"{entry} is in use by {owner}")
+
+    known = _NAMES.fullmatch(entry.name)
+    name = known[1] if known and known[1] else entry.name
+    with lock(lock_of(entry.with_name(name)), refuse):  # removes the lock's file too
+        _delete(entry)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder or a file; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def decode_all(
@@ -253,8 +303,7 @@ def _write(entry: Path, request: Request, parts: Iterator[tuple[Tensor, list[Bad
     picture = request.picture
     needed = len(request.files) * picture.size**2 * picture.channels
     unfinished = entry.with_name(f"{entry.name}{UNFINISHED}")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)  # this process holds the lock, so the process that wrote it has ended
+    _delete(unfinished)  # this process holds the lock, so the process that wrote it has ended
     if needed * MARGIN > shutil.disk_usage(entry.parent).free:
         raise _full(errno.ENOSPC, needed, entry.parent)
     bad: list[Bad] = []
@@ -286,7 +335,7 @@ def _write(entry: Path, request: Request, parts: Iterator[tuple[Tensor, list[Bad
         os.replace(unfinished, entry)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             raise _full(error.errno, needed, entry.parent) from None
         raise
     return Cached(images, bad, entry)
@@ -294,11 +343,10 @@ def _write(entry: Path, request: Request, parts: Iterator[tuple[Tensor, list[Bad
 
 def _full(number: int, needed: int, folder: Path) -> OSError:
     """The error for a full disk."""
-    free = shutil.disk_usage(folder).free
     return OSError(
         number,
-        f"{os.strerror(number)}: the decoded images take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are "
-        "free: make room, choose another disk with --cache-dir, or train from the files with --stream",
+        f"{os.strerror(number)}: the decoded images take {needed:,} bytes, and {disk.free(folder)}: "
+        "make room, choose another disk with --cache-dir, or train from the files with --stream",
         str(folder),
     )
 
@@ -312,13 +360,19 @@ def _map(entry: Path, manifest: dict[str, Any]) -> Tensor:
     """The images, read from disk as they are used."""
     path = entry / "images.bin"
     shape = (manifest["count"], manifest["size"], manifest["size"], manifest["channels"])
-    expected, size = math.prod(shape), path.stat().st_size if path.exists() else 0
-    if size != expected:
-        raise Damaged(f"images.bin holds {size} bytes instead of {expected}")
-    if not expected:
-        return torch.empty(shape, dtype=torch.uint8)
-    # Mode c (copy on write): torch warns about read-only memory, although nothing here writes.
-    return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
+    expected = math.prod(shape)
+    try:
+        with open_regular(path, ARCHIVE) as file:
+            if (size := os.fstat(file.fileno()).st_size) != expected:
+                raise Damaged(f"images.bin holds {size} bytes instead of {expected}")
+            if not expected:
+                return torch.empty(shape, dtype=torch.uint8)
+            # Mode c (copy on write): torch warns about read-only memory, although nothing here writes.
+            return torch.from_numpy(np.memmap(file, np.uint8, "c", shape=shape))
+    except FileNotFoundError:
+        raise Damaged("images.bin is missing") from None
+    except NotRead as error:
+        raise Damaged(f"images.bin is {error.strerror}") from None
 
 
 def _checksums(images: Tensor) -> list[int]:
@@ -331,38 +385,6 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def lock(entry: Path, label: str) -> Iterator[None]:
-    """Hold the lock for building an entry; the system releases it when the process ends, however it ends."""
-    path = entry.with_name(f"{entry.name}.lock")
-    if not fcntl:
-        yield
-        return
-    while True:
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{label}: waiting for another process that prepares them", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                if error.errno not in UNSUPPORTED:
-                    raise
-                say_once(
-                    f"{path.parent}: no locks on this file system: start no two runs at once on new data"
-                )
-            if not _still_named(file, path):
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _still_named(file: IO[Any], path: Path) -> bool:
-    """Whether an open file still has that name: the holder of a lock removes its file at the end."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+def lock_of(entry: Path) -> Path:
+    """The file that is locked while an entry is built."""
+    return entry.with_name(entry.name + LOCK)

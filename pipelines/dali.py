@@ -17,6 +17,7 @@ from bvae.pipelines.picture import Picture, inspect
 from bvae.pipelines.torch_decode import decode_into, resize
 from bvae.pipelines.webdataset import ImageFile, read
 
+LARGE = 1 << 25  # bytes or pixels: DALI decodes a batch at once, and larger JPEGs have to fit a budget
 MAX_BATCH = 1 << 16  # files; DALI wants a limit, and takes no memory for it
 
 
@@ -98,7 +99,7 @@ class DaliDecoder:
             try:
                 data = read(file)
                 header = inspect(data)
-                if header.plain:
+                if header.plain and len(data) <= LARGE and header.width * header.height <= LARGE:
                     squares.append(picture.square(header.width, header.height))
                     encoded.append(np.frombuffer(data, np.uint8))
                     work.jpegs.append(i)

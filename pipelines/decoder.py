@@ -41,7 +41,7 @@ def cores() -> int:
 
 def reason(error: Exception) -> str:
     """An error's cause in one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = getattr(error, "strerror", None) or str(error)  # without the path of OSError and NotRead
     first = text.splitlines()[0] if text else type(error).__name__
     return re.sub(r"^\w+, \S+:\d+, ", "", first)  # torchvision's function, source file and line
 

@@ -10,9 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bvae.errors import UsageError
+from bvae.opening import ARCHIVE, open_regular
+from bvae.paths import expand
 from bvae.pipelines.packed_loader import pack
-from bvae.pipelines.sprites import FACTORS, SIDE, SIZES
+from bvae.pipelines.sprites import COUNT, FACTORS, SIDE, SIZES
 
+CLASSES = 1000 + COUNT * (1 + len(SIZES)) * 8  # most bytes of the indices, as int64
 CHUNK = 8192  # images read at a time: 34 MB
 
 
@@ -30,14 +33,17 @@ def read(path: str | os.PathLike[str]) -> Dsprites:
         FileNotFoundError: there is no such file.
         ValueError: it is another kind of file, or damaged; the message says how.
     """
-    if os.path.isdir(path):
+    path = expand(path)
+    if path.is_dir():
         inside = sorted(name for name in os.listdir(path) if name.endswith(".npz"))
         raise UsageError(
             f"{path} is a folder: give the file, {os.path.join(path, (inside or ['dsprites_*.npz'])[0])}"
         )
-    with open(path, "rb") as opened:
+    with open_regular(path, ARCHIVE) as opened:
         try:
             with zipfile.ZipFile(opened) as archive:
+                if (size := archive.getinfo("latents_classes.npy").file_size) > CLASSES:
+                    raise UsageError(f"latents_classes of {size:,} bytes are more than {CLASSES:,}")
                 with archive.open("latents_classes.npy") as file:
                     classes = np.lib.format.read_array(file, allow_pickle=False)
                 with archive.open("imgs.npy") as file:
@@ -58,6 +64,8 @@ def _read_images(file: IO[bytes]) -> Tensor:
         raise UsageError(f"{expected} {dtype} {list(shape)}")
     if not shape[0]:
         raise UsageError("imgs is empty")
+    if shape[0] > COUNT:
+        raise UsageError(f"{expected} {list(shape)}: dSprites has {COUNT:,} images")
     if columns_first:
         return _read_planes(file, shape[0], expected)
     parts = []

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bvae.errors import UsageError
+from bvae.owner import LOCK, wait
+from bvae.paths import expand
 from bvae.pipelines.portrait import CHUNK, FACTORS, boxes, landmarks, render
 
+SCRATCH = ".celeba-"  # beginning of the name of a folder that is being drawn
 BOX = ("x_1", "y_1", "width", "height")
 LANDMARKS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
 
@@ -49,20 +53,41 @@ def write(
 
     The folder holds images, partition (80 % train, 10 % valid, 10 % test, in order), attributes, identities,
     boxes and landmarks as CelebA does, and factors.csv with the true factors. It is renamed when it is
-    complete. The same arguments give the same bytes."""
-    root = Path(root)
+    complete. The same arguments give the same bytes.
+
+    Raises:
+        UsageError: the folder exists, at once or when another process that was drawing it has ended.
+        OSError: it cannot be written.
+    """
+    root = expand(root)
+    if not write_missing(root, n, seed, quality, progress):
+        raise UsageError(f"{root / 'celeba'} exists already: train on it, remove it, or choose another root")
+    return root / "celeba"
+
+
+def write_missing(root: Path, n: int, seed: int = 0, quality: int = 92, progress: bool = True) -> bool:
+    """As `write`, if there is no <root>/celeba; if another process is drawing it, wait for that.
+
+    Returns:
+        whether this process drew it.
+    """
     target = root / "celeba"
     if target.exists():
-        raise UsageError(f"{target} exists already: train on it, remove it, or choose another root")
-    factors, names = sample_factors(n, seed), [f"{i:06d}.jpg" for i in range(1, n + 1)]
+        return False
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".celeba-") as scratch:
-        folder = Path(scratch) / "celeba"
-        (folder / "img_align_celeba").mkdir(parents=True)
-        _write_tables(folder, names, factors)
-        _write_images(folder / "img_align_celeba", names, factors, quality, progress)
-        folder.rename(target)
-    return target
+    with wait(root / f".celeba{LOCK}", "faces"):
+        if target.exists():  # drawn while this process waited
+            return False
+        for left in root.glob(f"{SCRATCH}*"):  # by a process that was killed
+            shutil.rmtree(left)
+        factors, names = sample_factors(n, seed), [f"{i:06d}.jpg" for i in range(1, n + 1)]
+        with tempfile.TemporaryDirectory(dir=root, prefix=SCRATCH) as scratch:
+            folder = Path(scratch) / "celeba"
+            (folder / "img_align_celeba").mkdir(parents=True)
+            _write_tables(folder, names, factors)
+            _write_images(folder / "img_align_celeba", names, factors, quality, progress)
+            folder.rename(target)
+    return True
 
 
 def _write_tables(folder: Path, names: list[str], factors: Tensor) -> None:

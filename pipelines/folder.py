@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bvae.errors import MissingError
+from bvae.paths import expand
 from bvae.pipelines.inventory import Inventory
 from bvae.pipelines.passed_over import SUFFIXES, PassedOver, plural, suffix
 from bvae.pipelines.webdataset import ImageFile, members
@@ -28,7 +29,8 @@ def inventory(root: Path) -> Inventory:
         FileNotFoundError: no such folder, or no image in it.
         ValueError: a tar file that cannot be read.
     """
-    if not Path(root).is_dir():
+    root = expand(root)
+    if not root.is_dir():
         raise MissingError(f"no folder at {root}; give the folder of images with --data-root")
     images: list[ImageFile] = []
     passed = PassedOver()

@@ -13,19 +13,23 @@ import errno
 import math
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bvae import disk, files
 from bvae.errors import UsageError
-from bvae.pipelines.cache import lock
+from bvae.opening import open_regular
+from bvae.owner import wait
+from bvae.paths import expand
+from bvae.pipelines.cache import lock_of, other_owner
 from bvae.pipelines.packed_loader import pack
 
 FACTORS = ("shape", "scale", "orientation", "x", "y")
@@ -144,11 +148,14 @@ def all_sprites(folder: str | os.PathLike[str], device: torch.device | str = "cp
     device = torch.device(device)
     if device.type != "cpu":
         return _draw_all(device)
-    path = Path(folder) / FILE
+    path = expand(folder) / FILE
     with contextlib.suppress(FileNotFoundError, ValueError):
-        return _read(path)
+        packed = _read(path)
+        if note := other_owner(path):
+            print(f"sprites: {path}{note}", flush=True)
+        return packed
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path, "sprites"):
+    with wait(lock_of(path), "sprites"):
         try:
             return _read(path)  # drawn while this process waited
         except FileNotFoundError:
@@ -159,26 +166,22 @@ def all_sprites(folder: str | os.PathLike[str], device: torch.device | str = "cp
 
 
 def _write(path: Path) -> Tensor:
-    """Draw all images; the file is renamed when it is complete."""
-    if (free := shutil.disk_usage(path.parent).free) < COUNT * PACKED:
+    """Draw all images; the file gets its name when it is complete."""
+    if shutil.disk_usage(path.parent).free < COUNT * PACKED:
         raise OSError(
             errno.ENOSPC,
-            f"the sprites take {COUNT * PACKED / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free: "
+            f"the sprites take {COUNT * PACKED:,} bytes, and {disk.free(path.parent)}: "
             "make room or choose another folder",
             str(path.parent),
         )
     packed = _draw_all(torch.device("cpu"))
     data = packed.numpy().data
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".sprites-", delete=False) as file:
-        try:
-            file.write(data)
-            file.write(zlib.crc32(data).to_bytes(CHECKSUM, "little"))
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+
+    def write(file: IO[bytes]) -> None:
+        file.write(data)
+        file.write(zlib.crc32(data).to_bytes(CHECKSUM, "little"))
+
+    files.write(path, write, data.nbytes + CHECKSUM)
     return packed
 
 
@@ -205,10 +208,11 @@ def _draw_all(device: torch.device) -> Tensor:
 
 def _read(path: Path) -> Tensor:
     """uint8 [COUNT, PACKED]. Raises FileNotFoundError, or ValueError if the file was changed."""
-    expected, size = COUNT * PACKED + CHECKSUM, path.stat().st_size
-    if size != expected:
-        raise UsageError(f"{size} bytes instead of {expected}")
-    data = np.fromfile(path, np.uint8)
+    expected = COUNT * PACKED + CHECKSUM
+    with open_regular(path, expected) as file:
+        data = np.fromfile(file, np.uint8)
+    if len(data) != expected:
+        raise UsageError(f"{len(data)} bytes instead of {expected}")
     if zlib.crc32(data[:-CHECKSUM].data) != int.from_bytes(data[-CHECKSUM:].tobytes(), "little"):
         raise UsageError("its checksum is not the one that was written")
     return torch.from_numpy(data[:-CHECKSUM].reshape(COUNT, PACKED))

@@ -13,7 +13,7 @@ from bvae.errors import UsageError
 from bvae.pipelines.decoder import Decoder, cores, reason
 from bvae.pipelines.loader import Loader
 from bvae.pipelines.picture import Picture, inspect
-from bvae.pipelines.webdataset import ImageFile, read
+from bvae.pipelines.webdataset import ImageFile, hold
 
 SMALL = Picture(None, 1, 3)  # for a trial: the pixels are not used
 
@@ -65,10 +65,10 @@ def inspect_files(files: Sequence[ImageFile], label: str) -> dict[int, str]:
 
     def find_damage(file: ImageFile) -> str | None:
         try:
-            data = read(file)
-            header = inspect(data)
-            if not header.plain and header.kind != "PNG":
-                decode_bytes(data, SMALL)
+            with hold(file) as data:
+                header = inspect(data)
+                if not header.plain and header.kind != "PNG":
+                    decode_bytes(data, SMALL)
         except (RuntimeError, ValueError, OSError) as error:
             return reason(error)
         return None

@@ -1,15 +1,17 @@
 """Image files, on their own or as members of WebDataset's tar shards."""
 
+import contextlib
 import os
-import stat
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from bvae.errors import UsageError
+from bvae.opening import ARCHIVE, IMAGE, NotRead, open_regular
+from bvae.pipelines.budget import READING
 from bvae.pipelines.passed_over import SUFFIXES, PassedOver, suffix
 
-MAX_BYTES = 1 << 30  # a longer file is not an image
 COMPRESSIONS = {  # by the first bytes
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -39,31 +41,32 @@ def read(file: ImageFile) -> bytes:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is a pipe or a device, or too long for an image, or its shard is truncated.
+        UsageError: it is a pipe or a device, or too long for an image, or its shard is truncated.
     """
-    path, size = (file, None) if isinstance(file, str) else (file.shard, file.size)
-    with open(path, "rb", buffering=0, opener=_open_nonblocking) as opened:
-        status = os.fstat(opened.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UsageError("not a regular file")
-        if (length := status.st_size if size is None else size) > MAX_BYTES:
-            raise UsageError(f"{length:,} bytes are more than {MAX_BYTES:,}: not read")
-        if isinstance(file, str):
-            return opened.read()
-        data = os.pread(opened.fileno(), file.size, file.offset)
-    if len(data) < file.size:
-        raise UsageError("its shard is truncated")
-    return data
+    with hold(file) as data:
+        return data
 
 
-def _open_nonblocking(path: str, flags: int) -> int:
-    """Open a file without blocking: opening a pipe without a writer would block."""
-    return os.open(path, flags | os.O_NONBLOCK)
+@contextlib.contextmanager
+def hold(file: ImageFile) -> Iterator[bytes]:
+    """The whole file, as `read`, inside the block; waits while other threads hold too many bytes."""
+    path, most = (file, IMAGE) if isinstance(file, str) else (file.shard, ARCHIVE)
+    with open_regular(path, most, buffering=0) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if isinstance(file, Member):
+            if (size := file.size) > IMAGE:
+                raise NotRead(path, f"{size:,} bytes are more than {IMAGE:,}: not read")
+            opened.seek(file.offset)
+        with READING.take(size):
+            data = opened.read(size)
+            if isinstance(file, Member) and len(data) < size:
+                raise NotRead(path, "its shard is truncated")
+            yield data
 
 
-def _compression(path: str | Path) -> str | None:
+def _compression(shard: str | Path) -> str | None:
     """The name of the compression that a file's first bytes tell."""
-    with open(path, "rb") as file:
+    with open_regular(shard, ARCHIVE) as file:
         start = file.read(6)
     return next((kind for magic, kind in COMPRESSIONS.items() if start.startswith(magic)), None)
 
@@ -76,11 +79,11 @@ def members(shard: str | Path, passed: PassedOver) -> list[Member]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: not an uncompressed tar file, one that ends too early, or a name that points outside it.
+        UsageError: not an uncompressed tar file, one that ends too early, or a name that points outside it.
     """
     found: list[Member] = []
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with open_regular(shard, ARCHIVE) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             last = -1
             for entry in tar:
                 if entry.size < 0 or entry.offset <= last:  # tarfile would loop for ever
@@ -102,6 +105,8 @@ def members(shard: str | Path, passed: PassedOver) -> list[Member]:
                 if entry.name.startswith("/") or ".." in parts:
                     raise tarfile.ReadError(f"{entry.name!r} points outside the shard's folder")
                 found.append(Member(str(shard), entry.name, entry.offset_data, entry.size))
+    except NotRead:
+        raise
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         if kind := _compression(shard):
             raise UsageError(f"{shard} is compressed ({kind}), not a plain tar file: unpack it") from None

@@ -169,7 +169,7 @@ def test_damage_is_named_and_mended(root, folder, damage, capsys):
         said = "the checksum of images.bin is not the one that was written"
     elif damage == "images missing":
         images.unlink()
-        said = "images.bin holds 0 bytes"
+        said = "images.bin is missing"
     elif damage == "manifest flipped":
         manifest.write_text(manifest.read_text().replace('"count": 20', '"count": 10'))
     elif damage == "manifest truncated":
@@ -216,7 +216,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(root, folder):
     second = Elsewhere(root, folder)
     one, two = first.printed(), second.printed()
     assert "decoding 20 with" in one
-    assert "waiting for another process that prepares them" in two
+    assert "images: waiting for process " in two
     assert "decoding 20" not in two
     assert one.splitlines()[-1] == two.splitlines()[-1]  # the same bytes
     assert [path.suffix for path in folder.iterdir()] == [""]
@@ -292,6 +292,18 @@ def test_a_disk_that_fills_up_leaves_nothing(root, folder, full, monkeypatch):
     assert list(folder.iterdir()) == []
     monkeypatch.undo()
     assert len(open_or_build(root, folder).images) == 20
+
+
+def test_a_cache_of_an_older_format_is_left_alone(root, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "FORMAT", cache.FORMAT - 1)
+        old = open_or_build(root, folder).folder
+    (old / "images.bin").write_bytes(flip_bit((old / "images.bin").read_bytes(), 0))  # other pixels
+    before = (old / "images.bin").read_bytes()
+    new = open_or_build(root, folder)
+    assert new.folder != old
+    assert torch.equal(new.images, decoded(root))
+    assert (old / "images.bin").read_bytes() == before
 
 
 def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):

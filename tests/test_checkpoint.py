@@ -219,7 +219,7 @@ def test_disk_full_at_every_write(tmp_path, full_disk):
     assert writes > 5
     for Filling.left in range(writes):
         with pytest.raises(
-            OSError, match=r"step-00000003.pt needs 4,000 bytes, and [\d,]+ are free"
+            OSError, match=r"step-00000003.pt needs 4,000 bytes, and [\d,]+ bytes are free"
         ) as failed:
             checkpoint.save(tmp_path, 3, state(3))
         assert failed.value.errno == errno.ENOSPC

@@ -4,6 +4,7 @@ import _ctypes
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from tiny import NETWORK
 
+from bvae.errors import say_once
 from bvae.pipelines import faces
 from bvae.training import compiler
 from bvae.training.cli import parse
@@ -151,6 +153,25 @@ def test_full_disk(cache, error):
         Attempt(error).run()
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.__suppress_context__
+
+
+def test_a_full_disk_that_does_not_matter_takes_one_line(cache, capsys):
+    """PyTorch goes on without its cache, and logs a traceback for each file."""
+
+    def attempt():
+        for name in ("torch._inductor.codecache", "torch._functorch._aot_autograd.autograd_cache"):
+            try:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                logging.getLogger(name).warning("unable to write to cache", exc_info=True)
+        logging.getLogger("torch._inductor.codecache").warning("something else")
+        return 7
+
+    say_once.cache_clear()
+    assert compiler.first_step(attempt, None, compile=True) == 7
+    full, other = capsys.readouterr().err.splitlines()
+    assert full == "No space left on device: the compiler cannot fill its cache: the next run compiles again"
+    assert "something else" in other
 
 
 def test_out_of_memory_and_other_errors_pass(cache):

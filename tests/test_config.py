@@ -176,6 +176,7 @@ def test_capacity_fits_the_run():
         ("model_params: {name: WAE}", "WAE is not trained here"),
         ("objective: {loss_type: TC}", "Undefined loss type. objective.loss_type must be"),
         ("model_params: {loss_type: TC}", "Undefined loss type."),
+        ("training: {lr_gamma: 1e30}", "training.lr_gamma must be at most 10, got 1e[+]30"),
         ("training: {lr: fast}", "training.lr must be float, got 'fast'"),
         ("training: {amp: 1}", "training.amp must be bool, got 1"),
         ("training: {epochs: 2.5}", "training.epochs must be int, got 2.5"),

@@ -102,7 +102,7 @@ def test_landmarks_are_where_the_parts_are_painted():
 
 
 def test_boxes_hold_the_head():
-    """Beside the box is only wall where there is no hair, no ear and no body."""
+    """A box has the same top and bottom when the head is turned, is centred from the front, and is wide."""
     factors = plain(2, azimuth=torch.tensor([0.0, 36.0]), hair_length=0.0)
     left, top, width, height = portrait.boxes(factors).T
     assert (left[0] + width[0] / 2 - 89).abs() <= 1

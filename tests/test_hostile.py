@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import signal
 import struct
 import sys
 import tarfile
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from deadlines import in_time
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pictures import encoded, png, smooth, write_celeba, write_folder
@@ -38,7 +38,6 @@ from bvae.training import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch and Pillow have much to say about such files
 
-SECONDS = 10  # that a case may take
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {
     *("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"),
@@ -84,20 +83,6 @@ def quiet():
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
-
-
-@contextlib.contextmanager
-def in_time():
-    def late(*_):
-        raise TimeoutError(f"not done within {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # ---- inputs ------------------------------------------------------------------------------------------------

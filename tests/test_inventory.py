@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import tracemalloc
 
 import pytest
 from pictures import write_celeba, write_folder, write_image
@@ -9,7 +10,9 @@ from pictures import write_celeba, write_folder, write_image
 from bvae.config import DataConfig
 from bvae.data import main
 from bvae.datasets import find_files, inventory
+from bvae.errors import UsageError
 from bvae.pipelines import celeba, folder
+from bvae.pipelines import inventory as module
 from bvae.train import main as train
 
 
@@ -156,6 +159,45 @@ def test_masks_are_announced(tmp_path):
     (note,) = inventory("folder", tmp_path).notes
     assert note.startswith("15 images may be masks (grey or palette, 32 x 32, beside colour, 64 x 64)")
     assert note.endswith(f"{tmp_path}/mask-anno/0, {tmp_path}/mask-anno/1")
+
+
+def test_masks_in_the_same_folder_are_announced(tmp_path, monkeypatch):
+    for i in range(300):
+        write_image(tmp_path / f"{i:03}.png", (16, 16), seed=i)
+        write_image(tmp_path / f"{i:03}_mask.png", (8, 8), mode="LP"[i % 2])  # one after the other
+    looked_at, original = [], module.look
+    monkeypatch.setattr(module, "look", lambda file: looked_at.append(file) or original(file))
+    (note,) = inventory("folder", tmp_path).notes
+    assert len(looked_at) == module.SAMPLE
+    count = sum(file.endswith("_mask.png") for file in looked_at)
+    assert note == (
+        f"{count} of {module.SAMPLE} images that were looked at in {tmp_path} may be masks "
+        "(grey or palette, 8 x 8, beside colour, 16 x 16), and would be used as images"
+    )
+
+
+@pytest.mark.parametrize("sizes", [[(8, 8), (9, 9)], [(16, 16)]], ids=["of several sizes", "of one size"])
+def test_grey_photos_in_a_folder_are_no_masks(tmp_path, sizes):
+    for i in range(20):
+        write_image(tmp_path / f"{i}.jpg", (16, 16), seed=i)
+        write_image(tmp_path / f"{i}g.jpg", sizes[i % len(sizes)], mode="L")
+    assert inventory("folder", tmp_path).notes == []
+
+
+def test_headers_alone_are_read(tmp_path):
+    """However many files and folders there are, and however long they are."""
+    for i in range(2 * module.LOOKED_AT):
+        write_image(tmp_path / str(i) / "a.png", (8, 8))
+    name = tmp_path / "0" / "a.png"
+    with open(name, "ab") as file:
+        file.truncate(1 << 29)
+    tracemalloc.start()
+    try:
+        assert module.look(str(name)) == module.Look("RGB", (8, 8))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert inventory("folder", tmp_path).notes == []
 
 
 def test_grey_images_of_the_same_size_are_no_masks(tmp_path):
@@ -350,3 +392,36 @@ def test_not_one_good_image_is_an_error(tmp_path, capsys):
 def test_ingest_refuses_what_training_would(tmp_path, capsys):
     assert main(["ingest", str(write_folder(tmp_path, 2)), "--cache-dir", str(tmp_path / "cache")]) == 2
     assert "holds 1 training images: at least 2 are needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["000001.jpg", "0 000002.jpg", "1 000003.jpg 0"], "line 1: expected a file name and a split"),
+        (["000001.jpg 0 000002.jpg", "1"], "line 1: expected a file name and a split"),
+        (["000001.jpg 0", "", "000002.jpg 1 1"], "line 3: expected a file name and a split"),
+        (["000001.jpg 0", "../000002.jpg 1"], r"line 2: \.\./000002.jpg is outside the image folder"),
+        (["000001.jpg 0", "a\\000002.jpg 1"], "line 2: .* is outside the image folder"),
+        (["000001.jpg 0", ".. 1"], "line 2: .. is outside the image folder"),
+    ],
+)
+def test_a_list_with_lines_of_other_lengths_is_refused(tmp_path, lines, message):
+    """Read at once, its words could stand in the right order."""
+    base = write_celeba(tmp_path) / "celeba"
+    (base / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UsageError, match=message):
+        celeba.inventory(tmp_path)
+
+
+def test_the_order_is_the_lists_and_the_first_of_two_entries_counts(tmp_path):
+    base = write_celeba(tmp_path) / "celeba"
+    numbers = [5, 3, 4, 3, 2, 99]
+    lines = [f"{n:06}.jpg {split}\n" for n, split in zip(numbers, [0, 1, 0, 0, 0, 0], strict=True)]
+    (base / "list_eval_partition.txt").write_text("".join(lines))
+    found = celeba.inventory(tmp_path)
+    stems = {split: [os.path.basename(file)[:6] for file in files] for split, files in found.splits.items()}
+    assert stems == {"train": ["000005", "000004", "000002"], "valid": ["000003"], "test": []}
+    assert found.notes[:2] == [
+        "1 of 5 listed images are absent",
+        "1 image listed twice: the first entry counts",
+    ]

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from deadlines import in_time
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
 from bvae.metrics import (
@@ -409,3 +410,30 @@ def test_the_full_protocol_on_the_factors_of_sprites():
     assert found["modularity"] > 0.99
     assert beta_vae(lambda indices: indices / (np.array(sizes) - 1), grid) > 0.99
     assert factor_vae(lambda indices: indices / (np.array(sizes) - 1), grid) > 0.99
+
+
+# --- large codes ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("scale", [1e9, 1e100, 1e149])
+def test_codes_of_any_scale_come_to_an_end(codes, factors, scale):
+    """A linear classifier on 1e100 would not stop, and would hear no signal meanwhile."""
+    rotated = codes["rotated"]
+    sizes = {"train": 1000, "test": 500}
+    unit = rotated / np.abs(rotated).max(0)
+    large = unit * scale
+    with in_time(20):
+        assert score(large, factors, **sizes) == pytest.approx(score(unit, factors, **sizes), abs=0.01)
+        table = Table(factors)
+        found = beta_vae(large.__getitem__, table, **sizes)
+        assert found == pytest.approx(beta_vae(unit.__getitem__, table, **sizes), abs=0.05)
+        assert factor_vae(large.__getitem__, table, **sizes) == factor_vae(unit.__getitem__, table, **sizes)
+        assert np.array_equal(auroc(large, np.sign(factors - 0.5)), auroc(unit, np.sign(factors - 0.5)))
+
+
+def test_usual_codes_are_left_as_they_are(codes, factors):
+    wide = codes["noise"] * 1e5
+    assert np.array_equal(inputs.check(wide, factors)[0], wide)
+
+
+def test_codes_whose_squares_are_infinite_are_refused(codes, factors):
+    with pytest.raises(ValueError, match=r"codes must be at most 1e\+150, got \d.*e\+200: scale them"):
+        score(codes["noise"] * 1e200, factors)

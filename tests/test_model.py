@@ -1,6 +1,7 @@
 """The network: shapes, sizes, saving, and PyTorch-VAE's checkpoints."""
 
 import json
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,29 @@ import torch
 from torch import nn
 
 from bvae.compat.pytorch_vae_weights import export_state
+from bvae.errors import UsageError
 from bvae.model import BetaVAE
+from bvae.training import checkpoint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["model", "checkpoint", "best", "theirs"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value, kind):
+    model = BetaVAE(latent_dim=2, hidden_dims=(4, 8), image_size=32)
+    with torch.no_grad():
+        model.decoder_input.weight[3, 1] = value
+    model.save_pretrained(tmp_path)
+    source, load = tmp_path, BetaVAE.from_pretrained
+    if kind == "theirs":
+        source, load = tmp_path / "theirs.ckpt", BetaVAE.from_pytorch_vae
+        torch.save(export_state(model.state_dict()), source)
+    elif kind != "model":
+        (tmp_path / "model.safetensors").unlink()
+        checkpoint.save(tmp_path / "checkpoints", 3, {"step": 3, "model": model.state_dict()})
+        checkpoint.mark_best(tmp_path / "checkpoints", 3, 1.0)
+        load = partial(BetaVAE.from_pretrained, which="best" if kind == "best" else "last")
+    with pytest.raises(UsageError, match=f"^{source}.*: decoder_input.weight is NaN or infinite"):
+        load(source)
 
 
 class PyTorchVAE(nn.Module):

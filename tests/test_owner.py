@@ -203,6 +203,19 @@ def test_auto_starts_again_what_stopped_before_a_checkpoint(data, tmp_path, monk
     assert len(steps) == 4
 
 
+def test_auto_says_which_batch_size_it_keeps(data, tmp_path, capsys):
+    options = ["--resume", "auto", "--batch-size", "8"]
+    assert run(data, tmp_path / "run", *options) == 0
+    capsys.readouterr()
+    assert run(data, tmp_path / "run", *options, "--max-steps", "9") == 0
+    assert "is not used" not in capsys.readouterr().out
+    assert run(data, tmp_path / "run", *options[:2], "--batch-size", "16", "--max-steps", "10") == 0
+    said = f"--batch-size 16 is not used: {tmp_path / 'run'} continues with its batch size of 8\n"
+    assert said in capsys.readouterr().out
+    assert run(data, tmp_path / "run", *options[:2], "--batch-size", "4") == 2
+    assert "--resume cannot change training.batch_size from 8 to 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,17 +2,22 @@
 
 import os
 import pwd
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import NETWORK
 
-from bvae import config, data, sample, sweep, traverse
+from bvae import config, data, ground_truth, sample, sweep, traverse
+from bvae.compat.pytorch_vae_weights import export_state
+from bvae.config import Config
+from bvae.datasets import open_data
 from bvae.errors import UsageError, say_once
 from bvae.fitting import fit
+from bvae.model import BetaVAE
 from bvae.paths import expand, option_of
-from bvae.pipelines import cache, faces
+from bvae.pipelines import cache, celeba, dsprites, faces, folder, sprites
 from bvae.train import main
 from bvae.training import compiler
 from bvae.training.cli import Arguments
@@ -74,6 +79,52 @@ def test_a_path_that_fit_writes(home):
     tiny = {"hidden_dims": (4, 8), "latent_dim": 2, "batch_size": 8, "max_steps": 2, "compile": False}
     fit(images, out="~/fitted", device="cpu", **tiny)
     assert (home / "fitted" / "config.yaml").is_file()
+
+
+def test_every_public_function_that_takes_a_path(home):
+    """Written to ~ and read from $PLACE, or the other way round; nothing is left in the current folder."""
+    (home.parent / "place").symlink_to(home)
+    model = BetaVAE(latent_dim=2, hidden_dims=(4, 8), image_size=32).eval()
+    model.save_pretrained("~/model")
+    model.save_pretrained(Path("~/model"))
+    assert BetaVAE.from_pretrained("$PLACE/model").config == model.config
+    assert BetaVAE.from_pretrained(Path("~/model")).config == model.config
+    model.save_config("~/config")
+    assert (home / "config" / "config.json").is_file()
+    torch.save(export_state(model.state_dict()), home / "theirs.ckpt")
+    assert BetaVAE.from_pytorch_vae("~/theirs.ckpt").latent_dim == 2
+
+    assert faces.write("~/faces", n=30, progress=False) == home / "faces" / "celeba"
+    data = replace(Config().data, root=Path("~/faces"), cache_dir=Path("$PLACE/cache"), image_size=32)
+    opened = open_data(data, 4, 0, torch.device("cpu"))
+    assert opened.files[0].startswith(str(home))
+    assert (home / "cache").is_dir()
+    assert celeba.is_at("~/faces")
+    assert len(celeba.inventory("~/faces").splits["train"]) == 24
+    assert celeba.attributes("$PLACE/faces")[0][0] == "Black_Hair"
+    assert folder.inventory("~/faces").layout == "a folder of images"
+    assert len(ground_truth.folder("~/faces", model, bins=5).factors) == 30
+    assert len(ground_truth.attributes("$PLACE/faces", model).factors) == 3
+    (home / "x.npz").write_bytes(b"x")
+    with pytest.raises(UsageError, match=f"{home}/x.npz is not dSprites' npz"):
+        dsprites.read("~/x.npz")
+
+    Path(home, "run.yaml").write_text("data: {root: ~/faces}\n")
+    assert config.read("~/run.yaml").config.data.root == home / "faces"
+    tiny = {"hidden_dims": (4, 8), "latent_dim": 2, "batch_size": 8, "max_steps": 1, "compile": False}
+    options = {**tiny, "image_size": 32, "device": "cpu", "cache_dir": "~/cache"}
+    fitted = fit("~/faces", **options)
+    assert fitted.config.data.root == home / "faces"
+    unexpanded = replace(fitted.config, data=replace(fitted.config.data, root=Path("$PLACE/faces")))
+    assert fit("~/faces", unexpanded, out=Path("~/out"), device="cpu").config.data.root == home / "faces"
+    assert (home / "out" / "model.safetensors").is_file()
+    assert not list(Path().iterdir())
+
+
+def test_the_sprites_folder(home, monkeypatch):
+    monkeypatch.setattr(sprites, "COUNT", 100)
+    sprites.all_sprites("~/sprites")
+    assert (home / "sprites" / sprites.FILE).is_file()
 
 
 @pytest.mark.parametrize(
@@ -144,6 +195,6 @@ def test_a_user_without_a_home_has_a_cache(home, monkeypatch, capsys):
     assert cache.default_folder() == cache.default_folder() == folder
     assert capsys.readouterr().err.count(f"caches are in {folder}") == 1
     compiler.caches()
-    assert os.environ.pop("TRITON_CACHE_DIR") == str(home / "triton")
+    assert os.environ.pop("TRITON_CACHE_DIR") == str(folder / "triton")
     assert data.main(["ls"]) == 0
     assert not list(Path().iterdir())

@@ -42,3 +42,7 @@ def test_warm_up_multiplies_the_first_steps(schedule):
 
 def test_a_warm_up_longer_than_the_run_never_reaches_one():
     assert factors(steps=2, schedule="constant", warmup=8) == [1 / 8, 2 / 8]
+
+
+def test_a_factor_that_grows_beyond_all_numbers_is_infinite():
+    assert factors(steps=400, steps_per_epoch=1, schedule="exponential", lr_gamma=10.0)[-1] == math.inf

@@ -163,7 +163,7 @@ def test_too_little_room_is_said_beforehand(small, tmp_path, monkeypatch):
 
 def test_a_cache_that_must_not_be_written_to_is_read(small, tmp_path, monkeypatch):
     images = all_sprites(tmp_path)
-    monkeypatch.setattr(sprites, "lock", None)
+    monkeypatch.setattr(sprites, "wait", None)
     assert torch.equal(all_sprites(tmp_path), images)
 
 
@@ -172,10 +172,10 @@ def test_who_waited_for_another_process_takes_what_it_drew(small, tmp_path, monk
 
     @contextlib.contextmanager
     def waited(path, label):
-        (tmp_path / "other" / path.name).rename(path)
+        (tmp_path / "other" / sprites.FILE).rename(tmp_path / sprites.FILE)
         yield
 
-    monkeypatch.setattr(sprites, "lock", waited)
+    monkeypatch.setattr(sprites, "wait", waited)
     monkeypatch.setattr(sprites, "render", None)
     assert torch.equal(all_sprites(tmp_path), images)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bvae.errors import UsageError
+from bvae.opening import WEIGHTS, read_bytes
 
 
 class Inert(dict[Any, Any]):
@@ -46,10 +47,10 @@ def load(path: str | Path) -> Any:
     """The content of a file of torch.save: tensors and plain values on the CPU, `Inert` for all else.
 
     Raises:
-        UsageError: the file is something else, or damaged; the message says which.
+        UsageError: the file is something else, too long or damaged; the message says which.
         OSError: it cannot be read.
     """
-    data = Path(path).read_bytes()
+    data = read_bytes(path, WEIGHTS)
     head = data[:200].lstrip()
     if head.startswith(b"version https://git-lfs"):
         raise UsageError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bvae.compat import inert_pickle
 from bvae.errors import MissingError, UsageError
+from bvae.paths import expand
 
 MARK = "fc_mu.weight"  # a name that every such network has
 MAPPINGS = 100_000  # values that are looked at
@@ -26,7 +27,8 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint of that network.
     """
-    if not Path(path).is_file():
+    path = expand(path)
+    if not path.exists():
         raise MissingError(f"no checkpoint at {path}")
     state = _find_state(inert_pickle.load(path), path)
     for name, value in state.items():

@@ -27,6 +27,7 @@ from bvae.evaluation.measure import (
 )
 from bvae.metrics import auroc
 from bvae.model import BetaVAE
+from bvae.paths import expand
 from bvae.plots import heat_map, save_traversal, traverse
 from bvae.training import malloc
 
@@ -66,6 +67,7 @@ def evaluate(run: Path, protocol: Protocol) -> str:
     for name in ("seeds", "points"):
         if getattr(protocol, name) < 1:
             raise UsageError(f"--{name} must be positive, got {getattr(protocol, name)}")
+    run = expand(run)
     device = choose_device(protocol.device)
     model = BetaVAE.from_pretrained(run).to(device)
     truth = open_truth(run, protocol, model, device)

@@ -18,6 +18,7 @@ from bvae.device import choose_device
 from bvae.errors import UsageError, exit_status
 from bvae.evaluation import baselines, run_folder, sweep_report
 from bvae.evaluation.options import Protocol, SweepOptions
+from bvae.opening import TABLE, read_bytes
 from bvae.owner import own
 from bvae.training import checkpoint
 from bvae.training.cli import parse
@@ -101,7 +102,7 @@ def is_trained(run: Path) -> bool:
 def read_evaluation(run: Path, arguments: SweepOptions) -> dict[str, Any] | None:
     """The result of bvae.evaluate with the same seeds and points, if there is one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        result = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        result = json.loads(read_bytes(run / "evaluation.json", TABLE))
         if (result["seeds"], result["points"]) == (arguments.metric_seeds, arguments.points):
             return result
     return None
@@ -204,7 +205,7 @@ def _train_all(arguments: SweepOptions, out: Path, key: str, jobs: Sequence[Job]
 def measure_baselines(arguments: SweepOptions, out: Path) -> sweep_report.Baselines:
     """The baselines' scores: read from the folder if it has them for as many points, else measured."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        stored = json.loads((out / BASELINES).read_text(encoding="utf-8"))
+        stored = json.loads(read_bytes(out / BASELINES, TABLE))
         if stored["points"] == arguments.points:
             return stored["scores"]
     scores = baselines.measure(arguments.points, device=choose_device(arguments.device))

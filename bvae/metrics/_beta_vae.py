@@ -4,6 +4,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from bvae.errors import UsageError
+from bvae.metrics.inputs import scale_down
 from bvae.metrics.sampling import Encode, Sampler, groups
 
 
@@ -53,5 +54,6 @@ def beta_vae(
     points = np.concatenate(
         [np.abs(codes[:, 0] - codes[:, 1]).reshape(-1, pairs, codes.shape[2]).mean(1) for codes in batches]
     )
+    points = scale_down(points)
     classifier = LogisticRegression(max_iter=10_000).fit(points[:train], factor[:train])
     return float(classifier.score(points[train:], factor[train:]))

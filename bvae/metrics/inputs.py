@@ -8,6 +8,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from bvae.errors import UsageError
 
+LARGE = 1e6  # larger codes are scaled down: linear classifiers never come to an end on 1e100
+LARGEST = 1e150  # of a code: its square is finite
+
 Codes = NDArray[np.floating]  # [N, D]
 Factors = NDArray[np.int64]  # [N, K], each column 0, 1, ... without gaps
 
@@ -24,6 +27,8 @@ class Split(NamedTuple):
 def check(codes: ArrayLike, factors: ArrayLike) -> tuple[Codes, Factors]:
     """Codes [N, D >= 2] as float64, and factors [N, K >= 2] with their values renumbered from 0.
 
+    Large codes are scaled, as by `scale_down`.
+
     Raises:
         ValueError: another shape or type, codes that are not finite, or a factor that does not vary.
     """
@@ -32,14 +37,20 @@ def check(codes: ArrayLike, factors: ArrayLike) -> tuple[Codes, Factors]:
         raise UsageError(f"codes hold {len(codes)} points and factors {len(factors)}: they must be the same")
     renumbered = np.stack([np.unique(column, return_inverse=True)[1] for column in factors.T], 1)
     check_variation(renumbered)
-    return codes, renumbered
+    return scale_down(codes), renumbered
+
+
+def scale_down(codes: Codes) -> Codes:
+    """The codes [N, D]; those of a latent that exceeds 1e6 are divided by the largest of them."""
+    largest = np.abs(codes).max(0, initial=0)
+    return codes / np.where(largest > LARGE, largest, 1)
 
 
 def check_codes(codes: ArrayLike) -> Codes:
     """Codes [N, D >= 2] as float64, from an array or a tensor on any device, with a gradient or without.
 
     Raises:
-        ValueError: another shape, or values that are not finite.
+        ValueError: another shape, or values that are not finite or beyond 1e150.
     """
     codes = _array(codes).astype(np.float64)
     if codes.ndim != 2 or codes.shape[1] < 2:
@@ -47,6 +58,8 @@ def check_codes(codes: ArrayLike) -> Codes:
     if not np.isfinite(codes).all():
         row, latent = np.argwhere(~np.isfinite(codes))[0]
         raise UsageError(f"codes[{row}, {latent}] is {codes[row, latent]}: codes must be finite")
+    if (largest := np.abs(codes).max(initial=0)) > LARGEST:
+        raise UsageError(f"codes must be at most {LARGEST:g}, got {largest:.4g}: scale them")
     return codes
 
 

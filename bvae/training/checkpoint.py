@@ -15,6 +15,7 @@ import torch
 from bvae import __version__, files
 from bvae.errors import MissingError, UsageError
 from bvae.kernels.cpu import library
+from bvae.opening import CONFIG, WEIGHTS, NotRead, read_bytes
 
 FOLDER = "checkpoints"  # in the run folder
 KEPT = 2  # the two newest are kept, and the best one
@@ -101,6 +102,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         return dict(_load(path, torch.device("cpu"))["model"])
+    except NotRead:
+        raise
     except (Damaged, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} is damaged: {error}") from None
 
@@ -118,7 +121,7 @@ def versions() -> dict[str, str]:
 def _load(path: Path, device: torch.device) -> dict[str, Any]:
     """A checkpoint's state. Raises Damaged; OSError if the file cannot be read at all."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, WEIGHTS)
     except OSError as error:
         raise files.named(error, path) from None
     try:
@@ -153,8 +156,8 @@ def _verify(data: bytes) -> None:
 
 def _best(folder: Path) -> dict[str, Any] | None:
     """Step and score of the best checkpoint, if it exists."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads((folder / BEST).read_bytes())
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        record = json.loads(read_bytes(folder / BEST, CONFIG))
         best = {"step": int(record["step"]), "score": float(record["score"])}
         if (folder / f"step-{best['step']:08d}.pt").is_file():
             return best

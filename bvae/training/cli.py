@@ -171,6 +171,9 @@ def _resume_or_start(arguments: Arguments) -> Arguments:
         }  # a batch is smaller if there are fewer images
         kept = {key: value for key, value in kept.items() if key not in MAY_CHANGE}
         settings = dataclasses.replace(settings, **{section: dataclasses.replace(wanted, **kept)})
+    wanted_size, size = (config.training.batch_size for config in (arguments.settings, settings))
+    if wanted_size != size:
+        print(f"--batch-size {wanted_size} is not used: {out} continues with its batch size of {size}")
     arguments = dataclasses.replace(arguments, resume=out, out=None, settings=settings)
     _check_resumable(base, arguments)
     return arguments

@@ -6,6 +6,7 @@ run would fail on it. Such files are deleted and compiled again.
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,11 +14,13 @@ import struct
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from bvae.errors import FULL
+from bvae import disk
+from bvae.errors import FULL, say_once
+from bvae.opening import TABLE, WEIGHTS, open_regular, read_bytes
 from bvae.pipelines.cache import default_folder
 from bvae.training.cuda_graph import CaptureFailed, causes, is_out_of_memory
 
@@ -41,7 +44,7 @@ def caches() -> list[Path]:
 
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     if home.startswith("~"):  # there is none: Triton would make a folder of that name here
-        os.environ.setdefault("TRITON_CACHE_DIR", str(default_folder().with_name("triton")))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(default_folder() / "triton"))
     triton = Path(home, ".triton", "cache")
     folders = (Path(cache_dir()), Path(os.environ.get("TRITON_CACHE_DIR", triton)))
     return [folder for folder in folders if folder.is_dir()]
@@ -65,10 +68,10 @@ def remove_truncated() -> None:
 def _is_truncated(path: Path) -> bool:
     try:
         if path.suffix in _LIBRARIES:
-            with path.open("rb") as file:
+            with open_regular(path, WEIGHTS) as file:
                 return not _is_whole_library(file.read(64), path.stat().st_size)
         if path.suffix == ".json":
-            json.loads(path.read_bytes())
+            json.loads(read_bytes(path, TABLE))
     except ValueError:
         return True
     except OSError:  # another process was faster
@@ -97,6 +100,32 @@ def _remove_unlocked(path: Path, folder: Path) -> bool:
     return False
 
 
+class _FullDisk(logging.Filter):
+    """Says in one line what PyTorch logs with a traceback: a full disk on which it only keeps copies."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, OSError) and error.errno in FULL:
+            say_once(f"{error.strerror}: the compiler cannot fill its cache: the next run compiles again")
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def _full_disk_in_one_line() -> Iterator[None]:
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    handlers = {handler for name in names for handler in logging.getLogger(name).handlers}
+    one_line = _FullDisk()
+    for handler in handlers:
+        handler.addFilter(one_line)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(one_line)
+
+
+@_full_disk_in_one_line()
 def first_step(attempt: Callable[[], T], recompile: Callable[[bool], None], *, compile: bool) -> T:
     """Return the result of `attempt`, which calls compiled code for the first time and can be repeated.
 
@@ -142,9 +171,9 @@ def _raise_other_errors(error: Exception) -> None:
     full = [each.errno for each in causes(error) if isinstance(each, OSError) and each.errno in FULL]
     full += [number for number in FULL if os.strerror(number) in _text(error)]  # from the C++ compiler
     if full:
-        free = {folder: shutil.disk_usage(folder).free for folder in (*caches(), Path(tempfile.gettempdir()))}
-        fullest = min(free, key=lambda folder: free[folder])
-        text = f"{os.strerror(full[0])}: the compiler needs space, and {free[fullest]:,} bytes are free"
+        folders = (*caches(), Path(tempfile.gettempdir()))
+        fullest = min(folders, key=lambda folder: shutil.disk_usage(folder).free)
+        text = f"{os.strerror(full[0])}: the compiler needs space, and {disk.free(fullest)}"
         raise OSError(full[0], text, str(fullest)) from None
 
 

@@ -2,11 +2,10 @@
 
 import contextlib
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
-from bvae import files
+from bvae import disk, files
 from bvae.errors import FULL, UsageError, missing
 from bvae.paths import name_option
 from bvae.training import checkpoint
@@ -65,10 +64,10 @@ def continue_with(out: Path | None) -> str:
 
 
 def _free_bytes(error: OSError, out: Path) -> str:
-    """The free bytes of a full disk, unless the error names them."""
+    """What is free on a full disk, unless the error names them."""
     if error.errno not in FULL or "are free" in str(error):
         return ""
-    return f": {shutil.disk_usage(out).free:,} bytes are free"
+    return f": {disk.free(out)}"
 
 
 def _batch(run: Run, step: int) -> str:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from bvae import files
 from bvae.errors import say_once
+from bvae.opening import LOG, read_bytes
 from bvae.training.validation import Validation
 
 METRICS = "metrics.jsonl"
@@ -162,7 +163,8 @@ class NullLog:
 def _drop_lines_after(path: Path, step: int, validate_again: bool) -> None:
     """Keep the records up to the checkpoint's step: a resumed run writes the later ones again."""
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    text = read_bytes(path, LOG).decode(errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short by a crash
             record = json.loads(line)
             last = step - 1 if validate_again and record["split"] == "valid" else step

@@ -22,5 +22,8 @@ def lr_factor(training: TrainingConfig, step: int, steps: int, steps_per_epoch: 
     if training.schedule == "cosine":
         return rise * (1 + math.cos(math.pi * done)) / 2
     if training.schedule == "exponential":
-        return rise * training.lr_gamma ** ((step - 1) // steps_per_epoch)
+        try:
+            return rise * training.lr_gamma ** ((step - 1) // steps_per_epoch)
+        except OverflowError:
+            return math.inf
     return rise
