@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from ctypes import CDLL, c_void_p
 from pathlib import Path
@@ -49,7 +50,7 @@ def load() -> CDLL:
         raise NotBuilt("there is no home folder to keep them in: set XDG_CACHE_HOME")
     try:
         if not path.exists():
-            print("Compiling the layers in C++ for this CPU, once: some seconds", flush=True)
+            print("Compiling the layers in C++ for this CPU, once: some seconds", file=sys.stderr, flush=True)
             _build(path, architecture)
         library = CDLL(str(path))
         for name in _RETURN_NOTHING:
