@@ -290,6 +290,16 @@ def test_encoders_and_sizes_that_cannot_be_used(metric):
         metric(lambda x: x, Grid(SIZES), train=0)
 
 
+def test_liblinear_is_one_factor_against_the_rest():
+    """One latent of three factors puts them on a line, whose middle part no factor's line can cut out."""
+    line = encoder(np.array([[0.6, 0.0], [1.0, 0.0], [0.15, 0.0]]))
+    assert beta_vae(line, Grid(SIZES), pairs=512, **FEW) > 0.85
+    assert beta_vae(line, Grid(SIZES), pairs=512, classifier="liblinear", **FEW) < 0.75
+    assert beta_vae(encoder(np.eye(3)), Grid(SIZES), classifier="liblinear", **FEW) > 0.99
+    with pytest.raises(ValueError, match="classifier must be multinomial or liblinear, got 'svm'"):
+        beta_vae(line, Grid(SIZES), classifier="svm", **FEW)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codes_straight_from_a_network(codes, factors, dtype):
     """With their gradient, and in a type that NumPy has not."""

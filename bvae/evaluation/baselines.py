@@ -137,7 +137,7 @@ def measure(
                 bar.set_description(f"seed {seed}, {name}")
                 table = make()
                 train = min(points, FEWER) if name == "raw pixels" else points
-                sizes = {"train": train, "test": max(1, train // 2)}
+                sizes: dict[str, Any] = {"train": train, "test": max(1, train // 2)}
                 for which, sampler in samplers.items():
                     score = metrics.beta_vae(table.__getitem__, sampler, seed=seed, **sizes)
                     scores[name][which].append(score)

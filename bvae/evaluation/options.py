@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -34,7 +34,7 @@ class Protocol:
     """auto: the GPU if there is one."""
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         """Points to train the metrics' classifiers on, and to test them."""
         return {"train": self.points, "test": max(1, self.points // 2)}
 
