@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import math
+import re
 import sys
 import zipfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from bvae import __version__, files
 from bvae.errors import MissingError, UsageError
 from bvae.kernels.cpu import library
+from bvae.weights import difference
 
 FOLDER = "checkpoints"  # in the run folder
 KEPT = 2  # the two newest are kept, and the best one
@@ -34,7 +37,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     Raises:
         OSError: the file cannot be written; for a full disk it says how many bytes are needed and free.
     """
-    folder.mkdir(exist_ok=True)
+    files.make_folder(folder)
     path = folder / f"step-{step:08d}.pt"
     files.write(path, lambda file: torch.save({**state, "versions": versions()}, file), _bytes(state))
     best = _best(folder)
@@ -59,7 +62,8 @@ def mark_best(folder: Path, step: int, score: float) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The folder's checkpoints, oldest first."""
-    return sorted((path for path in folder.glob("step-*.pt") if path.stem[5:].isdigit()), key=_step)
+    paths = (path for path in folder.glob("step-*.pt") if re.fullmatch(r"step-[0-9]+", path.stem))
+    return sorted(paths, key=_step)
 
 
 def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
@@ -92,17 +96,25 @@ def best(folder: Path) -> Path | None:
     return folder / f"step-{marked['step']:08d}.pt" if marked else None
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
+def weights(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The model's state dict in a checkpoint. It changes no file, because a run may still be training.
 
+    Args:
+        expected: what it must fit, see `bvae.weights.difference`.
+
     Raises:
-        UsageError: the file is damaged.
+        UsageError: the file is damaged, or holds another model.
         OSError: it cannot be read.
     """
     try:
-        return dict(_load(path, torch.device("cpu"))["model"])
-    except (Damaged, KeyError, TypeError, ValueError) as error:
+        found = _load(path, torch.device("cpu")).get("model")
+    except Damaged as error:
         raise UsageError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is damaged: it holds no model")
+    if reason := difference(found, expected):
+        raise UsageError(f"{path} is not the model that its config.json describes: {reason}")
+    return dict(found)
 
 
 def versions() -> dict[str, str]:
@@ -128,7 +140,7 @@ def _load(path: Path, device: torch.device) -> dict[str, Any]:
         raise
     except Exception:  # any type; torch's message is left out: it says how to run the file's code
         raise Damaged("it does not hold tensors and plain values alone") from None
-    if not isinstance(state, dict) or state.get("step") != _step(path):
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] != _step(path):
         raise Damaged("it is not the state at the step in its name")
     return state
 
@@ -153,7 +165,7 @@ def _verify(data: bytes) -> None:
 
 def _best(folder: Path) -> dict[str, Any] | None:
     """Step and score of the best checkpoint, if it exists."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         record = json.loads((folder / BEST).read_bytes())
         best = {"step": int(record["step"]), "score": float(record["score"])}
         if (folder / f"step-{best['step']:08d}.pt").is_file():
