@@ -1,7 +1,7 @@
 """Write files atomically: complete and on the disk, or not at all.
 
-No link that lies in the place of a file is followed: it is replaced. Of two processes that write the same file,
-the last one's file is there, whole.
+A link in the place of a file is replaced, not followed. If two processes write the same file, the file of one
+of them is there, whole.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ ABANDONED = 3600  # seconds since the last write to an unfinished file, after wh
 def write(path: Path, writer: Callable[[IO[bytes]], Any], size: int) -> None:
     """Write a file under a temporary name, and rename it when its bytes are on the disk.
 
-    After a crash or with a full disk, the old file is unchanged, and whoever reads it reads on in the old one.
+    After a crash or with a full disk, the old file is unchanged. Who has it open reads on in the old one.
 
     Args:
         writer: writes into the open file.

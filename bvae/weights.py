@@ -70,7 +70,7 @@ def _parse(path: Path, header: bytes) -> dict[str, _Kind]:
 def difference(found: Mapping[Any, Any], expected: Mapping[str, Tensor]) -> str | None:
     """The first reason why tensors cannot take the place of the expected ones; None if they can.
 
-    A tensor must have the shape of the expected one, its dtype or, if that is one of floating point, any such,
+    A tensor must have the shape of the expected one, its dtype or another of floating point if that is one,
     and no `fault`. The expected tensors may be on `meta`.
     """
     if reason := _names_difference(found, expected):
@@ -81,15 +81,15 @@ def difference(found: Mapping[Any, Any], expected: Mapping[str, Tensor]) -> str 
     return None
 
 
-def tensor_difference(found: Any, expected: Tensor) -> str | None:
-    """As `difference`, of one value, which need be no tensor."""
+def tensor_difference(found: Any, expected: Tensor, finite: bool = True) -> str | None:
+    """As `difference`, of one value, which need be no tensor. `finite`: its elements must be."""
     if not isinstance(found, Tensor):
         return f"is no tensor, but {reprlib.repr(found)}"
-    return fault(found) or _kind_difference(_Kind(found.dtype, list(found.shape)), expected)
+    return fault(found, finite) or _kind_difference(_Kind(found.dtype, list(found.shape)), expected)
 
 
-def fault(value: Tensor) -> str | None:
-    """Why a tensor from a file cannot be used; None if it is plain, dense, real and finite, in memory."""
+def fault(value: Tensor, finite: bool = True) -> str | None:
+    """Why a tensor from a file cannot be used; None if it is plain, dense, real and `finite`, in memory."""
     if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
         return "is no plain tensor"
     if value.is_nested or value.is_quantized or value.device.type == "meta":
@@ -98,7 +98,7 @@ def fault(value: Tensor) -> str | None:
         return "has elements that overlap, or gaps between them"  # a small file could claim to be a large one
     if value.is_complex():
         return "is complex"
-    if value.is_floating_point() and not value.isfinite().all():
+    if finite and value.is_floating_point() and not value.isfinite().all():
         return "is NaN or infinite"
     return None
 

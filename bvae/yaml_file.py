@@ -16,7 +16,11 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         UsageError: text in another encoding, no YAML, no mapping, or a key given twice, with its line.
         OSError: the file cannot be read.
     """
-    text = _decode(path.read_bytes())
+    return parse_mapping(_decode(path.read_bytes()))
+
+
+def parse_mapping(text: str) -> dict[Any, Any]:
+    """The mapping that YAML text holds. Raises UsageError, as `read_mapping`."""
     try:
         loaded = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -26,6 +30,10 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         raise UsageError(" ".join(str(error).split())) from None
     except RecursionError:
         raise UsageError("nested too deeply for a configuration") from None
+    except UsageError:
+        raise
+    except (ValueError, OverflowError) as error:  # a date that is none, or a number of thousands of digits
+        raise UsageError(str(error)) from None
     if not isinstance(loaded, dict):
         raise UsageError("not a YAML mapping of sections")
     return loaded

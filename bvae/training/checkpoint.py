@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,15 @@ def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
             with contextlib.suppress(OSError):
                 path.rename(path.with_suffix(".damaged"))
     raise UsageError(f"{folder} holds no checkpoint that is not damaged: start the run again")
+
+
+@contextlib.contextmanager
+def of_another_kind(run: Path) -> Iterator[None]:
+    """Give a ValueError, the reason why a run's newest checkpoint cannot be loaded, its message."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{run}: its newest checkpoint is of another kind: {error}") from None
 
 
 def best(folder: Path) -> Path | None:
