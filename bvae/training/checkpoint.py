@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -60,6 +61,12 @@ def mark_best(folder: Path, step: int, score: float) -> None:
         files.write_text(folder / BEST, json.dumps({"step": step, "score": score}))
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UsageError if the folder is a link: a stranger's could make a run delete files anywhere."""
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link: a run writes into its own folder alone")
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The folder's checkpoints, oldest first."""
     paths = (path for path in folder.glob("step-*.pt") if re.fullmatch(r"step-[0-9]+", path.stem))
@@ -73,9 +80,10 @@ def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
-        ValueError: all its checkpoints are damaged.
+        ValueError: all its checkpoints are damaged, or the folder is a link.
         OSError: the newest cannot be read.
     """
+    check_folder(folder)
     paths = checkpoints(folder)
     if not paths:
         raise MissingError(f"{folder} holds no checkpoint: the run stopped before its first one; start again")
@@ -144,7 +152,9 @@ def _load(path: Path, device: torch.device) -> dict[str, Any]:
         raise files.named(error, path) from None
     try:
         _verify(data)
-        state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that no checkpoint holds
+            state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except (Damaged, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception:  # any type; torch's message is left out: it says how to run the file's code

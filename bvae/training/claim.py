@@ -95,8 +95,7 @@ def _check_unstarted(out: Path) -> None:
 
 def _check_writable(out: Path) -> None:
     """Raise errors of the run folder now, not only after the data have been decoded."""
-    if (out / checkpoint.FOLDER).is_symlink():  # a stranger's folder could lead a run into any other one
-        raise UsageError(f"{out / checkpoint.FOLDER} is a link: a run writes into its own folder alone")
+    checkpoint.check_folder(out / checkpoint.FOLDER)
     for folder in (out, out / checkpoint.FOLDER):
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not nearest.is_dir():

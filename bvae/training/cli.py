@@ -26,6 +26,7 @@ MAY_CHANGE = (
 
 
 AUTO = Path("auto")  # --resume auto
+LONGEST = 1 << 16  # characters of a configuration in a checkpoint; YAML takes seconds to read more
 WORKED_OUT = (None, "auto", "m_over_n")  # values for which a checkpoint has numbers
 
 
@@ -148,7 +149,7 @@ def _checkpointed(run: Path) -> Config:
     state = checkpoint.load_newest(run / checkpoint.FOLDER, torch.device("cpu"))
     with checkpoint.of_another_kind(run):
         text, model = state.get("config"), state.get("model")
-        if not isinstance(text, str) or not isinstance(model, dict):
+        if not isinstance(text, str) or len(text) > LONGEST or not isinstance(model, dict):
             raise UsageError("it holds no configuration, or no model")
         config: Config = configuration.from_mapping(Config, parse_mapping(text))
         config.check()
