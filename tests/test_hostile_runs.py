@@ -79,7 +79,7 @@ def in_a_fork(work, *arguments):
 
 
 def resume_each(out, number, seed):
-    """How many of the changed checkpoints were refused, and how many resumed and took a step."""
+    """How many of the changed checkpoints were refused, and how many resumed and took two steps."""
     refused = resumed = 0
     with contextlib.redirect_stdout(io.StringIO()):
         arguments = parse(["--resume", str(out), "--max-steps", "5"], "")
@@ -94,9 +94,10 @@ def resume_each(out, number, seed):
                     with contextlib.redirect_stderr(said):
                         cli._checkpointed(out)
                         restore(run, accept_changed_images=True)
-                        run.advance(batch)
-                        run.step.metrics_buffer.send(run.done)
-                        run.step.receive(wait=True)
+                        while run.done < run.steps:
+                            run.advance(batch)
+                            run.step.metrics_buffer.send(run.done)
+                            run.step.receive(wait=True)
                     resumed += 1
                 except (UsageError, NotFinite) as error:
                     check_line(str(error), what)
