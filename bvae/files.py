@@ -52,8 +52,8 @@ def write(path: Path, writer: Callable[[IO[bytes]], Any], size: int) -> None:
             free = shutil.disk_usage(path.parent).free
             text = f"{cause.strerror}: {path.name} needs {size:,} bytes, and {free:,} are free"
             raise OSError(cause.errno, text, str(path.parent)) from None
-        if isinstance(cause, OSError):
-            raise named(cause, path) from None
+        if isinstance(cause, OSError) and cause.errno is not None:  # it may name the unfinished file
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
 
 

@@ -23,7 +23,7 @@ from bvae.pipelines import faces
 from bvae.train import main
 from bvae.training import checkpoint, cli
 from bvae.training.cli import parse
-from bvae.training.restore import restore
+from bvae.training.restore import _load_scaler, restore
 from bvae.training.setup import open_run
 from bvae.training.step import NotFinite
 
@@ -124,6 +124,28 @@ def test_many_changes_of_a_checkpoint(runs, tmp_path, optimizer):
     refused, resumed = in_a_fork(resume_each, tmp_path / "run", 334, 0)
     assert refused + resumed == 334
     assert refused > 200
+
+
+SCALERS = [
+    *(("scale", value) for value in (0.0, -1.0, torch.inf, torch.nan, "1", 1, None, torch.ones(()))),
+    *(("_growth_tracker", value) for value in (-1, 10**30, 0.5, True, None, "1")),
+]
+
+
+def test_the_state_of_the_scaler():
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))  # creates its tensors
+    saved = {**scaler.state_dict(), "scale": 8.0, "_growth_tracker": 5}
+    for name, value in SCALERS:
+        with pytest.raises(UsageError, match="the scaler's"):
+            _load_scaler(scaler, {**saved, name: value})
+    for value in (None, [], "scale"):
+        with pytest.raises(UsageError, match="it holds no scaler"):
+            _load_scaler(scaler, value)
+    _load_scaler(scaler, {})  # of a run in float32
+    assert scaler.get_scale() == 65536
+    _load_scaler(scaler, {**saved, "growth_factor": "hostile"})
+    assert scaler.state_dict() == saved
 
 
 # ---- the command -------------------------------------------------------------------------------------------

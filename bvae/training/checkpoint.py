@@ -187,7 +187,7 @@ def _best(folder: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         record = json.loads((folder / BEST).read_bytes())
         best = {"step": int(record["step"]), "score": float(record["score"])}
-        if (folder / f"step-{best['step']:08d}.pt").is_file():
+        if math.isfinite(best["score"]) and (folder / f"step-{best['step']:08d}.pt").is_file():
             return best
     return None
 

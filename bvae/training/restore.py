@@ -16,6 +16,7 @@ from bvae.training.run import Run
 from bvae.weights import difference
 
 LONGEST = 200  # characters of a version or another condition
+MOST = 50  # of them
 
 
 def restore(run: Run, accept_changed_images: bool = False) -> None:
@@ -54,6 +55,8 @@ def _check_types(state: dict[str, Any]) -> None:
         if (name in state or name == "images") and type(state.get(name)) is not kind:
             raise UsageError(f"{name} is {reprlib.repr(state.get(name))}")
     for name in ("versions", "conditions"):
+        if len(state.get(name, {})) > MOST:
+            raise UsageError(f"{name} is {reprlib.repr(state[name])}")
         for text in (text for pair in state.get(name, {}).items() for text in pair):
             if not (isinstance(text, str) and len(text) <= LONGEST and text.isprintable()):
                 raise UsageError(f"{name} holds {reprlib.repr(text)}")
