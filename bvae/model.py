@@ -377,6 +377,8 @@ def _expected(cls: type[BetaVAE], arguments: dict[str, Any]) -> dict[str, Tensor
         with torch.device("meta" if ours else "cpu"), torch.random.fork_rng([]):
             return cls(**arguments).state_dict()
     except RuntimeError as error:  # a size beyond 64 bits
+        if not ours:
+            raise
         raise UsageError(f"no such network: {str(error).splitlines()[0]}") from None
 
 

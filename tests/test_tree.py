@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {"train", "evaluate", "traverse", "compare", "sweep", "sample", "data", "doctor"}
 LEAVES = {"bvae.errors"}  # what every folder may import
 LEAF_NAMES = ("UsageError", "MissingError", "say_once", "UNSUPPORTED")
-LIBRARY = ("reference", "ops", "losses", "layers", "architectures", "model")
+LIBRARY = ("reference", "ops", "losses", "layers", "architectures", "weights", "model")
 
 
 def imported(path: Path) -> set[str]:

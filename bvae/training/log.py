@@ -131,7 +131,8 @@ class _Records:
             if self._tensorboard:
                 self._tensorboard.flush()
             for path in (self._path, *self._events):
-                files.sync(path)
+                with contextlib.suppress(FileNotFoundError):  # its user has removed it
+                    files.sync(path)
         except OSError as error:
             raise files.named(error, self._path) from None
 
