@@ -78,6 +78,8 @@ def difference(found: Mapping[Any, Any], expected: Mapping[str, Tensor]) -> str 
     for name, value in expected.items():
         if reason := tensor_difference(found[name], value):
             return f"{name} {reason}"
+        if name.endswith("running_var") and not (found[name] >= 0).all():  # BatchNorm takes its root
+            return f"{name} is negative"
     return None
 
 

@@ -229,6 +229,11 @@ def test_a_strangers_checkpoint_is_refused_in_one_line_at_once(out, monkeypatch,
 MODELS = {
     "NaN": (lambda weights: weights["head.bias"].fill_(torch.nan), {}, "head.bias is NaN or infinite"),
     "infinite": (lambda weights: weights["head.bias"].fill_(torch.inf), {}, "head.bias is NaN or infinite"),
+    "negative variance": (
+        lambda weights: weights["encoder.0.1.running_var"].fill_(-1),
+        {},
+        "encoder.0.1.running_var is negative",
+    ),
     "complex": (
         lambda weights: weights.update({"head.bias": torch.zeros(6, dtype=torch.complex64)}),
         {},
