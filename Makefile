@@ -1,10 +1,11 @@
 # `make train` and `make test` set up what they need; the second run starts at once.
 PYTHON ?= python3
+OLDEST ?= python3.10
 BIN := .venv/bin
 DOCUMENTED := bvae bvae.metrics bvae.reference bvae.kernels bvae.pipelines
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench gpu docs lint types clean
+.PHONY: help train test oldest bench gpu docs lint types clean
 
 help:             ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -19,6 +20,14 @@ train: .venv/installed  ## train on drawn faces; more options: make train ARGS="
 
 test: .venv/installed   ## the fast tests, on all cores; the slow ones too, as CI: make test ARGS='-m "not gpu"'
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+.venv-oldest/installed: setup.py pyproject.toml
+	$(OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[train,dev]" "torch==2.11.*"
+	@touch $@
+
+oldest: .venv-oldest/installed  ## the tests with Python 3.10 and torch 2.11, the oldest supported; takes ARGS as test does
+	.venv-oldest/bin/python -m pytest -n auto $(ARGS)
 
 bench: .venv/installed  ## measure everything on this machine, write the record, rewrite the tables of README and docs
 	$(BIN)/python -m pytest bench -v --record bench/results $(ARGS)
@@ -47,4 +56,4 @@ types: .venv/installed  ## mypy, on all that is installed
 	sed -E -e 's,^build/types/,,' -e 's,^bvae/(kernels|pipelines)/,\1/,' build/types.txt; exit $$status
 
 clean:            ## remove the environment and caches; runs/ and data/ stay
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,7 +11,7 @@ The heads compute mu and log_var in one matrix product. A decoder's output is be
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -140,6 +140,7 @@ ARCHITECTURES: dict[str, Builder] = {
     "higgins-fc": higgins_fc,
     "locatello": locatello,
 }
+STAGES = 64  # most hidden_dims; an image of 256 pixels is one pixel after 8 stages
 HALVINGS = {"burgess": 4, "locatello": 4}  # how often a network halves the size, which must be even each time
 
 
@@ -174,6 +175,11 @@ def register_architecture(name: str, builder: Builder) -> None:
     ):
         raise UsageError(f"arch {name} is already registered by {registered.__module__}: choose another name")
     ARCHITECTURES[name] = builder  # the same builder again if its module was imported again
+
+
+def is_ours(arch: Any) -> bool:
+    """Whether an architecture is one of this file's, which can be built on `meta`."""
+    return isinstance(arch, str) and getattr(ARCHITECTURES.get(arch), "__module__", None) == __name__
 
 
 def check_size(arch: str, size: int) -> None:

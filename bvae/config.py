@@ -184,7 +184,7 @@ class Config:
         """Raise ValueError for the first value out of its range, or that does not go with others."""
         self.check_ranges({})
         data = self.data
-        from bvae.architectures import check_size  # imports torch
+        from bvae.architectures import STAGES, check_size  # imports torch
 
         check_size(self.model.arch, data.image_size)
         if data.name in SHAPES and (data.image_size, data.channels, data.flip) != (64, 1, False):
@@ -192,8 +192,9 @@ class Config:
                 f"{data.name} are grey, of 64 x 64 pixels, and must not be mirrored: data.image_size 64, "
                 "data.channels 1, data.flip false (--image-size 64 --channels 1 --no-flip)"
             )
-        if not self.model.hidden_dims or min(self.model.hidden_dims) < 1:
-            raise UsageError(f"model.hidden_dims must be positive widths, got {list(self.model.hidden_dims)}")
+        widths = self.model.hidden_dims
+        if not 1 <= len(widths) <= STAGES or min(widths) < 1:
+            raise UsageError(f"model.hidden_dims must be 1 to {STAGES} positive widths, got {brief(widths)}")
 
     def check_ranges(self, names: Mapping[str, str]) -> None:
         """Raise ValueError for the first number out of its range; `names` replace ours in the message."""

@@ -1,6 +1,9 @@
 """Open the training and validation images of a configuration."""
 
+import hashlib
+import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +37,8 @@ class Data(NamedTuple):
     valid: Loader
     bad: list[cache.Bad]  # files that are left out
     files: list[str]  # of the training images, in the order of their indices; empty if they are drawn
+    pixels: str = ""  # a checksum of all images; empty if they are decoded again in each epoch
+    decoder: str = ""  # which then decodes them, with its version
 
 
 class Source(NamedTuple):
@@ -103,7 +108,18 @@ def open_data(
     loaders = loader(LABELS[0], train, True), loader(LABELS[1], valid, False)
     # A cache of another run may name them from another folder.
     bad_paths = {os.path.abspath(file) for file, _ in bad}
-    return Data(*loaders, bad, [f for f in map(str, source.train) if os.path.abspath(f) not in bad_paths])
+    names = [f for f in map(str, source.train) if os.path.abspath(f) not in bad_paths]
+    if isinstance(train, _Streamed):
+        return Data(*loaders, bad, names, decoder=train.reader.version)
+    folders = [split.folder for split in (train, valid) if isinstance(split, cache.Cached)]
+    return Data(*loaders, bad, names, _checksum(folders))
+
+
+def _checksum(caches: Iterable[Path]) -> str:
+    """One checksum of the pixels, from those in the caches' manifests."""
+    manifests = [cache.read_manifest(folder) for folder in caches]
+    text = json.dumps([[each[k] for k in ("count", "size", "channels", "checksums")] for each in manifests])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _count(split: "cache.Cached | _Streamed") -> int:
@@ -167,7 +183,7 @@ def _open_shapes(
         f"{LABELS[1]}: {valid.count} of them",
         flush=True,
     )
-    return Data(train, valid, [], [])
+    return Data(train, valid, [], [], f"{zlib.crc32(packed.cpu().numpy().data):08x}")
 
 
 def shapes(config: DataConfig, device: torch.device) -> Tensor:

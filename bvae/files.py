@@ -1,7 +1,14 @@
-"""Write files atomically: complete and on the disk, or not at all."""
+"""Write files atomically: complete and on the disk, or not at all.
 
+A link in the place of a file is replaced, not followed. If two processes write the same file, the file of one
+of them is there, whole.
+"""
+
+import contextlib
 import io
 import os
+import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -13,12 +20,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 UNFINISHED = ".tmp"  # suffix of a file while it is written
+ABANDONED = 3600  # seconds since the last write to an unfinished file, after which its process has ended
 
 
 def write(path: Path, writer: Callable[[IO[bytes]], Any], size: int) -> None:
     """Write a file under a temporary name, and rename it when its bytes are on the disk.
 
-    After a crash or with a full disk, the old file is unchanged.
+    After a crash or with a full disk, the old file is unchanged. Who has it open reads on in the old one.
 
     Args:
         writer: writes into the open file.
@@ -27,14 +35,15 @@ def write(path: Path, writer: Callable[[IO[bytes]], Any], size: int) -> None:
     Raises:
         OSError: it cannot be written; for a full disk the message says how many bytes are needed and free.
     """
-    unfinished = path.with_name(path.name + UNFINISHED)
+    # A name of its own for each writer, and no file or link that has it already.
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
-        with open(unfinished, "wb") as file:
+        with open(unfinished, "xb") as file:
             writer(file)
             file.flush()
             _sync(file.fileno(), path)
         os.replace(unfinished, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
         # torch.save raises a RuntimeError in place of ENOSPC
@@ -42,8 +51,8 @@ def write(path: Path, writer: Callable[[IO[bytes]], Any], size: int) -> None:
         if isinstance(cause, OSError) and cause.errno in FULL:
             text = f"{cause.strerror}: {path.name} needs {size:,} bytes, and {disk.free(path.parent)}"
             raise OSError(cause.errno, text, str(path.parent)) from None
-        if isinstance(cause, OSError):
-            raise named(cause, path) from None
+        if isinstance(cause, OSError) and cause.errno is not None:  # it may name the unfinished file
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
 
 
@@ -64,6 +73,42 @@ def write_image(path: Path, image: "Image", **options: Any) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def append_text(path: Path) -> IO[str]:
+    """A file of UTF-8 text, opened to append to it; it is created if needed, and no link is followed.
+
+    Raises OSError.
+    """
+    return open(path, "a", encoding="utf-8", opener=_open_no_link)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if there is one; it stays away after a crash. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+        sync(path.parent)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the unfinished files that killed processes left in a folder."""
+    for unfinished in folder.glob(f"*{UNFINISHED}"):
+        with contextlib.suppress(OSError):  # another process was faster, or may not
+            if time.time() - unfinished.lstat().st_mtime > ABANDONED:
+                unfinished.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those that it is in, where they are missing; their names are on the disk.
+
+    Raises OSError.
+    """
+    missing = [folder] if not folder.exists() else []
+    while missing and not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync(made.parent)
+
+
 def one_line(name: str) -> str:
     """A file's name for a list of one name per line.
 
@@ -73,11 +118,11 @@ def one_line(name: str) -> str:
     return name.replace("\n", "\\n").replace("\r", "\\r")
 
 
-def sync_folder(folder: Path) -> None:
-    """Write a folder's list of names to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Write to the disk a file's bytes, or a folder's list of names. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        _sync(handle, folder)
+        _sync(handle, path)
     finally:
         os.close(handle)
 
@@ -95,3 +140,7 @@ def _sync(handle: int, path: Path) -> None:
 def named(error: OSError, path: Path) -> OSError:
     """The error with the path; one of an open file's handle has none."""
     return error if error.filename else OSError(error.errno, error.strerror, str(path))
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

@@ -1,20 +1,21 @@
 """BetaVAE: encoder, Gaussian heads and decoder of any architecture, saved and loaded."""
 
 import json
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from bvae import files
-from bvae.architectures import ARCHITECTURES, Network, check_size
+from bvae import files, weights
+from bvae.architectures import ARCHITECTURES, STAGES, Network, check_size, is_ours
 from bvae.compat import pytorch_vae_weights
 from bvae.errors import MissingError, UsageError
-from bvae.opening import CONFIG, WEIGHTS, NotRead, read_bytes, read_text
+from bvae.opening import CONFIG, NotRead, read_text
 from bvae.ops import reparam_kl
 from bvae.paths import expand
 from bvae.reference import scale_pixels
@@ -77,12 +78,17 @@ class BetaVAE(nn.Module):
     ) -> None:
         super().__init__()
         widths = tuple(hidden_dims)
+        numbers = {"in_channels": [in_channels], "latent_dim": [latent_dim], "image_size": [image_size]}
+        for name, values in {**numbers, "hidden_dims": widths}.items():
+            if not all(isinstance(value, Integral) for value in values):  # such as 4.0 in a JSON file
+                raise UsageError(f"{name} takes whole numbers, got {reprlib.repr(list(values))}")
         if in_channels not in (1, 3):
             raise UsageError(f"in_channels must be 1 (grey) or 3 (RGB), got {in_channels}")
         if latent_dim < 1:
             raise UsageError(f"latent_dim must be at least 1, got {latent_dim}")
-        if not widths or min(widths) < 1:
-            raise UsageError(f"hidden_dims must be one or more positive widths, got {list(widths)}")
+        if not 1 <= len(widths) <= STAGES or min(widths) < 1:
+            shown = reprlib.repr(list(widths))
+            raise UsageError(f"hidden_dims must be 1 to {STAGES} positive widths, got {shown}")
         if not 32 <= image_size <= 256:
             raise UsageError(f"image_size must be 32 to 256 pixels, got {image_size}")
         if activation not in ACTIVATIONS:
@@ -276,13 +282,14 @@ class BetaVAE(nn.Module):
         """
         folder = expand(folder)
         self.save_config(folder)
-        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        files.write_bytes(folder / "model.safetensors", save(weights))
+        state = {name: value.contiguous() for name, value in self.state_dict().items()}
+        files.write_bytes(folder / "model.safetensors", save(state))
 
     def save_config(self, folder: str | Path) -> None:
         """Write `config.json`, from which `from_pretrained` builds the network."""
         folder = expand(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
+        files.remove_abandoned(folder)
         files.write_text(folder / "config.json", json.dumps(self.config, indent=2) + "\n")
 
     @classmethod
@@ -313,23 +320,14 @@ class BetaVAE(nn.Module):
             raise MissingError(f"{folder} holds no config.json: it is not a folder of a saved model or a run")
         try:
             config = json.loads(read_text(folder / "config.json", CONFIG))
-            model = cls(**config)
+            expected = _expected(cls, config)
         except NotRead:
             raise
-        except (TypeError, ValueError, RecursionError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise UsageError(f"{folder / 'config.json'} does not describe a BetaVAE: {error}") from None
-        weights = _read_weights(folder, which)
-        if difference := _difference(weights, model.state_dict()):
-            raise UsageError(
-                f"{folder} holds the weights of another model than the {model.config['arch']} that its "
-                f"config.json describes: {difference}"
-            )
-        for name, value in weights.items():
-            if not value.isfinite().all():
-                raise UsageError(
-                    f"{folder}: {name} is NaN or infinite: take a checkpoint from before the loss was"
-                )
-        model.load_state_dict(weights)
+        state = _read_weights(folder, which, expected)
+        model = cls(**config)
+        model.load_state_dict(state)
         return model.eval()
 
     @classmethod
@@ -344,6 +342,8 @@ class BetaVAE(nn.Module):
             ValueError: the file is not such a checkpoint.
         """
         config, state = pytorch_vae_weights.load(path)
+        if reason := weights.difference(state, _expected(cls, config)):
+            raise UsageError(f"{path} is not a PyTorch-VAE BetaVAE checkpoint: {reason}")
         model = cls(**config)
         model.load_state_dict(state)
         return model.eval()
@@ -351,18 +351,44 @@ class BetaVAE(nn.Module):
 
 def build(config: "Config") -> BetaVAE:
     """The untrained model of a configuration; its weights come from torch's generator."""
-    return BetaVAE(
-        config.data.channels,
-        config.model.latent_dim,
-        config.model.hidden_dims,
-        config.data.image_size,
-        "tanh" if config.objective.likelihood == "gaussian" else "sigmoid",
-        config.model.arch,
-    )
+    return BetaVAE(**_arguments(config))
 
 
-def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
-    """The state dict of a model's folder."""
+def expected_weights(config: "Config") -> dict[str, Tensor]:
+    """The state dict of a configuration's model, on `meta`: names, shapes and dtypes. Raises UsageError."""
+    return _expected(BetaVAE, _arguments(config))
+
+
+def _arguments(config: "Config") -> dict[str, Any]:
+    return {
+        "in_channels": config.data.channels,
+        "latent_dim": config.model.latent_dim,
+        "hidden_dims": config.model.hidden_dims,
+        "image_size": config.data.image_size,
+        "activation": "tanh" if config.objective.likelihood == "gaussian" else "sigmoid",
+        "arch": config.model.arch,
+    }
+
+
+def _expected(cls: type[BetaVAE], arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict of `cls(**arguments)`, without memory for it.
+
+    A network of your own is built as usual, because it may compute with its weights when it is built.
+    """
+    if not isinstance(arguments, dict):
+        raise UsageError(f"not a mapping of arguments, but {reprlib.repr(arguments)}")
+    ours = cls is BetaVAE and is_ours(arguments.get("arch", "pytorch-vae"))
+    try:
+        with torch.device("meta" if ours else "cpu"), torch.random.fork_rng([]):
+            return cls(**arguments).state_dict()
+    except RuntimeError as error:  # a size beyond 64 bits
+        if not ours:
+            raise
+        raise UsageError(f"no such network: {str(error).splitlines()[0]}") from None
+
+
+def _read_weights(folder: Path, which: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict in a model's folder, which must fit the expected one."""
     from bvae.training import checkpoint  # part of the trainer, which a saved model does not need
 
     if which not in ("last", "best"):
@@ -371,24 +397,11 @@ def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
         best = checkpoint.best(folder / checkpoint.FOLDER)
         if best is None:
             raise MissingError(f"{folder} holds no best checkpoint: use which='last'")
-        return checkpoint.weights(best)
+        return checkpoint.weights(best, expected)
     path = folder / "model.safetensors"
     newest = checkpoint.checkpoints(folder / checkpoint.FOLDER)[-1:]
     if newest and not (path.is_file() and path.stat().st_mtime >= newest[0].stat().st_mtime):
-        return checkpoint.weights(newest[0])
+        return checkpoint.weights(newest[0], expected)
     if not path.exists():
         raise MissingError(f"{folder} holds no model.safetensors and no checkpoint: no model was saved yet")
-    try:
-        return load(read_bytes(path, WEIGHTS))
-    except SafetensorError as error:
-        raise UsageError(f"{path} is damaged: {error}") from None
-
-
-def _difference(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """The first reason why weights cannot be loaded; None if they can."""
-    for name, value in expected.items():
-        if name not in weights:
-            return f"it lacks {name}"
-        if weights[name].shape != value.shape:
-            return f"{name} is {list(weights[name].shape)} instead of {list(value.shape)}"
-    return next((f"the model has no {name}" for name in weights if name not in expected), None)
+    return weights.read(path, expected)

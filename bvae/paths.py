@@ -21,12 +21,14 @@ def expand(path: str | os.PathLike[str]) -> Path:
     """A path with `~` and `$VAR` expanded.
 
     Raises:
-        UsageError: a variable or a home folder that does not exist, or a URL.
+        UsageError: a variable or a home folder that does not exist, a URL, or a NUL character.
 
     >>> expand("~/runs") == Path("~/runs").expanduser()
     True
     """
     text = os.fspath(path)
+    if "\0" in text:
+        raise UsageError(f"{text!r}: a path cannot hold a NUL character")
     expanded = os.path.expanduser(os.path.expandvars(text))
     unset = _VARIABLE.search(expanded)
     scheme = _SCHEME.match(text)

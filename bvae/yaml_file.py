@@ -18,7 +18,11 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         NotRead: the file is too long or not regular; the message names it, as no other does.
         OSError: the file cannot be read.
     """
-    text = _decode(read_bytes(path, CONFIG))
+    return parse_mapping(_decode(read_bytes(path, CONFIG)))
+
+
+def parse_mapping(text: str) -> dict[Any, Any]:
+    """The mapping that YAML text holds. Raises UsageError, as `read_mapping`."""
     try:
         loaded = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -28,6 +32,10 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         raise UsageError(" ".join(str(error).split())) from None
     except RecursionError:
         raise UsageError("nested too deeply for a configuration") from None
+    except UsageError:
+        raise
+    except (ValueError, OverflowError) as error:  # a date that is none, or a number of thousands of digits
+        raise UsageError(str(error)) from None
     if not isinstance(loaded, dict):
         raise UsageError("not a YAML mapping of sections")
     return loaded

@@ -199,7 +199,7 @@ def test_capacity_fits_the_run():
         ("training: {lr: .nan}", "training.lr must be positive, got nan"),
         ("training: {lr: .inf}", "training.lr must be positive, got inf"),
         ("model: {latent_dim: 0}", "model.latent_dim must be positive, got 0"),
-        ("model: {hidden_dims: [8, -1]}", "model.hidden_dims must be positive widths"),
+        ("model: {hidden_dims: [8, -1]}", "model.hidden_dims must be 1 to 64 positive widths"),
         ("training: {batch_size: 1}", "training.batch_size must be 2 or more"),
         ("objective: {gamma: -1}", "objective.gamma must be 0 or more"),
         ("objective: {capacity_iters: 0}", "objective.capacity_iters must be positive"),

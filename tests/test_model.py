@@ -140,8 +140,8 @@ def test_reconstruct_decodes_the_posterior_mean():
     [
         ({"latent_dim": 0}, "latent_dim must be at least 1, got 0"),
         ({"in_channels": 4}, "in_channels must be 1 .* got 4"),
-        ({"hidden_dims": []}, "hidden_dims must be one or more"),
-        ({"hidden_dims": [8, 0]}, "hidden_dims must be one or more"),
+        ({"hidden_dims": []}, "hidden_dims must be 1 to 64 positive widths"),
+        ({"hidden_dims": [8, 0]}, "hidden_dims must be 1 to 64 positive widths"),
         ({"image_size": 16}, "image_size must be 32 to 256 pixels, got 16"),
         ({"activation": "relu"}, "activation must be one of tanh, sigmoid"),
         ({"arch": "resnet"}, "arch must be one of pytorch-vae, burgess, .* got 'resnet'"),

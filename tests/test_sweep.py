@@ -16,10 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bvae.config import read
+from bvae.errors import UsageError
 from bvae.evaluation import baselines, run_folder, sweep_report, sweeping
 from bvae.evaluation.options import SweepOptions
 from bvae.pipelines import sprites
 from bvae.sweep import main
+from bvae.training import completion
 from bvae.training import step as training_step
 
 PRESET = """
@@ -141,7 +143,7 @@ def test_it_goes_on_where_it_was_stopped(preset, tmp_path, inline, quick, monkey
     out = tmp_path / "parts"
     assert run(preset, out) == 1
     assert "beta-4-seed-0 (status 130)" in capsys.readouterr().err
-    assert not sweeping.is_trained(out / "beta-4-seed-0")
+    assert not completion.is_marked(out / "beta-4-seed-0")
     assert "| 4 |" not in (out / "sweep.md").read_text()
     assert run(preset, out) == 0
     assert run(preset, out) == 0
@@ -159,7 +161,34 @@ def test_a_run_without_a_checkpoint_begins_anew(preset, tmp_path, quick):
     job.out.mkdir()
     (job.out / "config.yaml").write_text(job.config.to_yaml())
     assert sweeping.train_and_evaluate(job, SweepOptions(points=40, device="cpu")) == 0
-    assert sweeping.is_trained(job.out)
+    assert completion.is_marked(job.out)
+
+
+@pytest.mark.parametrize("checkpoints", ["whole", "damaged"])
+def test_a_run_whose_files_are_empty_is_trained_again(preset, tmp_path, inline, quick, checkpoints):
+    """As a power cut left them, before every file was synced."""
+    assert run(preset, tmp_path) == 0
+    out = tmp_path / "beta-4-seed-0"
+    wanted = (out / "model.safetensors").read_bytes()
+    assert completion.is_marked(out)
+    kept = {"finished.json", "traversals.gif", "config.yaml"}
+    for path in out.rglob("*"):
+        if path.is_file() and path.name not in kept and (checkpoints == "damaged" or path.suffix != ".pt"):
+            path.write_bytes(b"")
+    assert not completion.is_marked(out)
+    assert run(preset, tmp_path) == 0
+    assert completion.is_marked(out)
+    assert (out / "model.safetensors").read_bytes() == wanted
+
+
+def test_a_run_that_is_a_link_is_left_alone(preset, tmp_path, quick):
+    job = sweeping.plan(SweepOptions(str(preset), "beta=4", 1, device="cpu", points=40), tmp_path, [])[1][0]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").write_text("")
+    job.out.symlink_to(tmp_path / "mine")
+    with pytest.raises(UsageError, match="is a link"):
+        sweeping.train_and_evaluate(job, SweepOptions(points=40, device="cpu"))
+    assert (tmp_path / "mine" / "precious").exists()
 
 
 def test_a_failed_run_does_not_lose_the_others(preset, tmp_path, inline, quick, capsys):
@@ -168,7 +197,7 @@ def test_a_failed_run_does_not_lose_the_others(preset, tmp_path, inline, quick, 
     said = capsys.readouterr().err
     assert "1 of 2 runs failed" in said
     assert "lr-1e30-seed-0 (status 1)" in said
-    assert sweeping.is_trained(tmp_path / "lr-1e-3-seed-0")
+    assert completion.is_marked(tmp_path / "lr-1e-3-seed-0")
     assert "| 1e-3 | 1 |" in (tmp_path / "sweep.md").read_text()
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import NETWORK
 
+from bvae import files
 from bvae.errors import UsageError
 from bvae.kernels import launch
 from bvae.model import BetaVAE
@@ -73,7 +74,7 @@ def test_run_folder(data, tmp_path, capsys):
     assert run(data, out, "--epochs", 2) == 0
     names = {path.name for path in out.iterdir() if "tfevents" not in path.name}
     assert names == {
-        *("config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "config.json"),
+        *("config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "config.json", "finished.json"),
         *("reconstructions.png", "samples.png", "traversals.png", "traversals.gif"),
     }
     assert list(out.glob("events.out.tfevents.*"))
@@ -565,9 +566,12 @@ def test_checkpoint_of_something_else(data, tmp_path, capsys):
 
 def test_another_version_is_told(data, tmp_path, monkeypatch, capsys):
     run(data, tmp_path / "run", "--max-steps", 2)
-    monkeypatch.setattr(checkpoint, "versions", lambda: {"torch": "3.0"})
+    monkeypatch.setattr(checkpoint, "versions", lambda: {"torch": "3.0", "bvae": "0.9"})
     assert main(["--resume", str(tmp_path / "run")]) == 0
-    assert "now {'torch': '3.0'}: not bit for bit as without a stop" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"trained so far with torch {torch.__version__}, " in said
+    assert "now with torch 3.0, " in said
+    assert "not bit for bit as without a stop" in said
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -589,10 +593,15 @@ def test_read_only_run_folder_is_found_before_the_data_are_opened(
     assert str(out if resumed else tmp_path) in error
 
 
-def test_full_disk_keeps_the_last_checkpoint(data, tmp_path, capsys):
+def test_full_disk_keeps_the_last_checkpoint(data, tmp_path, monkeypatch, capsys):
     assert run(data, tmp_path / "run", "--max-steps", 7) == 0
     folder = tmp_path / "run" / "checkpoints"
-    (folder / "step-00000014.pt.tmp").symlink_to("/dev/full")  # every write to it fails with ENOSPC
+
+    def open_full(path, mode, **options):  # every write to the new checkpoint fails with ENOSPC
+        full = "step-00000014" in str(path)
+        return open("/dev/full", "wb") if full else open(path, mode, **options)
+
+    monkeypatch.setattr(files, "open", open_full, raising=False)
     assert main(["--resume", str(tmp_path / "run"), "--max-steps", "14"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name for path in folder.iterdir()} == {"step-00000007.pt", "best.json"}

@@ -17,7 +17,7 @@ LEAVES = (
     "bvae.paths",
     "bvae.streams",
 )
-LIBRARY = ("reference", "ops", "losses", "layers", "architectures", "model")
+LIBRARY = ("reference", "ops", "losses", "layers", "architectures", "weights", "model")
 
 
 def imported(path: Path) -> set[str]:

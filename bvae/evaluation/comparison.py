@@ -129,7 +129,7 @@ def compare(arguments: CompareOptions) -> str:
     rows = [walk.row for walk in walks]
     labels = [f"{row.name}\n{row.loss}: latent {row.latent}, {row.kl:.2f} nats" for row in rows]
     images = torch.stack([walk.images for walk in walks])
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(arguments.out.parent)
     for end in (".png", ".gif"):
         save_traversal(images, labels, arguments.out.with_name(arguments.out.name + end))
     table = markdown(rows, arguments.factor)

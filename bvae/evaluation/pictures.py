@@ -35,7 +35,7 @@ def draw(arguments: TraverseOptions) -> Path:
         latents = most_visible(all_images, SHOWN)
         images = all_images[latents]
     out = arguments.out or arguments.run / "traverse.png"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     save_traversal(images, [f"latent {i}\nstarts at {z[0, i]:.2f}" for i in latents], out)
     return out
 
@@ -50,11 +50,11 @@ def sample(arguments: SampleOptions) -> Path:
     images = [to_uint8(model.sample(size, generator), model.pixel_range) for size in sizes]
     out = arguments.out or arguments.run / f"samples-{arguments.n}.png"
     if out.suffix.lower() == ".png":
-        out.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(out.parent)
         columns = max(1, round(arguments.n**0.5))
         files.write_image(out, grid(torch.cat(images).split(columns)))
         return out
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     for number, image in enumerate(picture for part in images for picture in part):
         files.write_image(out / f"{number:05}.png", grid([image[None]]))
     return out

@@ -20,7 +20,7 @@ from bvae.evaluation import baselines, run_folder, sweep_report
 from bvae.evaluation.options import Protocol, SweepOptions
 from bvae.opening import TABLE, read_bytes
 from bvae.owner import own
-from bvae.training import checkpoint
+from bvae.training import checkpoint, completion
 from bvae.training.cli import parse
 from bvae.training.command import execute
 
@@ -94,11 +94,6 @@ def check_same(file: Path, wanted: Config) -> None:
 
 
 # --- One run ----------------------------------------------------------------------------------------------
-def is_trained(run: Path) -> bool:
-    """Whether training has finished: the pictures are written last."""
-    return (run / "traversals.gif").is_file()
-
-
 def read_evaluation(run: Path, arguments: SweepOptions) -> dict[str, Any] | None:
     """The result of bvae.evaluate with the same seeds and points, if there is one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -110,24 +105,34 @@ def read_evaluation(run: Path, arguments: SweepOptions) -> dict[str, Any] | None
 
 def train_and_evaluate(job: Job, arguments: SweepOptions) -> int:
     """Do the unfinished part of a run; return the exit status of the failure, or 0."""
-    if not is_trained(job.out):
-        command = job.command
-        if checkpoint.checkpoints(job.out / checkpoint.FOLDER):
-            command = ["--resume", str(job.out), "--device", arguments.device]
-        elif job.out.exists():  # stopped before its first checkpoint
-            with own(job.out):
-                shutil.rmtree(job.out)
-        status = execute(command, "")
-        if status or not is_trained(job.out):
+    if not completion.is_marked(job.out):
+        status = _train(job, arguments)
+        if status or not completion.is_marked(job.out):
             return status or 130  # stopped, with a checkpoint
     protocol = Protocol(seeds=arguments.metric_seeds, points=arguments.points, device=arguments.device)
     return exit_status(lambda: print(run_folder.evaluate(job.out, protocol), end=""))
 
 
+def _train(job: Job, arguments: SweepOptions) -> int:
+    """Continue a run from its checkpoints, or start it; return bvae.train's exit status."""
+    folder = job.out / checkpoint.FOLDER
+    if job.out.is_symlink():
+        raise UsageError(f"{job.out} is a link, and no run of this sweep: remove it")
+    if checkpoint.checkpoints(folder):
+        status = execute(["--resume", str(job.out), "--device", arguments.device], "")
+        if not status or checkpoint.checkpoints(folder):
+            return status
+        print(f"{job.out} has no checkpoint that can be read: it is trained again", flush=True)
+    if job.out.exists():  # stopped before its first checkpoint
+        with own(job.out):
+            shutil.rmtree(job.out)
+    return execute(job.command, "")
+
+
 def _run_process(job: Job, arguments: SweepOptions) -> None:
     """Run `train_and_evaluate` as a process. Only the sweep gets Ctrl-C, and passes it on."""
     os.setpgid(0, 0)
-    sys.exit(train_and_evaluate(job, arguments))
+    sys.exit(exit_status(lambda: train_and_evaluate(job, arguments)))
 
 
 def in_its_own_process(job: Job, arguments: SweepOptions) -> int:
@@ -156,7 +161,7 @@ def sweep(arguments: SweepOptions, others: Sequence[str]) -> int:
         if others:
             raise UsageError(f"--baselines trains nothing: {' '.join(others)} has no effect")
         out = arguments.out or Path("runs/baselines")
-        out.mkdir(parents=True, exist_ok=True)
+        files.make_folder(out)
         with own(out):
             text = sweep_report.paper_table(measure_baselines(arguments, out), {})
             files.write_text(out / "baselines.md", text)
@@ -166,7 +171,7 @@ def sweep(arguments: SweepOptions, others: Sequence[str]) -> int:
     out = arguments.out or Path("runs") / f"sweep-{Path(str(arguments.preset)).stem}"
     key, jobs = plan(arguments, out, others)
     common = _settings(["--config", str(arguments.preset), *others])
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     with own(out):
         check_same(out / SETTINGS, common)
         files.write_text(out / SETTINGS, common.to_yaml())
@@ -177,7 +182,7 @@ def _train_all(arguments: SweepOptions, out: Path, key: str, jobs: Sequence[Job]
     """Train and evaluate the unfinished runs, and report; return 1 if a run failed."""
     failed = []
     for number, job in enumerate(jobs, 1):
-        if is_trained(job.out) and read_evaluation(job.out, arguments):
+        if completion.is_marked(job.out) and read_evaluation(job.out, arguments):
             continue
         print(f"run {number} of {len(jobs)}: {job.out}", flush=True)
         if status := in_its_own_process(job, arguments):
@@ -194,7 +199,9 @@ def _train_all(arguments: SweepOptions, out: Path, key: str, jobs: Sequence[Job]
         )
     if results:
         files.write_text(out / "sweep.md", text)
-        sweep_report.draw(key, results).savefig(out / "sweep.png", dpi=120)
+        picture = io.BytesIO()
+        sweep_report.draw(key, results).savefig(picture, format="png", dpi=120)
+        files.write_bytes(out / "sweep.png", picture.getvalue())
         print(f"{text}\nresults: {out}/ (see sweep.png, sweep.md)")
     if failed:
         print(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}", file=sys.stderr)

@@ -4,8 +4,11 @@ import contextlib
 import io
 import json
 import math
+import re
 import sys
+import warnings
 import zipfile
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ import torch
 from bvae import __version__, files
 from bvae.errors import MissingError, UsageError
 from bvae.kernels.cpu import library
-from bvae.opening import CONFIG, WEIGHTS, NotRead, read_bytes
+from bvae.opening import CONFIG, WEIGHTS, read_bytes
+from bvae.weights import difference
 
 FOLDER = "checkpoints"  # in the run folder
 KEPT = 2  # the two newest are kept, and the best one
@@ -35,7 +39,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     Raises:
         OSError: the file cannot be written; for a full disk it says how many bytes are needed and free.
     """
-    folder.mkdir(exist_ok=True)
+    files.make_folder(folder)
     path = folder / f"step-{step:08d}.pt"
     files.write(path, lambda file: torch.save({**state, "versions": versions()}, file), _bytes(state))
     best = _best(folder)
@@ -58,9 +62,16 @@ def mark_best(folder: Path, step: int, score: float) -> None:
         files.write_text(folder / BEST, json.dumps({"step": step, "score": score}))
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UsageError if the folder is a link: a stranger's could make a run delete files anywhere."""
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link: a run writes into its own folder alone")
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The folder's checkpoints, oldest first."""
-    return sorted((path for path in folder.glob("step-*.pt") if path.stem[5:].isdigit()), key=_step)
+    paths = (path for path in folder.glob("step-*.pt") if re.fullmatch(r"step-[0-9]+", path.stem))
+    return sorted(paths, key=_step)
 
 
 def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
@@ -70,9 +81,10 @@ def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
-        ValueError: all its checkpoints are damaged.
+        ValueError: all its checkpoints are damaged, or the folder is a link.
         OSError: the newest cannot be read.
     """
+    check_folder(folder)
     paths = checkpoints(folder)
     if not paths:
         raise MissingError(f"{folder} holds no checkpoint: the run stopped before its first one; start again")
@@ -87,25 +99,40 @@ def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
     raise UsageError(f"{folder} holds no checkpoint that is not damaged: start the run again")
 
 
+@contextlib.contextmanager
+def of_another_kind(run: Path) -> Iterator[None]:
+    """Give a ValueError, the reason why a run's newest checkpoint cannot be loaded, its message."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{run}: its newest checkpoint is of another kind: {error}") from None
+
+
 def best(folder: Path) -> Path | None:
     """The checkpoint of the highest score, if one was marked and exists."""
     marked = _best(folder)
     return folder / f"step-{marked['step']:08d}.pt" if marked else None
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
+def weights(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The model's state dict in a checkpoint. It changes no file, because a run may still be training.
 
+    Args:
+        expected: what it must fit, see `bvae.weights.difference`.
+
     Raises:
-        UsageError: the file is damaged.
+        UsageError: the file is damaged, or holds another model.
         OSError: it cannot be read.
     """
     try:
-        return dict(_load(path, torch.device("cpu"))["model"])
-    except NotRead:
-        raise
-    except (Damaged, KeyError, TypeError, ValueError) as error:
+        found = _load(path, torch.device("cpu")).get("model")
+    except Damaged as error:
         raise UsageError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is damaged: it holds no model")
+    if reason := difference(found, expected):
+        raise UsageError(f"{path} is not the model that its config.json describes: {reason}")
+    return dict(found)
 
 
 def versions() -> dict[str, str]:
@@ -126,12 +153,14 @@ def _load(path: Path, device: torch.device) -> dict[str, Any]:
         raise files.named(error, path) from None
     try:
         _verify(data)
-        state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that no checkpoint holds
+            state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except (Damaged, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception:  # any type; torch's message is left out: it says how to run the file's code
         raise Damaged("it does not hold tensors and plain values alone") from None
-    if not isinstance(state, dict) or state.get("step") != _step(path):
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] != _step(path):
         raise Damaged("it is not the state at the step in its name")
     return state
 
@@ -159,7 +188,7 @@ def _best(folder: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         record = json.loads(read_bytes(folder / BEST, CONFIG))
         best = {"step": int(record["step"]), "score": float(record["score"])}
-        if (folder / f"step-{best['step']:08d}.pt").is_file():
+        if math.isfinite(best["score"]) and (folder / f"step-{best['step']:08d}.pt").is_file():
             return best
     return None
 

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bvae import files
 from bvae.errors import UsageError
 from bvae.owner import LOCK, own
 from bvae.training import checkpoint
@@ -38,6 +39,7 @@ def claim(
                 assert out
                 _check_writable(out)
                 stack.enter_context(own(out))
+                files.remove_abandoned(out)
                 if restart:
                     _check_unstarted(out)
             except (UsageError, OSError) as error:
@@ -58,7 +60,7 @@ def _make(out: Path | None, name: str, restart: bool) -> tuple[Path, bool]:
             raise _exists(out)
         _check_writable(out)
         try:
-            out.mkdir(parents=True)
+            _make_folder(out)
         except FileExistsError:
             if not restart:
                 raise _exists(out) from None
@@ -69,9 +71,16 @@ def _make(out: Path | None, name: str, restart: bool) -> tuple[Path, bool]:
         if not out.exists():
             _check_writable(out)
             with contextlib.suppress(FileExistsError):  # another run was faster
-                out.mkdir(parents=True)
+                _make_folder(out)
                 return out, True
     raise AssertionError
+
+
+def _make_folder(out: Path) -> None:
+    """Make a new folder. Raises FileExistsError; OSError."""
+    files.make_folder(out.parent)
+    out.mkdir()
+    files.sync(out.parent)
 
 
 def _exists(out: Path) -> UsageError:
@@ -86,6 +95,7 @@ def _check_unstarted(out: Path) -> None:
 
 def _check_writable(out: Path) -> None:
     """Raise errors of the run folder now, not only after the data have been decoded."""
+    checkpoint.check_folder(out / checkpoint.FOLDER)
     for folder in (out, out / checkpoint.FOLDER):
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not nearest.is_dir():

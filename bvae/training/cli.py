@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import tyro
-import yaml
 
 from bvae import config as configuration
 from bvae.config import Config, LossType
 from bvae.errors import MissingError, UsageError
 from bvae.paths import expand, expand_options
+from bvae.yaml_file import parse_mapping
 
 # What a resumed run may change: folders, length, the options that help against NaN losses, and how the same
 # step is executed.
@@ -26,6 +26,7 @@ MAY_CHANGE = (
 
 
 AUTO = Path("auto")  # --resume auto
+LONGEST = 1 << 16  # characters of a configuration in a checkpoint; YAML takes seconds to read more
 WORKED_OUT = (None, "auto", "m_over_n")  # values for which a checkpoint has numbers
 
 
@@ -45,6 +46,8 @@ class Arguments:
     """auto: the GPU if there is one."""
     module: Annotated[str | None, tyro.conf.arg(name="import")] = None
     """A Python module to import first: one that calls bvae.register_architecture."""
+    accept_changed_images: bool = False
+    """With --resume: continue although images have other pixels than at the checkpoint, under their names."""
     profile: bool = False
     """Record 20 of the first steps: a Chrome trace in the run folder, and a table of each part's share."""
     debug_nan: bool = False
@@ -139,13 +142,21 @@ def _checkpointed(run: Path) -> Config:
         raise MissingError(f"{run} is not a run folder: it holds no config.yaml")
     import torch
 
+    from bvae.model import expected_weights
     from bvae.training import checkpoint
+    from bvae.weights import difference
 
     state = checkpoint.load_newest(run / checkpoint.FOLDER, torch.device("cpu"))
-    try:
-        return configuration.from_mapping(Config, yaml.safe_load(state["config"]))
-    except (KeyError, AttributeError, yaml.YAMLError) as error:
-        raise UsageError(f"{run}: its newest checkpoint is of another kind: {error}") from None
+    with checkpoint.of_another_kind(run):
+        text, model = state.get("config"), state.get("model")
+        if not isinstance(text, str) or len(text) > LONGEST or not isinstance(model, dict):
+            raise UsageError("it holds no configuration, or no model")
+        config: Config = configuration.from_mapping(Config, parse_mapping(text))
+        config.check()
+        # Now, before the data are decoded, and before memory is taken for a model of that size.
+        if reason := difference(model, expected_weights(config)):
+            raise UsageError(f"the model: {reason}")
+    return config
 
 
 def _resume_or_start(arguments: Arguments) -> Arguments:

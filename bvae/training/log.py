@@ -17,6 +17,7 @@ from bvae.opening import LOG, read_bytes
 from bvae.training.validation import Validation
 
 METRICS = "metrics.jsonl"
+EVENTS = "events.out.tfevents.*"  # TensorBoard's files
 
 
 class RunLog:
@@ -28,8 +29,8 @@ class RunLog:
     """
 
     def __init__(self, out: Path | None, steps: int, done: int) -> None:
-        self._steps = steps
-        self._records = _Records(out, steps, done) if out else None
+        self._steps, self._done = steps, done
+        self._records = _Records(out, done) if out else None
         self._bar = tqdm(
             total=steps,
             initial=done,
@@ -56,9 +57,17 @@ class RunLog:
             eta = (self._steps - step) * batch_size / images_per_s if images_per_s else 0
             self.line(f"step {step}/{self._steps}, ETA {timedelta(seconds=round(eta))}, {shown}")
 
+    @property
+    def is_validated(self) -> bool:
+        """Whether there was a record of a validation of the step `done` at the start."""
+        return self._records is not None and self._records.validated
+
     def validation(self, step: int, epoch: int, result: Validation) -> None:
-        """Write one record of validation."""
-        self._write("valid", step, epoch, {k: v for k, v in result._asdict().items() if k != "kl_per_dim"})
+        """Write one record of validation, unless there is one."""
+        if not (step == self._done and self.is_validated):  # else a finished run is resumed
+            values = {k: v for k, v in result._asdict().items() if k != "kl_per_dim"}
+            self._write("valid", step, epoch, values)
+            self.sync()
         self.line(
             f"epoch {epoch}: validation mse {result.mse:.4f}, KL {result.kld:.2f} nats, "
             f"explained variance {result.explained_variance:.2f}"
@@ -68,6 +77,11 @@ class RunLog:
         """Print a line above the bar."""
         self._bar.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+    def sync(self) -> None:
+        """Write all records to the disk. Raises OSError."""
+        if self._records:
+            self._records.sync()
 
     def close(self) -> None:
         """Write the rest and close. Raises OSError if it cannot be written."""
@@ -83,13 +97,13 @@ class RunLog:
 class _Records:
     """metrics.jsonl and TensorBoard's events in a run folder."""
 
-    def __init__(self, out: Path, steps: int, done: int) -> None:
+    def __init__(self, out: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-        if done or (out / METRICS).exists():  # of a run that stopped before its first checkpoint
-            _drop_lines_after(out / METRICS, done, validate_again=done >= steps)
         self._path = out / METRICS
-        self._metrics = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self.validated = _start(self._path, done)
+        self._metrics = files.append_text(self._path)
+        events = set(out.glob(EVENTS))
         # TensorBoard's thread passes its error to the next writer, so it should not print it too.
         self._before, threading.excepthook = threading.excepthook, self._unhandled
         self._tensorboard: SummaryWriter | None = None
@@ -99,6 +113,7 @@ class _Records:
             say_once(
                 f"{out}: TensorBoard cannot write into a folder whose name is not UTF-8: it gets no events"
             )
+        self._events = set(out.glob(EVENTS)) - events
 
     def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -109,6 +124,16 @@ class _Records:
             if self._tensorboard:
                 for name, value in values.items():
                     self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        except OSError as error:
+            raise files.named(error, self._path) from None
+
+    def sync(self) -> None:
+        try:
+            if self._tensorboard:
+                self._tensorboard.flush()
+            for path in (self._path, *self._events):
+                with contextlib.suppress(FileNotFoundError):  # its user has removed it
+                    files.sync(path)
         except OSError as error:
             raise files.named(error, self._path) from None
 
@@ -151,23 +176,31 @@ class Throughput:
 class NullLog:
     """A `RunLog` that writes nothing, for all ranks but 0."""
 
+    is_validated = False
+
     def advance(self) -> None: ...
 
     def log(self, *_: object) -> None: ...
 
     def validation(self, *_: object) -> None: ...
 
+    def sync(self) -> None: ...
+
     def close(self) -> None: ...
 
 
-def _drop_lines_after(path: Path, step: int, validate_again: bool) -> None:
-    """Keep the records up to the checkpoint's step: a resumed run writes the later ones again."""
-    lines = []
+def _start(path: Path, done: int) -> bool:
+    """Keep the records up to the checkpoint's step, because a resumed run writes the later ones again.
+
+    Returns whether one of them is of a validation of that step.
+    """
+    lines, validated = [], False
     text = read_bytes(path, LOG).decode(errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short by a crash
             record = json.loads(line)
-            last = step - 1 if validate_again and record["split"] == "valid" else step
-            if record["step"] <= last:
+            if record["step"] <= done:
                 lines.append(line + "\n")
+                validated |= record["step"] == done and record["split"] == "valid"
     files.write_text(path, "".join(lines))
+    return validated

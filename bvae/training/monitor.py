@@ -70,10 +70,16 @@ class Monitor:
         self._run.step.metrics_buffer.send(self._run.done)
         self._run.step.receive(wait=True)
         self.throughput.reach(self._run.done)
+        self._log.sync()  # the records up to a checkpoint are on the disk before it
 
     def checkpoint(self) -> None:
         """Report a checkpoint."""
         self._call("on_checkpoint", self._run.done, self._run.out)
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the log has a validation of the step from which the run was resumed."""
+        return self._log.is_validated
 
     def validation(self, result: Validation) -> None:
         """Log a validation."""
@@ -111,5 +117,5 @@ class Monitor:
                 self.stop |= bool(call(*arguments))
             except BaseException:
                 if self._run.distributed.world_size == 1:  # the other ranks would not join this save
-                    self._run.save()  # the callback failed, but the steps so far are kept
+                    self._run.save(due=False)  # the callback failed, but the steps so far are kept
                 raise

@@ -2,12 +2,15 @@
 
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from torch import profiler
 from torch._inductor import config as inductor
+
+from bvae import files
 
 SKIPPED, WARM_UP, STEPS = 5, 2, 20  # steps before, steps recorded but discarded, steps that count
 TRACE = "trace.json"
@@ -91,7 +94,9 @@ class Profile:
         if not self._wall:  # stopped before the last step that counts
             return
         path = self._out / TRACE
-        profile.export_chrome_trace(str(path))
+        with tempfile.TemporaryDirectory() as folder:
+            profile.export_chrome_trace(str(Path(folder, TRACE)))
+            files.write_bytes(path, Path(folder, TRACE).read_bytes())
         print(table(self._seconds(profile), self._wall))
         print(
             f"profile of {STEPS} steps: {path} (open it in chrome://tracing or ui.perfetto.dev)", flush=True

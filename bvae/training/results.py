@@ -1,16 +1,18 @@
 """Write the results of a finished run: the model, and pictures of what it learned."""
 
 from bvae.plots import save_pictures
+from bvae.training import completion
 from bvae.training.run import Run
 from bvae.training.validation import Validation
 
 
 def write(run: Run, result: Validation) -> None:
-    """Write model.safetensors and the pictures into the run folder. Raises OSError."""
+    """Write model.safetensors and the pictures into the run folder, then its mark. Raises OSError."""
     assert run.out
     run.model.save_pretrained(run.out)
     first = run.valid.head(32).permute(0, 3, 1, 2)
     save_pictures(run.model, run.model.scale(first), result.kl_per_dim, run.out)
+    completion.mark(run.out)
 
 
 def show(run: Run, result: Validation, images_per_s: float) -> None:

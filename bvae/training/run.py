@@ -1,4 +1,4 @@
-"""A training run: its parts, one step, and its state saved and restored."""
+"""A training run: its parts, one step, and its state saved; `restore.py` restores it."""
 
 import hashlib
 import math
@@ -9,17 +9,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bvae.config import Config
-from bvae.errors import UsageError
 from bvae.model import BetaVAE
 from bvae.pipelines.loader import Loader
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.training import checkpoint
+from bvae.training.conditions import conditions
 from bvae.training.distributed import Distributed
 from bvae.training.schedule import lr_factor
 from bvae.training.step import NotFinite, Scalars, TrainingStep
@@ -43,8 +42,11 @@ class Run:
     valid: Loader
     files: list[str]  # of the training images; empty if they are drawn
     distributed: Distributed
+    pixels: str = ""  # a checksum of all images; empty if it is not known
+    decoder: str = ""  # of images without a checksum, with its version
     loss_is_given: bool = False  # passed by the caller, not built from the configuration
     done: int = 0  # steps
+    due: bool = False  # whether a validation follows the last checkpoint
     _saved_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -114,15 +116,23 @@ class Run:
         index = self.train.indices(*divmod(step - 1, len(self.train))).tolist()
         return [self.files[i] if self.files else f"image {i}" for i in index]
 
+    @property
+    def conditions(self) -> dict[str, str]:
+        """What the bits of a step depend on, besides the configuration, the images and the versions."""
+        return conditions(self.step.device, self.distributed.world_size, self.decoder)
+
     @cached_property
-    def _listing(self) -> str:
+    def listing(self) -> str:
         """A checksum of the training images' names, relative to their common folder."""
         common = os.path.commonpath([os.path.dirname(name) for name in self.files]) if self.files else ""
         names = "\n".join(name[len(common) :].lstrip(os.sep) for name in self.files)
         return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
-    def save(self) -> None:
+    def save(self, due: bool) -> None:
         """Average BatchNorm's statistics over the ranks, and write a checkpoint on rank 0.
+
+        Args:
+            due: whether a validation follows, which a resumed run makes up for if this one is stopped.
 
         Raises:
             NotFinite: a weight is NaN or infinite; the older checkpoints are unchanged.
@@ -142,8 +152,11 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
             "step": self.done,
+            "due": due,
             "images": self.train.count,
-            "files": self._listing,
+            "files": self.listing,
+            "pixels": self.pixels,
+            "conditions": self.conditions,
             "config": self.config.to_yaml(),
         }
         checkpoint.save(self.out / checkpoint.FOLDER, self.done, state)
@@ -158,54 +171,6 @@ class Run:
         if self.out and self.distributed.is_main:
             checkpoint.mark_best(self.out / checkpoint.FOLDER, self.done, result.elbo)
         self._saved_at = time.monotonic()
-
-    def restore(self) -> None:
-        """Load the newest checkpoint of the run folder.
-
-        Raises:
-            FileNotFoundError, ValueError: there is none, it is damaged, or the data have changed.
-        """
-        # Each part copies its tensors to its own device; Adagrad's step count is on the host, even on a GPU.
-        assert self.out
-        state = checkpoint.load_newest(self.out / checkpoint.FOLDER, torch.device("cpu"))
-        try:
-            self._check_data(state)
-            self._load(state)
-        except torch.OutOfMemoryError:
-            raise
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # of another version or program
-            raise UsageError(f"{self.out}: its newest checkpoint is of another kind: {error}") from None
-        if (old := state.get("versions")) not in (None, new := checkpoint.versions()):
-            print(f"trained so far with {old}, now {new}: not bit for bit as without a stop", flush=True)
-        if self.done > self.steps:
-            raise UsageError(
-                f"{self.out} is at step {self.done} already, beyond the {self.steps} requested: "
-                "raise --epochs or --max-steps"
-            )
-
-    def _check_data(self, state: dict[str, Any]) -> None:
-        if state["images"] != self.train.count:
-            raise UsageError(
-                f"{self.out}: the dataset now has {self.train.count} images ({state['images']} at the "
-                "checkpoint): cannot resume deterministically"
-            )
-        if state.get("files", self._listing) != self._listing:
-            raise UsageError(
-                f"{self.out}: the dataset's files now have other names or another order: cannot resume "
-                "deterministically"
-            )
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.loss.load_state_dict(state["loss"])
-        options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(own)  # the options of this device and this command, not the checkpoint's
-        if state["scaler"]:  # empty for a run without float16
-            self.step.scaler.load_state_dict(state["scaler"])
-        self.done = state["step"]
-        self.step.restore(self.done)
 
     def close(self) -> None:
         """End this rank's part in the job; no training is possible afterwards."""

@@ -22,11 +22,12 @@ from bvae.kernels.cpu import library
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE, build
 from bvae.pipelines.memory_loaders import DeviceLoader
-from bvae.training import compiler, malloc
+from bvae.training import compiler, completion, malloc
 from bvae.training.claim import claim
 from bvae.training.cli import AUTO, Arguments
 from bvae.training.distributed import Distributed, init_distributed
 from bvae.training.optimizer import build_optimizer
+from bvae.training.restore import restore
 from bvae.training.run import Run
 from bvae.training.step import TrainingStep, autocast_dtype, captures, compiles
 
@@ -103,7 +104,9 @@ def open_run(arguments: Arguments) -> Iterator[Run]:
         if write:
             out = stack.enter_context(claim(out, name, distributed, resume=resume, restart=restart))
         stack.enter_context(switches(config.training, device))
-        yield prepare(config, out, device, distributed, resume=resume, write=write)
+        changed = arguments.accept_changed_images
+        places = config, out, device, distributed
+        yield prepare(*places, resume=resume, write=write, accept_changed_images=changed)
 
 
 def prepare(
@@ -114,6 +117,7 @@ def prepare(
     *,
     resume: bool = False,
     write: bool = True,
+    accept_changed_images: bool = False,
     data: OpenData | None = None,
     model: BetaVAE | None = None,
     loss: nn.Module | None = None,
@@ -127,6 +131,7 @@ def prepare(
         out: the run folder. None: nothing is written.
         resume: continue from the folder's newest checkpoint.
         write: False changes nothing in the folder.
+        accept_changed_images: see `restore`.
         data: opens the images, in place of those of the configuration.
         model, loss: in place of those of the configuration.
 
@@ -137,10 +142,11 @@ def prepare(
     opened = _open(config, device, distributed, data or _configured)
     run = _build(config, out, device, distributed, opened, model, loss)
     if resume:
-        run.restore()
+        restore(run, accept_changed_images)
     execution = _compile_and_capture(run)
     distributed.barrier()  # write only when all ranks are ready
     if out and write and distributed.is_main:
+        completion.unmark(out)
         files.write_text(out / "config.yaml", _with_absolute_paths(config).to_yaml())
         run.model.save_config(out)
         if opened.bad:
@@ -213,7 +219,7 @@ def _build(
         distributed=distributed,
     )
     parts = config, out, model, module, step.optimizer, step, data.train, data.valid, data.files, distributed
-    return Run(*parts, loss_is_given=loss is not None)
+    return Run(*parts, pixels=data.pixels, decoder=data.decoder, loss_is_given=loss is not None)
 
 
 def build_loss(objective: ObjectiveConfig) -> BetaLoss | CapacityLoss:
