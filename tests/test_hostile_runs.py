@@ -249,7 +249,7 @@ MODELS = {
         {"latent_dim": 4_000_000},
         r"head.weight is \[6, 128\] instead of \[8000000, 128\]",
     ),
-    "100 000 stages": (None, {"hidden_dims": [4] * 100_000}, "hidden_dims must be 1 to 64 positive widths"),
+    "50 000 stages": (None, {"hidden_dims": [4] * 50_000}, "hidden_dims must be 1 to 64 positive widths"),
     "a size beyond 64 bits": (None, {"latent_dim": 10**30}, "does not describe a BetaVAE"),
     "a size of no whole number": (None, {"latent_dim": 3.5}, "latent_dim takes whole numbers, got"),
 }
@@ -272,19 +272,18 @@ def test_a_strangers_model_is_refused_at_once(tmp_path, change):
 
 
 def test_no_more_is_read_than_the_model_takes(tmp_path):
-    """A header of gigabytes, and a sparse file of a terabyte behind a right header."""
+    """A header of gigabytes, and a sparse file of gigabytes behind a right header."""
     model = BetaVAE(3, 3, (4, 8, 8), 32)
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
-    os.truncate(path, 1 << 40)
-    with pytest.raises(UsageError, match="is damaged: its tensors take 1099511"):
+    os.truncate(path, 1 << 33)
+    with pytest.raises(UsageError, match="is damaged: its tensors take 858993"):
         BetaVAE.from_pretrained(tmp_path)
     for data in (struct.pack("<Q", 1 << 34) + whole[8:], b"", whole[:100], bytes(len(whole)), whole[:-1]):
         path.write_bytes(data)
         with pytest.raises(UsageError, match="is damaged: "):
             BetaVAE.from_pretrained(tmp_path)
-    os.truncate(path, 1 << 40)
 
 
 def test_every_bit_of_a_header(tmp_path):
