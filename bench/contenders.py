@@ -19,8 +19,7 @@ from bvae.model import BetaVAE
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.training import malloc
 from bvae.training.optimizer import build_optimizer
-from bvae.training.setup import load_cpu_layers
-from bvae.training.step import TrainingStep, autocast_dtype, captures
+from bvae.training.step import TrainingStep, autocast_dtype, captures, load_cpu_layers
 
 GAMMA, MAX_CAPACITY, CAPACITY_ITERS, LR = 10.0, 25.0, 10_000, 5e-4
 LOG_VAR = -12.0  # in the gate: almost no noise

@@ -166,7 +166,7 @@ def test_a_compressed_shard_is_named(tmp_path, mode, kind):
 def test_a_folder_of_other_formats_trains(tmp_path, ending):
     for i in range(20):
         write_image(tmp_path / f"{i:02}{ending}", (40, 40), seed=i)
-    train, valid, bad, _ = open_data(DataConfig("folder", tmp_path), 4, 0, CPU)
+    train, valid, bad, *_ = open_data(DataConfig("folder", tmp_path), 4, 0, CPU)
     assert (train.count, valid.count, bad) == (16, 2, [])
 
 
@@ -231,7 +231,7 @@ def test_all_bad_files_are_named(damaged_folder, stream, capsys):
 @pytest.mark.parametrize("stream", [False, True], ids=["cached", "streamed"])
 def test_skipping_trains_without_them(damaged_folder, stream, capsys):
     config = DataConfig("folder", damaged_folder, stream=stream, on_bad="skip")
-    train, valid, bad, _ = open_data(config, 2, 0, CPU)
+    train, valid, bad, *_ = open_data(config, 2, 0, CPU)
     assert (train.count, valid.count) == (14, 1)
     assert [Path(file).name for file, _ in bad] == ["002.jpg", "013.jpg", "004.jpg"]
     assert "3 of 18 images cannot be used: training without them" in capsys.readouterr().out

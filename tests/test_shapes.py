@@ -30,7 +30,7 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path) -> int:
 def test_sprites_are_all_trained_on_and_some_looked_at(few, tmp_path, monkeypatch):
     monkeypatch.setattr("bvae.datasets.VALIDATED", 50)
     options = DataConfig(name="sprites", channels=1, flip=False, cache_dir=tmp_path)
-    train, valid, bad, _ = open_data(options, 64, 7, CPU)
+    train, valid, bad, *_ = open_data(options, 64, 7, CPU)
     assert (train.count, valid.count, bad) == (few, 50, [])
     for images, index in train.epoch(0):
         assert images.shape == (64, 64, 64, 1)

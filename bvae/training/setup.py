@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from ctypes import CDLL
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from bvae.training.distributed import Distributed, init_distributed
 from bvae.training.optimizer import build_optimizer
 from bvae.training.restore import restore
 from bvae.training.run import Run
-from bvae.training.step import TrainingStep, autocast_dtype, captures, compiles
+from bvae.training.step import TrainingStep, autocast_dtype, captures, compiles, load_cpu_layers
 
 FEW_STEPS = 1500  # a shorter run, if its length is given in epochs, gets a warning
 
@@ -76,17 +75,6 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
             launch.ENABLED, library.loaded, torch.backends.cudnn.benchmark = before[:3]
             torch.use_deterministic_algorithms(before[3], warn_only=before[4])
             deterministic.fill_uninitialized_memory = before[5]
-
-
-def load_cpu_layers(training: TrainingConfig, device: torch.device) -> CDLL | None:
-    """The C++ layers for a run in float32 on a CPU; if they cannot be built, one line says why."""
-    if device.type != "cpu" or not training.fused or autocast_dtype(device, training.amp)[0] is not None:
-        return None
-    try:
-        return library.load()
-    except library.NotBuilt as reason:
-        print(f"PyTorch's layers are used, not the faster ones in C++: {reason}", flush=True)
-        return None
 
 
 # --- The run ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from ctypes import CDLL
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from bvae.config import TrainingConfig
 from bvae.errors import UsageError
+from bvae.kernels.cpu import library
 from bvae.losses import AnnealedBeta, BetaLoss, CapacityLoss, LossTerms
 from bvae.model import BetaVAE
 from bvae.ops import reparam_kl
@@ -86,6 +88,17 @@ INDUCTOR: dict[str, Any] = {
     # Small independent kernels share launches: a step has 126 of them instead of 142.
     "combo_kernels": True,
 }
+
+
+def load_cpu_layers(training: TrainingConfig, device: torch.device) -> CDLL | None:
+    """The C++ layers for a run in float32 on a CPU; if they cannot be built, one line says why."""
+    if device.type != "cpu" or not training.fused or autocast_dtype(device, training.amp)[0] is not None:
+        return None
+    try:
+        return library.load()
+    except library.NotBuilt as reason:
+        print(f"PyTorch's layers are used, not the faster ones in C++: {reason}", flush=True)
+        return None
 
 
 def pixel_mse(model: BetaVAE, loss: nn.Module, terms: LossTerms, raw: Tensor, target: Tensor) -> Tensor:
