@@ -87,6 +87,9 @@ def test_make_target(command, data, tmp_path):
         "lint": "ARGS=",
         "docs": "ARGS=",
     }
+    if target == "oldest":  # would install another Python's torch
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True)
+        return
     subprocess.run(["make", target, short[target]], cwd=ROOT, check=True)
     assert target != "train" or (tmp_path / "run" / "traversals.gif").is_file()
     if target == "docs":
