@@ -293,10 +293,11 @@ def loss_of(
     wants_gradient = torch.is_grad_enabled() and target.requires_grad
     plain = mask is None and not wants_gradient
     if not plain or not _has_kernel(objective, recon, target, kl):
-        logits = objective.likelihood == "bernoulli" and objective.from_logits
-        if not plain or not logits or not launch.runs_closed_form(recon, target, kl):
+        if not plain or not _has_closed_form(objective, recon, target, kl):
             return reference.vae_loss(recon, target, kl, objective, mask=mask, **rest)
-        errors = closed_errors.bernoulli_errors(recon, target)
+        errors = closed_errors.image_errors(
+            recon, target, objective.likelihood, objective.activation, objective.pixel_range[0]
+        )
         return reference.terms_of(errors, math.prod(recon.shape[1:]), kl, objective, **rest)
     with_grad = recon.requires_grad and torch.is_grad_enabled()
     likelihood = objective.likelihood if objective.from_logits else "probabilities"
@@ -331,6 +332,15 @@ def loss_of(
         pixel_low,
     )
     return LossTerms(*terms)
+
+
+def _has_closed_form(objective: Objective, recon: Tensor, target: Tensor, kl: Tensor) -> bool:
+    """Whether `kernels/cpu` computes the reconstruction term of `objective` for these tensors."""
+    if not launch.runs_closed_form(recon, target, kl):
+        return False
+    if objective.likelihood == "gaussian":
+        return not isinstance(objective.spread, Tensor) or objective.spread.numel() == 1
+    return objective.likelihood == "bernoulli" and objective.from_logits
 
 
 def _has_kernel(objective: Objective, recon: Tensor, target: Tensor, kl: Tensor) -> bool:
