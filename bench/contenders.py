@@ -131,12 +131,16 @@ def ours(
 
     def call() -> None:
         torch.backends.cudnn.benchmark = True
+        before = launch.ENABLED, library.loaded
         launch.ENABLED, library.loaded = training.fused, layers
-        if to_capture[0]:
-            to_capture[0] = False
-            if not step.capture(images):
-                raise torch.OutOfMemoryError("the step's graph does not fit the GPU's memory")
-        step(images if isinstance(images, Tensor) else None)
+        try:
+            if to_capture[0]:
+                to_capture[0] = False
+                if not step.capture(images):
+                    raise torch.OutOfMemoryError("the step's graph does not fit the GPU's memory")
+            step(images if isinstance(images, Tensor) else None)
+        finally:
+            launch.ENABLED, library.loaded = before
 
     def terms() -> tuple[float, float]:
         step.metrics_buffer.send(int(step.step))

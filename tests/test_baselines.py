@@ -9,6 +9,7 @@ from bvae.evaluation.baselines import ALL, INTERPOLATED, PAPER, Sharing, measure
 from bvae.pipelines import sprites
 
 
+@pytest.mark.slow
 def test_few_points():
     scores = measure(points=100, seeds=(0, 1))
     assert scores.keys() == PAPER.keys()

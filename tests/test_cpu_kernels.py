@@ -297,6 +297,7 @@ def test_a_damaged_library_is_built_again(tmp_path, monkeypatch, built):
     assert isinstance(library.load(), ctypes.CDLL)
 
 
+@pytest.mark.slow
 def test_two_processes_may_build_at_once(tmp_path, monkeypatch, built):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = "from bvae.kernels.cpu import library; print(library.load()._name)"

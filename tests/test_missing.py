@@ -46,6 +46,7 @@ def pytest_of(*arguments: str) -> str:
     return f"import pytest\nsys.exit(pytest.main({list(arguments)}))"
 
 
+@pytest.mark.slow
 def test_tests_and_benchmarks_skip_dali_alone():
     """Theirs are skipped, and no file fails as it is collected, though there is a package `nvidia`."""
     run = "tests/test_decoders.py", "bench/test_loader.py", "-rs", "-k", "no_dali or flipped_bits or decoding"

@@ -252,7 +252,7 @@ def test_nohup_stays_in_force():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("streams", ["stdout", "both"])
+@pytest.mark.parametrize("streams", [pytest.param("stdout", marks=pytest.mark.slow), "both"])
 def test_a_reader_that_is_gone_ends_no_run(data, tmp_path, streams):
     command = [
         sys.executable,
@@ -274,7 +274,9 @@ def test_a_reader_that_is_gone_ends_no_run(data, tmp_path, streams):
     assert (tmp_path / "run" / "traversals.gif").exists()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "gbk"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("utf-8", "gbk"))]
+)
 def test_names_that_no_stream_can_encode(data, tmp_path, encoding):
     odd = tmp_path / os.fsdecode(b"caf\xe9-\xe5\x9b\xbe")
     command = [sys.executable, "-m", "bvae.train", "--data-root", str(data), "--out", str(odd), *TINY]

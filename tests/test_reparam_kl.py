@@ -126,6 +126,7 @@ def test_a_program_loops_over_its_columns(kernels, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_long_row_is_split_and_a_split_row_adds_up(kernels):
     both = heads((1, 65536), torch.float32, kernels)
     mu, log_var = both.chunk(2, 1)

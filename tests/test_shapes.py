@@ -92,7 +92,10 @@ def test_presets_build_their_models(name):
         assert (model.activation, model.latent_dim) == ("sigmoid", 10)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# The betas of one preset differ in a number alone.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "_beta" in name else ()) for name in PRESETS]
+)
 def test_presets_train(few, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = []
