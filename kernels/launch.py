@@ -1,6 +1,7 @@
 """Launch a kernel: choose the backend, describe tensors in the fewest dimensions, set the device."""
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +30,7 @@ def runs_triton(*tensors: Tensor) -> bool:
     """
     kind = tensors[0].device.type
     on_device = os.environ.get("TRITON_INTERPRET") == "1" if kind == "cpu" else kind == "cuda"
-    if not (on_device and AVAILABLE and ENABLED) or is_transformed():
-        return False
-    return not any(t.dtype == torch.float64 or t.numel() == 0 for t in tensors)
+    return on_device and AVAILABLE and _suit_kernels(tensors)
 
 
 def runs_closed_form(*tensors: Tensor) -> bool:
@@ -40,7 +39,12 @@ def runs_closed_form(*tensors: Tensor) -> bool:
     It does in eager mode on a CPU, for what the Triton kernels would take on a GPU: autograd's gradients need
     more passes. A compiler fuses the reference's operations better than these.
     """
-    if not ENABLED or tensors[0].device.type != "cpu" or is_transformed() or torch.compiler.is_compiling():
+    return tensors[0].device.type == "cpu" and not torch.compiler.is_compiling() and _suit_kernels(tensors)
+
+
+def _suit_kernels(tensors: Sequence[Tensor]) -> bool:
+    """Whether the kernels, of any backend, are wanted and can take the tensors here."""
+    if not ENABLED or is_transformed():
         return False
     return not any(t.dtype == torch.float64 or t.numel() == 0 for t in tensors)
 

@@ -110,20 +110,14 @@ def resume_each(out, number, seed):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_some_changes_of_a_checkpoint(runs, tmp_path, optimizer):
+@pytest.mark.parametrize(
+    ("changes", "seed", "least"), [(20, 1, 10), pytest.param(334, 0, 200, marks=pytest.mark.slow)]
+)
+def test_changes_of_a_checkpoint(runs, tmp_path, optimizer, changes, seed, least):
     shutil.copytree(runs / optimizer, tmp_path / "run")
-    refused, resumed = in_a_fork(resume_each, tmp_path / "run", 20, 1)
-    assert refused + resumed == 20
-    assert refused > 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_many_changes_of_a_checkpoint(runs, tmp_path, optimizer):
-    shutil.copytree(runs / optimizer, tmp_path / "run")
-    refused, resumed = in_a_fork(resume_each, tmp_path / "run", 334, 0)
-    assert refused + resumed == 334
-    assert refused > 200
+    refused, resumed = in_a_fork(resume_each, tmp_path / "run", changes, seed)
+    assert refused + resumed == changes
+    assert refused > least
 
 
 SCALERS = [

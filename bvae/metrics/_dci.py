@@ -72,6 +72,10 @@ def dci_of(data: inputs.Split, boosting: Boosting, seed: int) -> DCI:
     columns = range(data.factors.shape[1])
     fitted = [fit(data, k, seed) for k in columns]
     importance = np.stack([column for column, _ in fitted], 1)
+    if boosting == "histogram":
+        groups = _alike(data.codes)
+        shares = groups[:, None] == groups
+        importance = shares @ importance / shares.sum(1, keepdims=True)
     return DCI(
         _concentration(importance),
         _concentration(importance.T),
@@ -106,8 +110,6 @@ def _histogram(data: inputs.Split, k: int, seed: int) -> tuple[np.ndarray, float
     for tree in (tree for stage in trees._predictors for tree in stage):  # the public API has no gains
         inner = tree.nodes[tree.nodes["is_leaf"] == 0]
         np.add.at(importance, inner["feature_idx"], inner["gain"])
-    groups = _alike(data.codes)
-    importance = (np.bincount(groups, importance) / np.bincount(groups))[groups]
     total = importance.sum()
     return importance / total if total else importance, accuracy
 
