@@ -16,6 +16,7 @@ from bvae import ops
 
 LATENTS = ((144, 128), (3, 41), (2, 4, 9, 7), (2, 5000))
 IMAGES = ((144, 3, 64, 64), (5, 1, 33, 31))
+FEATURES = ((3, 41, 5, 7), (3, 41, 50, 31))
 DTYPES = (torch.float32, torch.bfloat16)
 LIKELIHOODS = ("gaussian", "laplace", "logistic", "bernoulli")
 
@@ -46,12 +47,20 @@ def loss(shape: tuple[int, ...], dtype: torch.dtype, likelihood: str, device: to
             each.loss.sum().backward()
 
 
+def norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = torch.ones(2, shape[1], device=device, requires_grad=True).unbind()
+    ops.batch_norm_leaky_relu(x, weight, bias).float().sum().backward()
+
+
 def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for shape, dtype, per_dim in itertools.product(LATENTS, DTYPES, (False, True)):
         sample(shape, dtype, per_dim, device)
     for shape, dtype, likelihood in itertools.product(IMAGES, DTYPES, LIKELIHOODS):
         loss(shape, dtype, likelihood, device)
+    for shape, dtype in itertools.product(FEATURES, DTYPES):
+        norm(shape, dtype, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"every kernel ran on the {device.type}")

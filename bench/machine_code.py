@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -19,7 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bvae.kernels import capacity_loss, image_errors, reparam_kl
+from bvae.kernels import batch_norm, capacity_loss, image_errors, reparam_kl
+from bvae.kernels import launch as kernel_launch
 from bvae.kernels.launch import Launch
 
 TARGETS = {
@@ -80,6 +82,25 @@ def _image_errors_backward() -> Launch:
     return image_errors.plan_backward(_images(BF16), torch.empty(144, device="meta"), 2.0)[0]
 
 
+def _features(channels: int, size: int, dtype: torch.dtype, batch: int) -> Tensor:
+    x = torch.empty(batch, channels, size, size, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last)
+
+
+def _norm(
+    channels: int, size: int, number: int, dtype: torch.dtype = torch.bfloat16, batch: int = 144
+) -> Launch:
+    """A forward launch of BatchNorm and LeakyReLU: 0 has the statistics, 1 applies them."""
+    x, vector = _features(channels, size, dtype, batch), torch.empty(channels, device="meta")
+    return batch_norm.plan_forward(x, vector, vector, 1e-5, 0.01)[0][number]
+
+
+def _norm_backward(channels: int, size: int, number: int, batch: int = 144) -> Launch:
+    """A backward launch: 0 reduces, 1 has the gradient of the input."""
+    x, vector = _features(channels, size, BF16, batch), torch.empty(channels, device="meta")
+    return batch_norm.plan_backward(x, x, *[vector] * 4, 0.01)[0][number]
+
+
 BF16, U8 = torch.bfloat16, torch.uint8
 CASES: dict[str, Callable[[], Launch]] = {
     "sample, [144, 128]": lambda: _sample(_latents(144, 128)),
@@ -103,6 +124,13 @@ CASES: dict[str, Callable[[], Launch]] = {
     "errors per image, bernoulli": lambda: _image_errors("bernoulli", None),
     "errors per image, probabilities": lambda: _image_errors("probabilities", None),
     "errors per image, backward": _image_errors_backward,
+    "BatchNorm, 32 at 64 x 64, statistics": lambda: _norm(32, 64, 0),
+    "BatchNorm, 32 at 64 x 64, apply": lambda: _norm(32, 64, 1),
+    "BatchNorm, 32 at 64 x 64, reduce": lambda: _norm_backward(32, 64, 0),
+    "BatchNorm, 32 at 64 x 64, gradient": lambda: _norm_backward(32, 64, 1),
+    "BatchNorm, 32 at 64 x 64, statistics, float32": lambda: _norm(32, 64, 0, torch.float32),
+    "BatchNorm, 256 at 4 x 4": lambda: _norm(256, 4, 0),
+    "BatchNorm, 256 at 4 x 4, backward": lambda: _norm_backward(256, 4, 0),
 }
 
 
@@ -118,6 +146,12 @@ def batch_variants(batch: int) -> dict[str, Launch]:
         "sample, [., 128], per dimension": _sample(_latents(batch, 128), per_dim=True),
         "sample, [., 4, 64, 64], per dimension": _sample(_latents(batch, 4, 64, 64), per_dim=True),
         "sample, [., 128], backward": _sample_backward(_latents(batch, 128)),
+        "BatchNorm, statistics": _norm(32, 64, 0, batch=batch),
+        "BatchNorm, apply": _norm(32, 64, 1, batch=batch),
+        "BatchNorm, reduce": _norm_backward(32, 64, 0, batch),
+        "BatchNorm, gradient": _norm_backward(32, 64, 1, batch),
+        "BatchNorm, few rows": _norm(512, 2, 0, batch=batch),
+        "BatchNorm, few rows, backward": _norm_backward(512, 2, 0, batch),
     }
 
 
@@ -267,9 +301,10 @@ def _amd(kernel: triton.compiler.CompiledKernel) -> tuple[list[str], int, int]:
 
 def inspect(case: str, target: str) -> MachineCode:
     """Compile one of CASES for one of TARGETS and read the result."""
-    launch = CASES[case]()
-    kernel = compile_launch(launch, TARGETS[target])
     amd = TARGETS[target].backend == "hip"
+    with mock.patch.object(kernel_launch, "ON_AMD", amd):
+        launch = CASES[case]()
+    kernel = compile_launch(launch, TARGETS[target])
     lines, registers, spilled = _amd(kernel) if amd else _nvidia(kernel)
     syntax = _AMDGCN if amd else _SASS
     loop = _main_loop(lines, syntax) if "scf.for" in kernel.asm["ttgir"] else None

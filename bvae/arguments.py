@@ -301,3 +301,21 @@ def check_weight_and_mask(weight: Tensor | None, mask: Tensor | None, recon: Ten
                 f"{describe(mask)}"
             )
         _check_device("mask", mask, recon.device, "recon's")
+
+
+def check_batch_norm(x: Tensor, vectors: dict[str, Tensor]) -> None:
+    """Raise unless x is a batch of images with a variance, and each of the vectors is `[C]` on its device."""
+    for name, tensor in {"x": x, **vectors}.items():
+        _check_tensor(name, tensor)
+        _check_float(name, tensor)
+        _check_device(name, tensor, x.device, "x's")
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {describe(x)}")
+    for name, vector in vectors.items():
+        if vector.shape != x.shape[1:2]:
+            raise ValueError(f"{name} must be [{x.shape[1]}], one per channel of x, got {describe(vector)}")
+    if x.numel() // max(x.shape[1], 1) < 2:
+        raise ValueError(
+            f"BatchNorm in training needs more than one number per channel, got x {describe(x)}: use larger "
+            "batches, or evaluate"
+        )

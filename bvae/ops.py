@@ -14,6 +14,7 @@ from bvae.kernels.cpu import reparam_kl as closed_sample
 from bvae.objective import Activation, Likelihood, LossTerms, Objective, Reduction, Variance
 
 if launch.AVAILABLE:
+    import bvae.kernels.batch_norm
     import bvae.kernels.capacity_loss
     import bvae.kernels.image_errors
     import bvae.kernels.reparam_kl
@@ -353,3 +354,56 @@ def _has_kernel(objective: Objective, recon: Tensor, target: Tensor, kl: Tensor)
         return False
     # the gradient at a probability near 0 is beyond float16, and the kernel stores it
     return objective.from_logits or recon.dtype != torch.float16
+
+
+def batch_norm_leaky_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """BatchNorm of a training batch and the LeakyReLU after it: `F.leaky_relu(F.batch_norm(...))`.
+
+        y = leaky_relu((x - mean) / sqrt(var + eps) * weight + bias)      Ioffe and Szegedy (2015)
+
+    The kernels take x in channels_last, in two launches forward and two backward, and one each for at most
+    2304 pixels. They keep x for the backward pass, and not y. Other layouts run the reference.
+
+    Args:
+        x: `[N, C, H, W]`, floating point, with more than one pixel per channel in the batch.
+        weight, bias: `[C]`, floating point.
+        running_mean, running_var: `[C]`, or None. They are moved by `momentum` towards the batch's mean and
+            unbiased variance, in place.
+
+    Returns:
+        y, like x. Equal inputs give equal bits.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its shape and what was expected.
+
+    >>> import torch
+    >>> from bvae.ops import batch_norm_leaky_relu
+    >>> x = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    >>> batch_norm_leaky_relu(x, torch.ones(1), torch.zeros(1), negative_slope=0.5).flatten()
+    tensor([-0.5000,  1.0000])
+    """
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    vectors = {name: vector for name, vector in vectors.items() if vector is not None}
+    arguments.check_batch_norm(x, vectors)
+    if launch.runs_triton(x, weight, bias) and bvae.kernels.batch_norm.takes(x):
+        y, mean, _rstd, var = bvae.kernels.batch_norm.batch_norm_leaky_relu(
+            x, weight.contiguous(), bias.contiguous(), eps, negative_slope
+        )
+    else:
+        y, mean, var = reference.batch_norm_leaky_relu(x, weight, bias, eps, negative_slope)
+    with torch.no_grad():
+        if running_mean is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        if running_var is not None:
+            running_var.lerp_(var.to(running_var.dtype), momentum)
+    return y

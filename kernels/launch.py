@@ -17,6 +17,7 @@ try:
 except ImportError:  # no build for this platform, or a broken one: the reference runs
     AVAILABLE = False
 
+ON_AMD = torch.version.hip is not None  # there only a program of one warp may announce a block: see tile.py
 ENABLED = True  # False: always the reference, for debugging and to measure the kernels' gain
 
 

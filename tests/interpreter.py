@@ -40,7 +40,7 @@ def _create_dot(
 def repair() -> None:
     """Round float32 to bfloat16 to nearest and even, and multiply the numbers of bfloat16 matrices.
 
-    triton 3.8 truncates, and multiplies the bits as integers. `test_interpreter` fails when it no longer does.
+    triton 3.8 truncates, and multiplies the bits as integers; `test_interpreter` fails once it does not.
     """
     InterpreterBuilder.cast_impl = _cast_impl
     InterpreterBuilder.create_dot = _create_dot

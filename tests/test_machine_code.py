@@ -67,6 +67,11 @@ def test_the_last_batch_of_an_epoch_compiles_nothing():
         ("loss, logistic", {"16": 1, "8": 1}, {"16": 1}, 5),
         ("loss, probabilities", {"16": 1, "8": 1}, {"16": 1}, 5),
         ("loss, tanh, evaluation", {"16": 1, "8": 1}, {}, 3),
+        ("BatchNorm, 32 at 64 x 64, statistics", {"16": 2}, {}, 2),
+        ("BatchNorm, 32 at 64 x 64, statistics, float32", {"16": 4}, {}, 4),
+        ("BatchNorm, 32 at 64 x 64, reduce", {"16": 4}, {}, 4),
+        ("BatchNorm, 256 at 4 x 4", {"16": 2}, {}, 2),
+        ("BatchNorm, 256 at 4 x 4, backward", {"16": 4}, {}, 4),
     ],
 )
 def test_the_main_loop_moves_what_the_model_says(sm_90, case, loads, stores, bytes_per_element):
@@ -87,6 +92,13 @@ def test_the_main_loop_moves_what_the_model_says(sm_90, case, loads, stores, byt
 def test_the_backward_passes_are_16_bytes_wide(sm_90, case, loads, stores):
     assert sm_90[case]["loads"]["16"] == loads
     assert sm_90[case]["stores"]["16"] >= stores
+
+
+@pytest.mark.parametrize(("case", "vectors", "tiles"), [("apply", 4, 1), ("gradient", 6, 2)])
+def test_what_applies_batch_norm_is_16_bytes_wide(sm_90, case, vectors, tiles):
+    """Two loads for each tile in bfloat16, and for each vector of 8 channels in float32."""
+    code = sm_90[f"BatchNorm, 32 at 64 x 64, {case}"]
+    assert (code["loads"], code["stores"]) == ({"16": 2 * (vectors + tiles)}, {"16": 2})
 
 
 @pytest.mark.parametrize("likelihood", ["tanh", "laplace", "logistic", "bernoulli", "probabilities"])
