@@ -109,6 +109,38 @@ def batch_norm_leaky_relu(
     return y, mean.flatten(), variance.flatten() * (rows / (rows - 1))
 
 
+def last_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    objective: Objective,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A decoder's last block and its errors; `bvae.ops.last_block` documents the arguments.
+
+    Returns:
+        the errors and squared errors per image, `[B]`; BatchNorm's mean and unbiased variance, `[C]`.
+    """
+    dtype = compute_dtype(x, target)
+    a, mean, variance = batch_norm_leaky_relu(x, norm_weight, norm_bias, eps, negative_slope)
+    recon = F.conv2d(a, weight.to(a.dtype), bias.to(a.dtype), padding=1).to(dtype)
+    y = scale_pixels(target, objective.pixel_range[0]) if target.dtype == torch.uint8 else target
+    y = y.to(dtype)
+    if objective.likelihood == "bernoulli":
+        y = torch.where((y < 0) | (y > 1), torch.nan, y)
+    output = recon
+    if objective.activation == "tanh":
+        output = torch.tanh(recon)
+    elif objective.activation == "sigmoid" or (objective.likelihood == "bernoulli" and objective.from_logits):
+        output = torch.sigmoid(recon)
+    squares = (output.detach() - y).square().flatten(1).sum(1)
+    return pixel_errors(recon, y, objective).flatten(1).sum(1), squares, mean, variance
+
+
 def capacity_at(step: Tensor, max_capacity: float | Tensor, capacity_iters: int) -> Tensor:
     """C = clamp(max_capacity / capacity_iters * step, 0, max_capacity), nats: Burgess et al. (2018)."""
     if isinstance(max_capacity, Tensor):

@@ -50,7 +50,7 @@ def _tile(row, channel, rows, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _vector(pointer, channel, CHANNELS: tl.constexpr):
+def vector(pointer, channel, CHANNELS: tl.constexpr):
     """`pointer` [CHANNELS] at the channels, in float32, as a row [1, ...]."""
     return tl.load(pointer + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
 
@@ -106,7 +106,7 @@ def _statistics_kernel(
 ):
     block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     slot, channel = tl.arange(0, ROWS), block * COLUMNS + tl.arange(0, COLUMNS)
-    first_row = _vector(x, channel, CHANNELS)
+    first_row = vector(x, channel, CHANNELS)
     means = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     visits = 0.0
@@ -127,7 +127,7 @@ def _statistics_kernel(
         mean, rstd = _write_statistics(
             mean, square, first_row, mean_out, rstd_out, var_out, channel, rows, eps, CHANNELS
         )
-        w, b = _vector(weight, channel, CHANNELS), _vector(bias, channel, CHANNELS)
+        w, b = vector(weight, channel, CHANNELS), vector(bias, channel, CHANNELS)
         for start in range(0, rows, ROWS):
             offsets, mask = _tile(start + slot, channel, rows, CHANNELS)
             value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -178,10 +178,10 @@ def _apply_kernel(
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     _, before = normalised(
         value,
-        _vector(mean, channel, CHANNELS),
-        _vector(rstd, channel, CHANNELS),
-        _vector(weight, channel, CHANNELS),
-        _vector(bias, channel, CHANNELS),
+        vector(mean, channel, CHANNELS),
+        vector(rstd, channel, CHANNELS),
+        vector(weight, channel, CHANNELS),
+        vector(bias, channel, CHANNELS),
     )
     tl.store(y + offsets, leaky_relu(before, slope).to(y.dtype.element_ty), mask=mask)
 
@@ -210,8 +210,8 @@ def _reduce_kernel(
     block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     slot, channel = tl.arange(0, ROWS), block * COLUMNS + tl.arange(0, COLUMNS)
     exists = channel < CHANNELS
-    m, r = _vector(mean, channel, CHANNELS), _vector(rstd, channel, CHANNELS)
-    w, b = _vector(weight, channel, CHANNELS), _vector(bias, channel, CHANNELS)
+    m, r = vector(mean, channel, CHANNELS), vector(rstd, channel, CHANNELS)
+    w, b = vector(weight, channel, CHANNELS), vector(bias, channel, CHANNELS)
     weight_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(part * ROWS, rows, parts * ROWS):
@@ -278,10 +278,10 @@ def _grad_kernel(
     row = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
     channel = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
     offsets, mask = _tile(row, channel, rows, CHANNELS)
-    r, w = _vector(rstd, channel, CHANNELS), _vector(weight, channel, CHANNELS)
-    m, b = _vector(mean, channel, CHANNELS), _vector(bias, channel, CHANNELS)
+    r, w = vector(rstd, channel, CHANNELS), vector(weight, channel, CHANNELS)
+    m, b = vector(mean, channel, CHANNELS), vector(bias, channel, CHANNELS)
     xhat, g = _grad_before(grad_y, x, offsets, mask, m, r, w, b, slope)
-    d_weight, d_bias = _vector(grad_weight, channel, CHANNELS), _vector(grad_bias, channel, CHANNELS)
+    d_weight, d_bias = vector(grad_weight, channel, CHANNELS), vector(grad_bias, channel, CHANNELS)
     d_x = grad_input(g, xhat, r * w, d_weight, d_bias, rows)
     tl.store(grad_x + offsets, d_x.to(grad_x.dtype.element_ty), mask=mask)
 
