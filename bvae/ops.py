@@ -396,7 +396,7 @@ def batch_norm_leaky_relu(
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     vectors = {name: vector for name, vector in vectors.items() if vector is not None}
     arguments.check_batch_norm(x, vectors)
-    if launch.runs_triton(x, weight, bias) and bvae.kernels.batch_norm.takes(x):
+    if has_batch_norm_kernel(x) and launch.runs_triton(x, weight, bias):
         y, mean, _rstd, var = bvae.kernels.batch_norm.batch_norm_leaky_relu(
             x, weight.contiguous(), bias.contiguous(), eps, negative_slope
         )
@@ -404,6 +404,11 @@ def batch_norm_leaky_relu(
         y, mean, var = reference.batch_norm_leaky_relu(x, weight, bias, eps, negative_slope)
     _move_running(running_mean, running_var, mean, var, momentum)
     return y
+
+
+def has_batch_norm_kernel(x: Tensor) -> bool:
+    """Whether `batch_norm_leaky_relu` runs a kernel for x: where kernels run, in a layout that they take."""
+    return launch.runs_triton(x) and bvae.kernels.batch_norm.takes(x)
 
 
 @torch.no_grad()

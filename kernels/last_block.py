@@ -339,7 +339,6 @@ def _grad_kernel(
 _PLACES = 512  # of a forward tile: 8 rows of 64 pixels, which give 6 rows of outputs
 _WIDEST = _PLACES // 4  # a tile of less than four rows would compute more than twice the outputs
 _MOST_CHANNELS = 64
-_FORWARD_WARPS = 8 if launch.ON_AMD else 16  # a warp of AMD has 64 threads
 _BACKWARD_PLACES, _BACKWARD_WARPS = 128, 8
 _PROGRAMS = 528  # that reduce: 4 on each SM of an H100
 _PARTS, _COLUMNS = 128, 16  # of a tile of their sums
@@ -418,7 +417,8 @@ def plan_forward(
         **likelihood.arguments(likelihood_name, scale, pixel_low),
         **sizes,
     }
-    forward = Launch(_forward_kernel, x.shape[0] * tiles, args, _FORWARD_WARPS, fuse=True)
+    warps = 8 if launch.ON_AMD else 16  # one pixel per thread: a warp of AMD has 64
+    forward = Launch(_forward_kernel, x.shape[0] * tiles, args, warps, fuse=True)
     return [statistics, forward], (errors, squares, unscaled_grad, grad_sums, mean, rstd, var)
 
 
