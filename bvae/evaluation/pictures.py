@@ -24,13 +24,12 @@ def draw(arguments: TraverseOptions) -> Path:
     arguments.check(model.latent_dim)
     device = model.head.weight.device
     z = torch.zeros(1, model.latent_dim, device=device)
+    kl = validated_kl(arguments.run, model.latent_dim)
     if arguments.image:
         x = read_image(arguments.image, arguments.crop, model.input_shape, model.pixel_range)
         with torch.no_grad():
             z, log_var = model.encode(x.to(device))
         kl = kl_per_latent(z, log_var).tolist()
-    else:
-        kl = validated_kl(arguments.run, model.latent_dim)
     values = torch.linspace(*arguments.range, arguments.steps)
     latents = list(arguments.latents)
     if latents:
