@@ -140,8 +140,9 @@ class SweepOptions:
 
     preset: Annotated[str | None, tyro.conf.arg(name="PRESET"), tyro.conf.Positional] = None
     """A preset's name or a YAML file, as for --config of bvae.train."""
-    grid: str | None = None
-    """An option of bvae.train and its values: beta=1,4."""
+    grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """An option of bvae.train and its values: beta=1,4. Several options are combined:
+    "loss_type=H beta=1,4". Can be given several times: the sweep has the models of all grids."""
     seeds: int = 5
     """Runs of each value, with training seeds 0, 1, ..."""
     baselines: bool = False
@@ -152,18 +153,28 @@ class SweepOptions:
     """Points that the metrics' estimators are trained on, as for bvae.evaluate."""
     out: Path | None = None
     """Folder of the sweep. None: runs/sweep-<preset>, or runs/baselines."""
+    jobs: int = 1
+    """How many runs at a time. They share the threads, and take the GPUs in turn."""
+    cluster: Literal["slurm", "local"] | None = None
+    """Submit each run as a job with submitit. local: processes of this machine, to try it."""
+    cluster_parameters: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """submitit's, each as NAME=VALUE: slurm_partition=gpu, timeout_min=240, gpus_per_node=1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
     def check(self) -> None:
         """Raise ValueError for the first option that cannot be used."""
-        if not self.baselines and (self.preset is None or self.grid is None):
+        if not self.baselines and (self.preset is None or not self.grid):
             raise UsageError(
                 "name a preset and a grid (locatello_sprites_beta4 --grid beta=1,4), or --baselines"
             )
         if self.baselines and self.grid:
-            raise UsageError(f"--baselines trains nothing: --grid {self.grid} has no effect")
-        for name, least in (("seeds", 1), ("metric_seeds", 1), ("points", BINS)):
+            raise UsageError(f"--baselines trains nothing: --grid {self.grid[0]} has no effect")
+        if self.cluster_parameters and not self.cluster:
+            raise UsageError("--cluster-parameters have no effect without --cluster")
+        if self.cluster and self.jobs > 1:
+            raise UsageError("--jobs has no effect with --cluster, which runs all jobs that it has room for")
+        for name, least in (("seeds", 1), ("metric_seeds", 1), ("points", BINS), ("jobs", 1)):
             if getattr(self, name) < least:
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{option} must be at least {least}, got {getattr(self, name)}")
