@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "measure a trained model",
     "sample": "draw new images from a trained model",
     "traverse": "walk along a model's latents and show what each does",
+    "explore": "write a page with a slider for each latent",
     "compare": "show one factor on several models, side by side",
     "sweep": "train a grid with several seeds, and evaluate all of it",
     "data": "check, decode, list and remove data sets",

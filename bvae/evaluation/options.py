@@ -111,6 +111,23 @@ class TraverseOptions:
 
 
 @dataclass(frozen=True)
+class ExploreOptions:
+    """Which model, or which two, and where to write the page."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    """A run folder, or any folder with model.safetensors and config.json; two of them side by side."""
+    out: Path | None = None
+    """The page to write. None: explorer.html in the folder, or explorer-<second>.html in that of the first."""
+
+    def check(self) -> None:
+        """Raise UsageError for the first value that cannot be used."""
+        if not 1 <= len(self.runs) <= 2:
+            raise UsageError(f"name a run folder, or two to see them side by side, got {len(self.runs)}")
+        if self.out and self.out.suffix.lower() not in (".html", ".htm"):
+            raise UsageError(f"--out must end in .html, got {self.out}")
+
+
+@dataclass(frozen=True)
 class SampleOptions:
     """Which model, how many images, and where to write them."""
 
