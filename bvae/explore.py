@@ -1,7 +1,7 @@
 """Write a page with a slider for each latent: `python -m bvae.explore runs/faces-B-1`.
 
-The page is one HTML file with the decoder inside. It opens by a double click, needs no network, and shows what
-each latent does. Two run folders are shown side by side.
+The page is one HTML file with the decoder inside. It opens by a double click and needs no network. Two run
+folders are shown side by side.
 """
 
 import sys

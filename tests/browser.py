@@ -58,8 +58,8 @@ class Page:
     def open(self, path: Path) -> None:
         """Open a file, and wait until it is loaded."""
         self.call("Page.navigate", url=path.absolute().as_uri())
-        loaded = "new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))"
-        self.evaluate(loaded)
+        loaded = "document.readyState === 'complete' ? done() : addEventListener('load', done)"
+        self.evaluate(f"new Promise(done => {loaded})")
 
     def evaluate(self, expression: str) -> Any:
         """The value of an expression in the page, or that of its promise."""

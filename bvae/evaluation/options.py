@@ -117,7 +117,7 @@ class ExploreOptions:
     runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="RUN"), tyro.conf.Positional]
     """A run folder, or any folder with model.safetensors and config.json; two of them side by side."""
     out: Path | None = None
-    """The page to write. None: explorer.html in the folder, or explorer-<second>.html in that of the first."""
+    """The page to write. None: explorer.html in the folder; for two, explorer-<second>.html in the first."""
 
     def check(self) -> None:
         """Raise UsageError for the first value that cannot be used."""

@@ -63,7 +63,8 @@ def write(path: Path, shown: Sequence[Shown], images: Tensor | None) -> None:
     folder = resources.files("bvae.explorer")
     parts = {name: (folder / file).read_text("utf-8") for name, file in FILES.items()}
     parts["title"] = html.escape(" and ".join(each.name for each in shown))
-    parts["data"] = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # `</script>` would end it
+    text = json.dumps(data, separators=(",", ":"))
+    parts["data"] = text.replace("<", "\\u003c")  # `</script>` would end it
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], parts["page"])
     files.write_text(path, page)
 
@@ -76,7 +77,10 @@ def _describe(shown: Shown, starts: Tensor | None) -> dict[str, Any]:
     """What the page knows of a model."""
     model = shown.model.eval()
     device = model.head.weight.device
-    exported = export(model)
+    try:
+        exported = export(model)
+    except UsageError as error:
+        raise UsageError(f"{shown.name}: {error}") from None
     codes = [] if starts is None else model.encode(starts.permute(0, 3, 1, 2).to(device))[0].cpu()
     if shown.kl is None:
         z = torch.zeros(1, model.latent_dim, device=device)

@@ -31,4 +31,5 @@ def show(run: Run, result: Validation, images_per_s: float) -> None:
     if images_per_s:  # a finished run that is resumed trains no more
         print(f"speed: {images_per_s:.0f} images/s in training")
     pages = f"{page.NAME}, " if (run.out / page.NAME).exists() else ""
-    print(f"results: {run.out}/ (see {pages}traversals.gif, traversals.png, reconstructions.png, samples.png)")
+    pictures = "traversals.gif, traversals.png, reconstructions.png, samples.png"
+    print(f"results: {run.out}/ (see {pages}{pictures})")
