@@ -1,10 +1,10 @@
 """`bvae train ...` is the same as `python -m bvae.train ...`, and so on for all commands."""
 
-import difflib
 import runpy
 import sys
 
 from bvae import __version__
+from bvae.command_line import nearest
 
 COMMANDS = {
     "train": "train a beta-VAE",
@@ -30,9 +30,8 @@ def main() -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"commands: {', '.join(COMMANDS)}"
-        print(f"error: bvae has no command {name}: {hint}", file=sys.stderr)
+        hint = nearest(name, COMMANDS) or f": commands: {', '.join(COMMANDS)}"
+        print(f"error: bvae has no command {name}{hint}", file=sys.stderr)
         return 2
     sys.argv[1:] = arguments
     runpy.run_module(f"bvae.{name}", run_name="__main__", alter_sys=True)

@@ -15,6 +15,7 @@ from bvae.config import SHAPES, DataConfig
 from bvae.errors import UsageError
 from bvae.paths import expand
 from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, sprites
+from bvae.pipelines.cache_folder import default_folder
 from bvae.pipelines.inventory import Inventory, masks
 from bvae.pipelines.loader import Loader
 from bvae.pipelines.memory_loaders import choose_loader
@@ -218,7 +219,7 @@ def shapes(config: DataConfig, device: torch.device) -> Tensor:
         OSError: the drawn images cannot be written to the cache folder.
     """
     if config.name == "sprites":
-        return sprites.all_sprites(config.cache_dir or cache.default_folder(), device)
+        return sprites.all_sprites(config.cache_dir or default_folder(), device)
     if config.root is None:
         raise UsageError("--data dsprites needs --data-root, the dsprites_*.npz file")
     return dsprites.read(config.root).packed.to(device)
@@ -278,7 +279,7 @@ def ingest(
 ) -> Iterator[cache.Cached]:
     """The caches of the training and the validation images; decoded now if they do not exist."""
     name = decoder.choose(config.decoder)
-    cache_dir = expand(config.cache_dir or cache.default_folder())
+    cache_dir = expand(config.cache_dir or default_folder())
     for files, label in zip((source.train, source.valid), LABELS, strict=True):
         request = cache.Request(source.root, files, source.picture, name)
         yield cache.open_or_build(

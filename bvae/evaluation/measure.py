@@ -22,7 +22,7 @@ from bvae.metrics import inputs
 from bvae.metrics.information import discretise, entropy, mutual_information
 from bvae.model import ACTIVATIONS, BetaVAE
 from bvae.pipelines import dsprites, sprites
-from bvae.pipelines.cache import default_folder
+from bvae.pipelines.cache_folder import default_folder
 
 BATCH = {"cpu": 64, "cuda": 4096}  # images encoded at a time; on a CPU what a core's cache holds
 # Nats; the code of a latent below this is nearly constant. Stretched over 20 bins it looks informative, but a

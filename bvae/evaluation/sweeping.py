@@ -1,6 +1,7 @@
 """A sweep: train a grid with several seeds, evaluate every model, and report."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bvae import config, files
+from bvae.command_line import nearest
 from bvae.config import SHAPES, Config
 from bvae.device import choose_device
 from bvae.errors import UsageError, exit_status
@@ -21,7 +23,7 @@ from bvae.evaluation.options import Protocol, SweepOptions
 from bvae.opening import TABLE, read_bytes
 from bvae.owner import own
 from bvae.training import checkpoint, completion
-from bvae.training.cli import parse
+from bvae.training.cli import Arguments, parse
 from bvae.training.command import execute
 
 BASELINES = "baselines.json"
@@ -35,6 +37,18 @@ class Job(NamedTuple):
     out: Path
     command: list[str]  # of bvae.train, from the beginning
     config: Config
+
+
+def check_options(others: Sequence[str]) -> None:
+    """Raise UsageError for an option that is neither the sweep's nor bvae.train's."""
+    of_train = [*(field.name for field in dataclasses.fields(Arguments)), *config.option_places()]
+    own = [field.name for field in dataclasses.fields(SweepOptions)]
+    of_train.append("import")  # named otherwise in Python
+    known = [f"--{name.replace('_', '-')}" for name in (*own, *of_train)]
+    for word in others:
+        option = word.partition("=")[0]
+        if word.startswith("--") and option.replace("--no-", "--").replace("_", "-") not in known:
+            raise UsageError(f"unknown option {option}{nearest(option, known)}")
 
 
 def plan(arguments: SweepOptions, out: Path, others: Sequence[str]) -> tuple[str, list[Job]]:
@@ -156,6 +170,7 @@ def in_its_own_process(job: Job, arguments: SweepOptions) -> int:
 # --- All of them ------------------------------------------------------------------------------------------
 def sweep(arguments: SweepOptions, others: Sequence[str]) -> int:
     """Train and evaluate the unfinished runs, and report; return 1 if a run failed."""
+    check_options(others)
     arguments.check()
     if arguments.baselines:
         if others:
