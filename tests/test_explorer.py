@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, browser
+from documents import ROOT
 from pictures import write_folder
 from torch import nn
 
@@ -18,7 +19,7 @@ from bvae.datasets import held_out, open_data
 from bvae.errors import UsageError
 from bvae.explore import main
 from bvae.explorer.layers import TOLERANCE, decode, export
-from bvae.explorer.page import FILES, Shown, write
+from bvae.explorer.page import FILES, Shown, join, write
 from bvae.images import to_uint8
 from bvae.metrics import kl_per_latent
 from bvae.training import completion
@@ -249,6 +250,15 @@ def test_bad_input_is_one_line(runs, tmp_path, monkeypatch, capsys):
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+def test_the_page_in_docs_is_of_today_and_small():
+    path = ROOT / "docs" / "explorer.html"
+    assert path.read_text() == join(contents(path)), (
+        "bvae/explorer has changed: rewrite docs/explorer.html as join(contents(path))"
+    )
+    assert path.stat().st_size < 1_500_000
+    assert len(contents(path)["images"]) == 8
 
 
 # --- In Chromium ------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from bvae.plots import most_visible, traverse
 NAME = "explorer.html"
 STARTS = 8  # held-out images to start from
 ACTIVE_KL = 0.01  # nats; a slider for each latent above it
+FILES = {"page": "page.html", "style": "style.css", "decoder": "decoder.js", "script": "page.js"}
 
 
 class Shown(NamedTuple):
@@ -60,16 +61,17 @@ def write(path: Path, shown: Sequence[Shown], images: Tensor | None) -> None:
         "start": 0 if starts is None else int(np.linalg.norm(models[0]["codes"], axis=1).argmin()),  # typical
         "models": models,
     }
+    files.write_text(path, join(data))
+
+
+def join(data: Mapping[str, Any]) -> str:
+    """The whole page, from what `write` puts into it as JSON: `images`, `start` and `models`."""
     folder = resources.files("bvae.explorer")
     parts = {name: (folder / file).read_text("utf-8") for name, file in FILES.items()}
-    parts["title"] = html.escape(" and ".join(each.name for each in shown))
+    parts["title"] = html.escape(" and ".join(model["name"] for model in data["models"]))
     text = json.dumps(data, separators=(",", ":"))
     parts["data"] = text.replace("<", "\\u003c")  # `</script>` would end it
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], parts["page"])
-    files.write_text(path, page)
-
-
-FILES = {"page": "page.html", "style": "style.css", "decoder": "decoder.js", "script": "page.js"}
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], parts["page"])
 
 
 @torch.no_grad()
@@ -81,23 +83,28 @@ def _describe(shown: Shown, starts: Tensor | None) -> dict[str, Any]:
         exported = export(model)
     except UsageError as error:
         raise UsageError(f"{shown.name}: {error}") from None
-    codes = [] if starts is None else model.encode(starts.permute(0, 3, 1, 2).to(device))[0].cpu()
+    codes: list[list[float]] = []
+    if starts is not None:
+        codes = model.encode(starts.permute(0, 3, 1, 2).to(device))[0].tolist()
     if shown.kl is None:
         z = torch.zeros(1, model.latent_dim, device=device)
         walks = traverse(model, z, range(model.latent_dim), torch.linspace(-3, 3, 5))
-        latents = [{"index": i, "kl": None} for i in most_visible(walks, model.latent_dim)]
+        latents: list[dict[str, Any]] = [
+            {"index": i, "kl": None} for i in most_visible(walks, model.latent_dim)
+        ]
     else:
         kl = np.asarray(shown.kl)
-        active = kl > ACTIVE_KL if (kl > ACTIVE_KL).any() else kl >= 0  # all, if none is active
+        active = kl > ACTIVE_KL
+        shown_latents = active if active.any() else ~active
         order = np.argsort(-kl, kind="stable")
-        latents = [{"index": int(i), "kl": round(float(kl[i]), 4)} for i in order if active[i]]
+        latents = [{"index": int(i), "kl": round(float(kl[i]), 4)} for i in order if shown_latents[i]]
     return {
         "name": shown.name,
         "latent_dim": model.latent_dim,
         "size": model.input_shape[1],
         "low": model.pixel_range[0],
         "latents": latents,
-        "codes": [[round(value, 5) for value in code.tolist()] for code in codes],
+        "codes": [[round(value, 5) for value in code] for code in codes],
         "layers": exported.layers,
         "weights": base64.b64encode(exported.weights.numpy().astype("<f2").tobytes()).decode(),
     }

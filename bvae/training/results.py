@@ -26,6 +26,7 @@ def write(run: Run, result: Validation) -> None:
 
 def show(run: Run, result: Validation, images_per_s: float) -> None:
     """Print the results and their folder."""
+    assert run.out
     print(f"explained variance: {result.explained_variance:.2f}")
     print(f"validation: MSE {result.mse:.4f} per pixel, KL {result.kld:.2f} nats per image")
     if images_per_s:  # a finished run that is resumed trains no more
