@@ -20,10 +20,10 @@ from bvae.errors import UsageError
 from bvae.explorer.layers import export
 from bvae.model import BetaVAE
 from bvae.plots import most_visible, traverse
+from bvae.training.validation import ACTIVE_KL
 
 NAME = "explorer.html"
 STARTS = 8  # held-out images to start from
-ACTIVE_KL = 0.01  # nats; a slider for each latent above it
 FILES = {"page": "page.html", "style": "style.css", "decoder": "decoder.js", "script": "page.js"}
 
 

@@ -4,7 +4,7 @@ from bvae import files
 from bvae.errors import UsageError
 from bvae.explorer import page
 from bvae.plots import save_pictures
-from bvae.training import completion
+from bvae.training import completion, kl_plot
 from bvae.training.run import Run
 from bvae.training.validation import Validation
 
@@ -16,6 +16,7 @@ def write(run: Run, result: Validation) -> None:
     held_out = run.valid.head(32)
     first = held_out.permute(0, 3, 1, 2)
     save_pictures(run.model, run.model.scale(first), result.kl_per_dim, run.out)
+    kl_plot.save(run.out, run.model.latent_dim)
     try:
         page.write(run.out / page.NAME, [page.Shown(run.out.name, run.model, result.kl_per_dim)], held_out)
     except UsageError as error:  # a network of one's own
