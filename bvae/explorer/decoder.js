@@ -1,4 +1,4 @@
-// Decodes z to a picture, layer by layer. bvae/explorer/layers.py writes the layers, and has the same in torch.
+// Decodes z to a picture, layer by layer. layers.py writes the layers, and decodes with them in torch.
 'use strict';
 
 const BLOCK = 4; // output channels that are summed at a time; rows of channels are padded to a multiple of it
@@ -25,9 +25,10 @@ function halves(base64) {
 /** Which input pixels reach each output pixel, and through which weight of the kernel. */
 function connections(layer, [, height, width]) {
   const { kernel, stride, padding, transposed } = layer;
-  const grow = layer.output_padding || 0;
   const size = (side) =>
-    transposed ? (side - 1) * stride - 2 * padding + kernel + grow : Math.floor((side + 2 * padding - kernel) / stride) + 1;
+    transposed
+      ? (side - 1) * stride - 2 * padding + kernel + layer.output_padding
+      : Math.floor((side + 2 * padding - kernel) / stride) + 1;
   const source = (out, k) => (transposed ? (out + padding - k) / stride : out * stride - padding + k);
   const within = (at, side) => Number.isInteger(at) && at >= 0 && at < side;
   const [rows, columns] = [size(height), size(width)];
@@ -45,7 +46,13 @@ function connections(layer, [, height, width]) {
       starts.push(pixels.length);
     }
   }
-  return { rows, columns, starts: Int32Array.from(starts), pixels: Int32Array.from(pixels), taps: Int32Array.from(taps) };
+  return {
+    rows,
+    columns,
+    starts: Int32Array.from(starts),
+    pixels: Int32Array.from(pixels),
+    taps: Int32Array.from(taps),
+  };
 }
 
 /** A convolution, transposed or not; a linear layer is one of a single pixel. */
@@ -55,11 +62,13 @@ function convolution(layer, shape, take) {
   const weights = take(kernel * kernel * into * out); // [kernel, kernel, into, out]
   const bias = new Float32Array(padded(out));
   bias.set(take(out));
-  const blocked = new Float32Array(kernel * kernel * into * padded(out)); // [out / BLOCK, kernel, kernel, into, BLOCK]
+  // [out / BLOCK, kernel, kernel, into, BLOCK], in the order of their use
+  const blocked = new Float32Array(kernel * kernel * into * padded(out));
   for (let from = 0; from < kernel * kernel * into; from++) {
     for (let channel = 0; channel < out; channel++) {
       const block = Math.floor(channel / BLOCK);
-      blocked[(block * kernel * kernel * into + from) * BLOCK + (channel % BLOCK)] = weights[from * out + channel];
+      blocked[(block * kernel * kernel * into + from) * BLOCK + (channel % BLOCK)] =
+        weights[from * out + channel];
     }
   }
   const { rows, columns, starts, pixels, taps } = connections(layer, shape);
@@ -113,7 +122,10 @@ function view(layer, shape) {
 }
 
 const FUNCTIONS = {
-  leaky_relu: ({ slope }) => (value) => (value < 0 ? slope * value : value),
+  leaky_relu:
+    ({ slope }) =>
+    (value) =>
+      value < 0 ? slope * value : value,
   sigmoid: () => (value) => 1 / (1 + Math.exp(-value)),
   tanh: () => Math.tanh,
 };

@@ -52,6 +52,8 @@ def export(model: BetaVAE) -> Layers:
         error = (decode(exported, z) - model.decode(z)).abs().max().item()
     except RuntimeError as mismatch:  # shapes that do not follow from one another
         raise UsageError(f"the decoder is not a row of layers: {str(mismatch).splitlines()[0]}") from None
+    if not exported.weights.isfinite().all():
+        raise UsageError("the decoder has weights beyond float16's 65504")
     low, high = model.pixel_range
     if not error <= TOLERANCE * (high - low):  # NaN too
         raise UsageError(f"the decoder's layers in float16 give pixels that differ by {error:.2g}")

@@ -25,7 +25,9 @@ class View {
   constructor(model, place, worker) {
     this.model = model;
     this.place = place;
-    this.origin = images.length ? Float32Array.from(model.codes[start]) : new Float32Array(model.latent_dim);
+    this.origin = images.length
+      ? Float32Array.from(model.codes[start])
+      : new Float32Array(model.latent_dim);
     this.z = this.origin.slice();
     this.canvas = make('canvas', { width: model.size, height: model.size, role: 'img' });
     this.canvas.setAttribute('aria-label', `Picture decoded by ${model.name}`);
@@ -70,7 +72,9 @@ class View {
     const { latents, latent_dim: all } = this.model;
     const nats = latents.reduce((sum, { kl }) => sum + kl, 0);
     const known = latents[0].kl !== null;
-    const text = known ? `${latents.length} of ${all} active, ${nats.toFixed(1)} nats` : `${all}, most visible first`;
+    const text = known
+      ? `${latents.length} of ${all} active, ${nats.toFixed(1)} nats`
+      : `${all}, most visible first`;
     const name = models.length > 1 ? this.model.name : 'Latents';
     const section = make('section', { className: 'latents' });
     section.setAttribute('aria-label', `Latents of ${this.model.name}`);
@@ -80,13 +84,17 @@ class View {
   }
 
   figure() {
-    return make('figure', {}, this.canvas, ...(models.length > 1 ? [make('figcaption', {}, this.model.name)] : []));
+    return make(
+      'figure',
+      {},
+      this.canvas,
+      ...(models.length > 1 ? [make('figcaption', {}, this.model.name)] : []),
+    );
   }
 
-  /** Change one latent. */
+  /** Change the latent in hand; its strip stays as it is. */
   set(row, value) {
     this.z[row.index] = value;
-    if (this.held !== row) this.wanted.strip = 0; // the strip does not depend on its own latent
     this.show();
   }
 
@@ -235,12 +243,15 @@ function reset() {
 
 /** The models' pictures side by side, as a file. */
 function save() {
-  const sizes = views.map((view) => view.model.size);
-  const together = make('canvas', { width: sizes.reduce((a, b) => a + b), height: Math.max(...sizes) });
+  const { size } = models[0];
+  const together = make('canvas', { width: size * views.length, height: size });
   const context = together.getContext('2d');
-  views.forEach((view, place) => context.drawImage(view.canvas, place * sizes[0], 0));
+  views.forEach((view, place) => context.drawImage(view.canvas, place * size, 0));
   together.toBlob((blob) => {
-    const link = make('a', { href: URL.createObjectURL(blob), download: `${models.map((m) => m.name).join('-')}.png` });
+    const link = make('a', {
+      href: URL.createObjectURL(blob),
+      download: `${models.map((m) => m.name).join('-')}.png`,
+    });
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
     say('Saved the picture');
