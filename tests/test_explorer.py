@@ -18,7 +18,7 @@ from bvae.config import Config, DataConfig
 from bvae.datasets import held_out, open_data
 from bvae.errors import UsageError
 from bvae.explore import main
-from bvae.explorer.layers import TOLERANCE, decode, export
+from bvae.explorer.layers import decode, export
 from bvae.explorer.page import FILES, Shown, join, write
 from bvae.images import to_uint8
 from bvae.metrics import kl_per_latent
@@ -26,6 +26,7 @@ from bvae.training import completion
 
 SIDE = 32
 IMAGE = (3, SIDE, SIDE)
+TOLERANCE = 1e-3  # of the range, for float16 weights
 
 
 def trained(**options) -> BetaVAE:
