@@ -95,9 +95,9 @@ def _describe(shown: Shown, starts: Tensor | None) -> dict[str, Any]:
     else:
         kl = np.asarray(shown.kl)
         active = kl > ACTIVE_KL
-        shown_latents = active if active.any() else ~active
+        chosen = active if active.any() else ~active
         order = np.argsort(-kl, kind="stable")
-        latents = [{"index": int(i), "kl": round(float(kl[i]), 4)} for i in order if shown_latents[i]]
+        latents = [{"index": int(i), "kl": round(float(kl[i]), 4)} for i in order if chosen[i]]
     return {
         "name": shown.name,
         "latent_dim": model.latent_dim,
