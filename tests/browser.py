@@ -23,7 +23,7 @@ class Page:
 
     def __init__(self, commands: int, answers: int) -> None:
         self.commands = commands
-        self.answers = os.fdopen(answers, "rb")
+        self.answers = os.fdopen(answers, "rb", closefd=False)
         self.session: str | None = None
         self.number = 0
         self.errors: list[str] = []  # uncaught exceptions
@@ -107,3 +107,5 @@ def browser(profile: Path) -> Iterator[Page]:
     finally:
         process.kill()
         process.wait()
+        os.close(write_commands)
+        os.close(read_answers)
