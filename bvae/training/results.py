@@ -17,8 +17,9 @@ def write(run: Run, result: Validation) -> None:
     first = held_out.permute(0, 3, 1, 2)
     save_pictures(run.model, run.model.scale(first), result.kl_per_dim, run.out)
     kl_plot.save(run.out, run.model.latent_dim)
+    shown = page.Shown(run.out.resolve().name, run.model, result.kl_per_dim)
     try:
-        page.write(run.out / page.NAME, [page.Shown(run.out.name, run.model, result.kl_per_dim)], held_out)
+        page.write(run.out / page.NAME, [shown], held_out)
     except UsageError as error:  # a network of one's own
         files.remove(run.out / page.NAME)  # of a shorter run
         print(f"no {page.NAME}: {error}", flush=True)
