@@ -53,6 +53,7 @@ setup(
         "bvae",
         "bvae.compat",
         "bvae.evaluation",
+        "bvae.explorer",
         "bvae.kernels",
         "bvae.kernels.cpu",
         "bvae.metrics",
@@ -60,7 +61,11 @@ setup(
         "bvae.training",
     ],
     package_dir={"bvae.kernels": "kernels", "bvae.kernels.cpu": "kernels/cpu", "bvae.pipelines": "pipelines"},
-    package_data={"bvae": ["presets/*.yaml", "py.typed"], "bvae.kernels.cpu": ["layers.cpp"]},
+    package_data={
+        "bvae": ["presets/*.yaml", "py.typed"],
+        "bvae.explorer": ["*.css", "*.html", "*.js"],
+        "bvae.kernels.cpu": ["layers.cpp"],
+    },
     entry_points={"console_scripts": ["bvae = bvae.__main__:main"]},
     cmdclass={"editable_wheel": EditableWheel},
     install_requires=[  # the model, the losses and their kernels

@@ -25,7 +25,7 @@ with needs_train_extra(__name__):
 class Arguments:
     """Which model, and how to measure it."""
 
-    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.arg(name="RUN", metavar="RUN"), tyro.conf.Positional]
     """A run folder, or any folder with model.safetensors and config.json."""
     protocol: Protocol = field(default_factory=Protocol)
 

@@ -48,7 +48,9 @@ class Protocol:
 class CompareOptions:
     """Which models, and which factor of their data."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.arg(name="RUN", metavar="RUN [RUN ...]"), tyro.conf.Positional
+    ]
     """Run folders; all models see the same images."""
     factor: str
     """For sprites: shape, scale, orientation, x or y. For the drawn faces: azimuth, smile and more."""
@@ -81,7 +83,7 @@ class CompareOptions:
 class TraverseOptions:
     """Which latents to change, and where to write the picture."""
 
-    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.arg(name="RUN", metavar="RUN"), tyro.conf.Positional]
     """A run folder, or any folder with model.safetensors and config.json."""
     image: Path | None = None
     """The picture to start from. None: z = 0, the mean of the prior."""
@@ -116,10 +118,27 @@ class TraverseOptions:
 
 
 @dataclass(frozen=True)
+class ExploreOptions:
+    """Which model, or which two, and where to write the page."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="RUN", metavar="RUN [RUN]"), tyro.conf.Positional]
+    """A run folder, or any folder with model.safetensors and config.json; two of them side by side."""
+    out: Path | None = None
+    """The page to write. None: explorer.html in the folder; for two, explorer-<second>.html in the first."""
+
+    def check(self) -> None:
+        """Raise UsageError for the first value that cannot be used."""
+        if not 1 <= len(self.runs) <= 2:
+            raise UsageError(f"name a run folder, or two to see them side by side, got {len(self.runs)}")
+        if self.out and self.out.suffix.lower() not in (".html", ".htm"):
+            raise UsageError(f"--out must end in .html, got {self.out}")
+
+
+@dataclass(frozen=True)
 class SampleOptions:
     """Which model, how many images, and where to write them."""
 
-    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.arg(name="RUN", metavar="RUN"), tyro.conf.Positional]
     """A run folder, or any folder of a saved model."""
     n: int = 64
     """How many images."""
@@ -138,7 +157,9 @@ class SampleOptions:
 class SweepOptions:
     """What to train, and with how many points and seeds to measure it."""
 
-    preset: Annotated[str | None, tyro.conf.arg(name="PRESET"), tyro.conf.Positional] = None
+    preset: Annotated[str | None, tyro.conf.arg(name="PRESET", metavar="[PRESET]"), tyro.conf.Positional] = (
+        None
+    )
     """A preset's name or a YAML file, as for --config of bvae.train."""
     grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """An option of bvae.train and its values: beta=1,4. Several options are combined:

@@ -1,6 +1,7 @@
 """A sweep: train a grid with several seeds, evaluate every model, and report."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bvae import config, files
+from bvae.command_line import nearest
 from bvae.config import SHAPES, Config
 from bvae.device import choose_device
 from bvae.errors import UsageError
@@ -19,10 +21,22 @@ from bvae.evaluation.options import SweepOptions
 from bvae.opening import TABLE, read_bytes
 from bvae.owner import own
 from bvae.training import completion
-from bvae.training.cli import parse
+from bvae.training.cli import Arguments, parse
 
 BASELINES = "baselines.json"
 SETTINGS = "sweep.yaml"  # the options that all runs share
+
+
+def check_options(others: Sequence[str]) -> None:
+    """Raise UsageError for an option that is neither the sweep's nor bvae.train's."""
+    of_train = [*(field.name for field in dataclasses.fields(Arguments)), *config.option_places()]
+    own = [field.name for field in dataclasses.fields(SweepOptions)]
+    of_train.append("import")  # named otherwise in Python
+    known = [f"--{name.replace('_', '-')}" for name in (*own, *of_train)]
+    for word in others:
+        option = word.partition("=")[0]
+        if word.startswith("--") and option.replace("--no-", "--").replace("_", "-") not in known:
+            raise UsageError(f"unknown option {option}{nearest(option, known)}")
 
 
 def plan(arguments: SweepOptions, out: Path, others: Sequence[str]) -> tuple[str, list[Job]]:
@@ -81,6 +95,7 @@ def check_same(file: Path, wanted: Config) -> None:
 # --- All of them ------------------------------------------------------------------------------------------
 def sweep(arguments: SweepOptions, others: Sequence[str]) -> int:
     """Train and evaluate the unfinished runs, and report; return 1 if a run failed."""
+    check_options(others)
     arguments.check()
     if arguments.baselines:
         if others:
