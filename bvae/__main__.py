@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": "draw new images from a trained model",
     "traverse": "walk along a model's latents and show what each does",
     "compare": "show one factor on several models, side by side",
+    "export": "write a model's encoder and decoder as ONNX and .pt2",
     "sweep": "train a grid with several seeds, and evaluate all of it",
     "data": "check, decode, list and remove data sets",
     "doctor": "report what works on this machine",

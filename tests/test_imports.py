@@ -62,7 +62,7 @@ def test_a_model_needs_no_extra():
     [
         *(
             (name, "tyro", ["--help"])
-            for name in ("train", "evaluate", "sample", "traverse", "compare", "sweep")
+            for name in ("train", "evaluate", "sample", "traverse", "compare", "export", "sweep")
         ),
         ("train", "tqdm", ["--max-steps", "1"]),
         ("data", "torchvision", ["faces", "OUT", "--n", "1"]),
@@ -98,7 +98,7 @@ def test_a_missing_package_of_another_kind_is_a_bug(tmp_path):
     assert second == "bvae needs tyro: pip install 'bvae[train]'"
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "traverse", "compare", "sweep"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "traverse", "compare", "export", "sweep"])
 def test_help_needs_no_torch(command):
     """torch takes seconds, and torchvision more."""
     code = f"import bvae.{command}; bvae.{command}.main(['--help'])"

@@ -130,6 +130,22 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """Which model, and what its encoder takes."""
+
+    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    """A run folder, or any folder of a saved model."""
+    images: Literal["uint8", "float"] = "uint8"
+    """What the encoder takes: pixels of 0 to 255, or float32 in the model's range, which the files name."""
+    which: Literal["last", "best"] = "last"
+    """For a run: the newest state, or the best checkpoint by validation ELBO."""
+    module: Annotated[str | None, tyro.conf.arg(name="import")] = None
+    """A Python module to import first: one that calls bvae.register_architecture."""
+    out: Path | None = None
+    """Folder of the files. None: export in the run folder."""
+
+
+@dataclass(frozen=True)
 class SweepOptions:
     """What to train, and with how many points and seeds to measure it."""
 
