@@ -82,6 +82,7 @@ setup(
             "matplotlib>=3.8",  # the plot of a sweep, and those of the benchmarks
             "threadpoolctl>=3",  # one thread for trees that are too small for more; comes with scikit-learn
         ],
+        "hub": ["huggingface_hub>=1.0"],  # models by name: from_pretrained("user/repo"), push_to_hub
         "export": [  # bvae.export
             "onnx>=1.18",  # the file format
             "onnxscript>=0.5",  # torch.onnx.export writes with it
@@ -101,7 +102,7 @@ setup(
             "diffusers>=0.35",  # the drop-in's test compares with its posterior
             "transformers>=4.50",  # must still import beside us, and so must
             "kernels>=0.5",  # this package, whose name is our folder's
-            *("onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"),  # the extra export, which tests use
+            *("huggingface_hub>=1.0", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"),  # hub, export
             "ruff>=0.6",  # lint and format
             "mypy>=1.11",  # types of the public API
             "types-PyYAML",  # stubs for mypy

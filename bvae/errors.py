@@ -12,6 +12,7 @@ from bvae.streams import robust
 EXTRA = {
     **dict.fromkeys(("PIL", "matplotlib", "scipy", "sklearn", "tensorboard"), "train"),
     **dict.fromkeys(("threadpoolctl", "torchvision", "tqdm", "tyro", "yaml"), "train"),
+    "huggingface_hub": "hub",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
 }
 

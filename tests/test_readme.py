@@ -15,7 +15,7 @@ from test_dsprites import archive
 from torch import nn
 
 import bvae
-from bvae import exporting
+from bvae import exporting, hub
 from bvae.compat.pytorch_vae_weights import export_state
 from bvae.evaluation import sweeping
 from bvae.evaluation.options import Protocol
@@ -186,6 +186,15 @@ def test_export_snippet(run_folder, tmp_path, monkeypatch, capsys):
     exporting.export(BetaVAE.from_pretrained(run_folder), tmp_path / "runs" / "NAME" / "export")
     exec(snippet("export"), {})
     assert capsys.readouterr().out.splitlines()[-1] == "(5, 3, 32, 32) [-1, 1]"
+
+
+def test_hub_snippet(run_folder, tmp_path, monkeypatch):
+    """Here the Hub is a folder; tests/test_hub.py has the client."""
+    monkeypatch.setattr(hub, "upload", lambda model, repo_id, *_: model.save_pretrained(tmp_path / repo_id))
+    monkeypatch.setattr(hub, "download", lambda repo_id, _: tmp_path / repo_id)
+    names: dict = {}
+    exec(snippet("hub").replace("runs/NAME", str(run_folder)), names)
+    assert names["again"].config == names["model"].config
 
 
 def test_score_snippet(capsys):
