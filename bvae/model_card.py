@@ -97,7 +97,7 @@ def _loading(model: "BetaVAE", repo_id: str) -> list[str]:
 def _data(config: "Config | None", data_license: str | None) -> list[str]:
     name = config.data.name if config else None
     licence = data_license or LICENCES.get(name or "", NOT_STATED)
-    rows = {"images": name or "not stated", "licence of the images": licence}
+    rows: dict[str, Any] = {"images": name or "not stated", "licence of the images": licence}
     if config:
         data = config.data
         rows |= {"crop": data.crop or "default", "image size": data.image_size, "channels": data.channels}

@@ -30,6 +30,9 @@ class Protocol:
     FactorVAE on. These four are tested on half as many."""
     boosting: Literal["histogram", "exact"] = "histogram"
     """DCI's trees. exact: disentanglement_lib's, twenty times slower."""
+    fid_weights: Path | None = None
+    """Inception's weights, for FID and KID of reconstructions and samples: torch-fidelity's file
+    weights-inception-2015-12-05-6726825d.pth. None: no FID. A CPU takes minutes per 1000 images."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
