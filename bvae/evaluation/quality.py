@@ -95,10 +95,10 @@ def inception(path: Path, device: torch.device) -> Extractor:
     # torch-fidelity would run the file's code: it gets a copy of the tensors alone.
     try:
         state = {name: value for name, value in loaded.items() if fault(value) is None}
-        plain = io.BytesIO()
+        plain: Any = io.BytesIO()  # its types want a path
         torch.save(state, plain)
         plain.seek(0)
-        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], plain, antialias=False)  # type: ignore[arg-type]  # torch.load takes it
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], plain, antialias=False)
     except (AttributeError, RuntimeError, TypeError):  # no mapping of tensors, or of other ones
         raise UsageError(f"--fid-weights {path} does not hold Inception's weights: {SOURCE}") from None
     return Extractor(network.to(device), path.name, sha256)
