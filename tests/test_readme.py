@@ -17,7 +17,7 @@ from torch import nn
 import bvae
 from bvae import exporting, hub
 from bvae.compat.pytorch_vae_weights import export_state
-from bvae.evaluation import sweeping
+from bvae.evaluation import jobs, sweeping
 from bvae.evaluation.options import Protocol
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
@@ -116,8 +116,12 @@ def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
     }
     if module == "bvae.sweep":
         # A process of its own takes seconds to start.
-        monkeypatch.setattr(sweeping, "in_its_own_process", sweeping.train_and_evaluate)
-        monkeypatch.setattr(sweeping, "Protocol", partial(Protocol, factor_bins=2))
+        monkeypatch.setattr(
+            sweeping,
+            "run_all",
+            lambda left, arguments: [(job, jobs.train_and_evaluate(job, arguments)) for job in left],
+        )
+        monkeypatch.setattr(jobs, "Protocol", partial(Protocol, factor_bins=2))
     arguments += short.get(module, []) + short.get(arguments[0], [])
     assert importlib.import_module(module).main(arguments) == 0
 
