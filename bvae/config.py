@@ -36,11 +36,12 @@ class DataConfig:
     """Which images, and how they become pixels."""
 
     name: Annotated[
-        Literal["faces", "celeba", "folder", "sprites", "dsprites", "memory"], arg(name="data")
+        Literal["faces", "celeba", "folder", "sprites", "dsprites", "rooms", "memory"], arg(name="data")
     ] = "faces"
     """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
     folder: any tree of image files, or of tar shards that hold them. sprites: the images of dSprites,
-    drawn here. dsprites: your own dsprites_*.npz. memory: the images passed to bvae.fit in Python."""
+    drawn here. dsprites: your own dsprites_*.npz. rooms: images with 3D Shapes' factors, drawn here.
+    memory: the images passed to bvae.fit in Python."""
     root: Annotated[Path | None, arg(name="data-root")] = None
     """Folder of the images; for dsprites the npz file. None: data/faces, for faces only."""
     crop: int | None = None
@@ -64,6 +65,11 @@ class DataConfig:
 
 
 SHAPES = ("sprites", "dsprites")  # data sets of 2D shapes
+CHANNELS = {
+    "sprites": 1,
+    "dsprites": 1,
+    "rooms": 3,
+}  # of data sets with known factors
 SIZES = (32, 256)  # smallest and largest side of the images, in pixels
 
 
@@ -187,10 +193,12 @@ class Config:
         from bvae.architectures import STAGES, check_size  # imports torch
 
         check_size(self.model.arch, data.image_size)
-        if data.name in SHAPES and (data.image_size, data.channels, data.flip) != (64, 1, False):
+        channels = CHANNELS.get(data.name, data.channels)
+        if data.name in CHANNELS and (data.image_size, data.channels, data.flip) != (64, channels, False):
             raise UsageError(
-                f"{data.name} are grey, of 64 x 64 pixels, and must not be mirrored: data.image_size 64, "
-                "data.channels 1, data.flip false (--image-size 64 --channels 1 --no-flip)"
+                f"{data.name} are {'grey' if channels == 1 else 'RGB'}, of 64 x 64 pixels, and must not be "
+                f"mirrored: data.image_size 64, data.channels {channels}, data.flip false (--image-size 64 "
+                f"--channels {channels} --no-flip)"
             )
         widths = self.model.hidden_dims
         if not 1 <= len(widths) <= STAGES or min(widths) < 1:
@@ -275,8 +283,8 @@ def default_preset(data: str, device: str) -> str | None:
     Args:
         data: a name of `DataConfig`. device: auto, cpu or cuda.
     """
-    if data in SHAPES:
-        return "burgess_sprites"
+    if data in CHANNELS:
+        return "burgess_sprites" if data in SHAPES else "locatello_rooms"
     if device == "cuda" or (device == "auto" and has_gpu()):
         return None
     return "faces_cpu" if data == "faces" else "small"

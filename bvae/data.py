@@ -5,6 +5,7 @@
   python -m bvae.data ls                         list the caches in the cache folder
   python -m bvae.data rm KEY                     remove one of them; `rm --all` removes all
   python -m bvae.data faces OUT --n 12000        draw faces with known factors, in CelebA's layout
+  python -m bvae.data rooms OUT.png              show what each factor of --data rooms changes
 
 Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot be used or no good image.
 """
@@ -21,13 +22,16 @@ from bvae.paths import call
 with needs_train_extra(__name__):
     import torch
 
+    from bvae import files
     from bvae.config import Config, DataConfig
     from bvae.datasets import bad_files_message, find_files, fitting_batch, ingest, inventory
     from bvae.device import choose_device
-    from bvae.pipelines import cache, celeba, decoder, faces, sprites
+    from bvae.pipelines import cache, celeba, decoder, faces, rooms, sprites
     from bvae.pipelines.picture import Picture
     from bvae.pipelines.webdataset import ImageFile
+    from bvae.plots import grid
 
+ROOMS_SHOWN = 8  # per factor
 CHECK_PICTURE = Picture(crop=None, size=32, channels=3)  # small: a check decodes, but uses no pixel
 
 
@@ -139,6 +143,23 @@ def draw_faces(options: argparse.Namespace) -> int:
     return 0
 
 
+def draw_rooms(options: argparse.Namespace) -> int:
+    """Draw a row for each factor of the rooms: other rooms, in which only this factor differs."""
+    if options.out.suffix.lower() != ".png":
+        raise UsageError(f"OUT must end in .png, got {options.out}")
+    painter, generator = rooms.Rooms(), torch.Generator().manual_seed(options.seed)
+    rows = []
+    for factor, size in enumerate(rooms.SIZES):
+        room = rooms.unravel(torch.randint(rooms.COUNT, (1,), generator=generator))
+        indices = room.repeat(ROOMS_SHOWN, 1)
+        indices[:, factor] = torch.linspace(0, size - 1, ROOMS_SHOWN).round()
+        rows.append(painter.paint(rooms.ravel(indices)))
+    files.make_folder(options.out.parent)
+    files.write_image(options.out, grid(rows, [name.replace("_", " ") for name in rooms.FACTORS]))
+    print(f"{options.out}; train on all {rooms.COUNT} rooms: python -m bvae.train --data rooms")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bvae.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -184,6 +205,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to make OUT/celeba in")
     sub.add_argument("--n", type=int, default=12_000, help="how many; default: %(default)s")
     sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+    sub = command("rooms", draw_rooms, "show what each factor of --data rooms changes")
+    sub.add_argument("out", type=Path, metavar="OUT", help="the picture to write, a .png file")
+    sub.add_argument("--seed", type=int, default=0, help="chooses other rooms; default: %(default)s")
     return parser
 
 

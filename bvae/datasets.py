@@ -4,20 +4,21 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bvae.config import SHAPES, DataConfig
+from bvae.config import CHANNELS, DataConfig
 from bvae.errors import UsageError
 from bvae.paths import expand
-from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, sprites
+from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, rooms, sprites
 from bvae.pipelines.inventory import Inventory, masks
 from bvae.pipelines.loader import Loader
-from bvae.pipelines.memory_loaders import choose_loader
+from bvae.pipelines.memory_loaders import DeviceLoader, choose_loader
 from bvae.pipelines.packed_loader import PackedLoader
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.streaming_loader import StreamingLoader, inspect_files
@@ -26,7 +27,7 @@ from bvae.pipelines.webdataset import ImageFile
 DRAWN = 12_000  # faces in the default data set
 DRAWN_ROOT = Path("data/faces")
 LABELS = ("training images", "validation images")
-VALIDATED = 10_000  # 2D shapes used for validation; all of them are used for training too
+VALIDATED = 10_000  # sprites and rooms used for validation; all of them are used for training too
 SHOWN = 10  # bad files named on the screen
 
 
@@ -76,8 +77,8 @@ def open_data(
         OSError: the cache cannot be written.
     """
     ranks = {"rank": rank, "world_size": world_size}
-    if config.name in SHAPES:
-        return _open_shapes(config, batch_size, seed, device, accumulate, **ranks)
+    if config.name in CHANNELS:
+        return _open_compact(config, batch_size, seed, device, accumulate, **ranks)
     source = find_files(config)
     print(*source.inventory.lines(source.root), sep="\n", flush=True)
     parts = batch_size, world_size, accumulate
@@ -166,24 +167,29 @@ def fitting_batch(
     return min(batch_size, train // parts * accumulate)
 
 
-def _open_shapes(
-    config: DataConfig, batch_size: int, seed: int, device: torch.device, accumulate: int, **ranks: int
+def _open_compact(
+    config: DataConfig, batch_size: int, seed: int, device: torch.device, accumulate: int, **ranks: Any
 ) -> Data:
-    """All shapes for training, as in disentanglement_lib, and a fixed random subset for validation."""
-    packed = shapes(config, device)
-    drawn = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))[:VALIDATED]
+    """Sprites or rooms: all for training, as in disentanglement_lib, a fixed subset for validation."""
+    loader: Callable[..., DeviceLoader]
+    if config.name == "rooms":
+        painter = rooms.Rooms(device)
+        kept, stored = torch.arange(rooms.COUNT, device=device), painter.weights
+        how, loader = "of weights of three colours", partial(rooms.RoomsLoader, rooms=painter)
+    else:
+        kept = stored = shapes(config, device)
+        how, loader = "of one bit per pixel", partial(PackedLoader, side=sprites.SIDE)
+    drawn = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[:VALIDATED]
     batch_size = fitting_batch(
-        config.root or config.name, len(packed), len(drawn), batch_size, ranks["world_size"], accumulate
+        config.root or config.name, len(kept), len(drawn), batch_size, ranks["world_size"], accumulate
     )
-    train = PackedLoader(packed, sprites.SIDE, batch_size, seed, train=True, **ranks)
-    subset = packed[drawn.to(device)]
-    valid = PackedLoader(subset, sprites.SIDE, batch_size, seed, train=False, **ranks)
+    train = loader(kept, batch_size=batch_size, seed=seed, train=True, **ranks)
+    valid = loader(kept[drawn.to(device)], batch_size=batch_size, seed=seed, train=False, **ranks)
     print(
-        f"{LABELS[0]}: {train.count}, {packed.nbytes / 1e6:.0f} MB of one bit per pixel; "
-        f"{LABELS[1]}: {valid.count} of them",
+        f"{LABELS[0]}: {train.count}, {stored.nbytes / 1e6:.0f} MB {how}; {LABELS[1]}: {valid.count} of them",
         flush=True,
     )
-    return Data(train, valid, [], [], f"{zlib.crc32(packed.cpu().numpy().data):08x}")
+    return Data(train, valid, [], [], f"{zlib.crc32(stored.cpu().numpy().data):08x}")
 
 
 def shapes(config: DataConfig, device: torch.device) -> Tensor:

@@ -70,9 +70,11 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
     if name == "faces":
         return ground_truth.folder(root or DRAWN_ROOT, model, protocol.factor_bins, crop)
     if name == "sprites":
-        ground_truth.check_shapes(model)
+        ground_truth.check_input(model, "sprites")
         packed = sprites.all_sprites(data.cache_dir or default_folder(), device)
         return ground_truth.shapes(model, packed, sprites.unravel(torch.arange(len(packed))))
+    if name == "rooms":
+        return ground_truth.all_rooms(model, device)
     if root is None:
         raise UsageError(f"--data {name} needs --data-root")
     if name == "dsprites":

@@ -16,7 +16,7 @@ BINS = 20  # of the metrics, which need at least as many points
 class Protocol:
     """The data, and the sizes for disentanglement_lib's protocols."""
 
-    data: Literal["auto", "faces", "celeba", "sprites", "dsprites"] = "auto"
+    data: Literal["auto", "faces", "celeba", "sprites", "dsprites", "rooms"] = "auto"
     """The data on which the model is measured. auto: those of the run's config.yaml."""
     data_root: Path | None = None
     """Folder of the faces and their factors.csv, or of CelebA and its list_attr_celeba; or dSprites' npz.
@@ -46,8 +46,9 @@ class CompareOptions:
     runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="RUN"), tyro.conf.Positional]
     """Run folders; all models see the same images."""
     factor: str
-    """For sprites: shape, scale, orientation, x or y. For the drawn faces: azimuth, smile and more."""
-    data: Literal["auto", "faces", "celeba", "sprites", "dsprites"] = "auto"
+    """For sprites: shape, scale, orientation, x or y. For rooms: floor_hue, wall_hue, object_hue, scale,
+    shape or orientation. For the drawn faces: azimuth, smile and more."""
+    data: Literal["auto", "faces", "celeba", "sprites", "dsprites", "rooms"] = "auto"
     """The images. auto: what each run's config.yaml names."""
     data_root: Path | None = None
     """Folder or file of the images, as for bvae.evaluate. None: the one in config.yaml."""
