@@ -27,6 +27,12 @@ try:
 except ModuleNotFoundError:  # only the command line needs the options' names
     arg = dict
 
+# fmt: off
+DataName = Literal[
+    "faces", "celeba", "folder", "sprites", "dsprites", "rooms", "shapes3d", "mpi3d", "cars3d", "smallnorb",
+    "memory",
+]
+# fmt: on
 LossType = Literal["VAE", "H", "B"]
 PRESETS = Path(__file__).parent / "presets"
 
@@ -35,15 +41,15 @@ PRESETS = Path(__file__).parent / "presets"
 class DataConfig:
     """Which images, and how they become pixels."""
 
-    name: Annotated[
-        Literal["faces", "celeba", "folder", "sprites", "dsprites", "rooms", "memory"], arg(name="data")
-    ] = "faces"
+    name: Annotated[DataName, arg(name="data")] = "faces"
     """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
     folder: any tree of image files, or of tar shards that hold them. sprites: the images of dSprites,
     drawn here. dsprites: your own dsprites_*.npz. rooms: images with 3D Shapes' factors, drawn here.
-    memory: the images passed to bvae.fit in Python."""
+    shapes3d, mpi3d, cars3d, smallnorb: your own files of them. memory: the images passed to bvae.fit in
+    Python."""
     root: Annotated[Path | None, arg(name="data-root")] = None
-    """Folder of the images; for dsprites the npz file. None: data/faces, for faces only."""
+    """Folder of the images; for dsprites and mpi3d the npz file, for shapes3d the h5 file. None: data/faces,
+    for faces only."""
     crop: int | None = None
     """Side of the centred square to crop, in pixels. None: 148 for celeba and faces (in proportion for other
     sizes), the largest square for folder."""
@@ -65,11 +71,10 @@ class DataConfig:
 
 
 SHAPES = ("sprites", "dsprites")  # data sets of 2D shapes
-CHANNELS = {
-    "sprites": 1,
-    "dsprites": 1,
-    "rooms": 3,
-}  # of data sets with known factors
+CHANNELS = {  # of the data sets with known factors
+    **{"sprites": 1, "dsprites": 1, "rooms": 3},
+    **{"shapes3d": 3, "mpi3d": 3, "cars3d": 3, "smallnorb": 1},
+}
 SIZES = (32, 256)  # smallest and largest side of the images, in pixels
 
 
@@ -283,8 +288,10 @@ def default_preset(data: str, device: str) -> str | None:
     Args:
         data: a name of `DataConfig`. device: auto, cpu or cuda.
     """
+    if data in SHAPES:
+        return "burgess_sprites"
     if data in CHANNELS:
-        return "burgess_sprites" if data in SHAPES else "locatello_rooms"
+        return "locatello_rooms" if CHANNELS[data] == 3 else "locatello_sprites"
     if device == "cuda" or (device == "auto" and has_gpu()):
         return None
     return "faces_cpu" if data == "faces" else "small"

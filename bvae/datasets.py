@@ -15,10 +15,24 @@ from torch import Tensor
 from bvae.config import CHANNELS, DataConfig
 from bvae.errors import UsageError
 from bvae.paths import expand
-from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, rooms, sprites
+from bvae.pipelines import (
+    cache,
+    cars3d,
+    celeba,
+    decoder,
+    dsprites,
+    faces,
+    folder,
+    mpi3d,
+    rooms,
+    shapes3d,
+    smallnorb,
+    sprites,
+)
 from bvae.pipelines.inventory import Inventory, masks
+from bvae.pipelines.labelled import Labelled
 from bvae.pipelines.loader import Loader
-from bvae.pipelines.memory_loaders import DeviceLoader, choose_loader
+from bvae.pipelines.memory_loaders import choose_loader
 from bvae.pipelines.packed_loader import PackedLoader
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.streaming_loader import StreamingLoader, inspect_files
@@ -29,6 +43,21 @@ DRAWN_ROOT = Path("data/faces")
 LABELS = ("training images", "validation images")
 VALIDATED = 10_000  # sprites and rooms used for validation; all of them are used for training too
 SHOWN = 10  # bad files named on the screen
+
+
+class Reader(NamedTuple):
+    """Reads a user's own data set with known factors."""
+
+    read: Callable[[Path], Labelled]
+    what: str  # it reads
+
+
+READERS = {
+    "shapes3d": Reader(shapes3d.read, "the file 3dshapes.h5"),
+    "mpi3d": Reader(mpi3d.read, "the file mpi3d_*.npz"),
+    "cars3d": Reader(cars3d.read, "the folder of car_*_mesh.mat"),
+    "smallnorb": Reader(smallnorb.read, "the folder of smallnorb-*.mat"),
+}
 
 
 class Data(NamedTuple):
@@ -170,12 +199,19 @@ def fitting_batch(
 def _open_compact(
     config: DataConfig, batch_size: int, seed: int, device: torch.device, accumulate: int, **ranks: Any
 ) -> Data:
-    """Sprites or rooms: all for training, as in disentanglement_lib, a fixed subset for validation."""
-    loader: Callable[..., DeviceLoader]
+    """Images with known factors: all for training, as in disentanglement_lib, some of them for validation."""
+    loader: Callable[..., Loader]
     if config.name == "rooms":
         painter = rooms.Rooms(device)
         kept, stored = torch.arange(rooms.COUNT, device=device), painter.weights
         how, loader = "of weights of three colours", partial(rooms.RoomsLoader, rooms=painter)
+    elif config.name in READERS:
+        kept = stored = labelled(config.name, config.root).images
+
+        def loader(images: Tensor, batch_size: int, seed: int, **options: Any) -> Loader:
+            return choose_loader(images, batch_size, seed, device, flip=False, **options)[0]
+
+        how = "of pixels"
     else:
         kept = stored = shapes(config, device)
         how, loader = "of one bit per pixel", partial(PackedLoader, side=sprites.SIDE)
@@ -184,7 +220,7 @@ def _open_compact(
         config.root or config.name, len(kept), len(drawn), batch_size, ranks["world_size"], accumulate
     )
     train = loader(kept, batch_size=batch_size, seed=seed, train=True, **ranks)
-    valid = loader(kept[drawn.to(device)], batch_size=batch_size, seed=seed, train=False, **ranks)
+    valid = loader(kept[drawn.to(kept.device)], batch_size=batch_size, seed=seed, train=False, **ranks)
     print(
         f"{LABELS[0]}: {train.count}, {stored.nbytes / 1e6:.0f} MB {how}; {LABELS[1]}: {valid.count} of them",
         flush=True,
@@ -204,6 +240,17 @@ def shapes(config: DataConfig, device: torch.device) -> Tensor:
     if config.root is None:
         raise UsageError("--data dsprites needs --data-root, the dsprites_*.npz file")
     return dsprites.read(config.root).packed.to(device)
+
+
+def labelled(name: str, root: Path | None) -> Labelled:
+    """A user's own data set with known factors, read into memory.
+
+    Raises:
+        FileNotFoundError, ValueError: no such data.
+    """
+    if root is None:
+        raise UsageError(f"--data {name} needs --data-root, {READERS[name].what}")
+    return READERS[name].read(root)
 
 
 def find_files(config: DataConfig) -> Source:

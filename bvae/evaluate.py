@@ -2,8 +2,9 @@
 
 Prints a table and writes it to the run folder as evaluation.md and evaluation.json. evaluation.png holds the
 matrices of latents by factors, evaluation_traversals.png shows what the latents do. The factors of the data
-must be known: sprites, rooms, dSprites, or the drawn faces' factors.csv. CelebA's attributes are not
-independent factors: for them the command gives the area under the ROC curve of each latent.
+must be known: sprites, rooms, the drawn faces' factors.csv, or your own dSprites, 3D Shapes, MPI3D, Cars3D
+or SmallNORB. CelebA's attributes are not independent factors: for them the command gives the area under the
+ROC curve of each latent.
 """
 
 import sys

@@ -20,6 +20,7 @@ from bvae.model import BetaVAE
 from bvae.opening import TABLE, NotRead, read_text
 from bvae.paths import expand
 from bvae.pipelines import celeba, rooms, sprites
+from bvae.pipelines.labelled import Labelled
 from bvae.pipelines.packed_loader import unpack
 from bvae.reference import scale_pixels
 
@@ -65,6 +66,21 @@ def all_rooms(model: BetaVAE, device: torch.device) -> Truth:
         return scale_pixels(painted.permute(0, 3, 1, 2), low)
 
     return Truth(rooms.FACTORS, rooms.unravel(torch.arange(rooms.COUNT)).numpy(), images)
+
+
+def labelled(model: BetaVAE, name: str, data: Labelled) -> Truth:
+    """A user's own data set of known factors, read into memory.
+
+    Raises:
+        ValueError: the model does not take images of its shape.
+    """
+    check_input(model, name)
+    low, _ = model.pixel_range
+
+    def images(numbers: NDArray[np.int64]) -> Tensor:
+        return scale_pixels(data.images[torch.from_numpy(numbers)].permute(0, 3, 1, 2), low)
+
+    return Truth(data.names, data.indices.numpy(), images)
 
 
 def check_input(model: BetaVAE, name: str) -> None:

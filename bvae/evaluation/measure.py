@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bvae import config, ground_truth, metrics
 from bvae.config import Config, DataConfig
-from bvae.datasets import DRAWN_ROOT
+from bvae.datasets import DRAWN_ROOT, READERS, labelled
 from bvae.errors import UsageError
 from bvae.evaluation.options import Protocol
 from bvae.ground_truth import Truth
@@ -75,6 +75,8 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
         return ground_truth.shapes(model, packed, sprites.unravel(torch.arange(len(packed))))
     if name == "rooms":
         return ground_truth.all_rooms(model, device)
+    if name in READERS:
+        return ground_truth.labelled(model, name, labelled(name, root))
     if root is None:
         raise UsageError(f"--data {name} needs --data-root")
     if name == "dsprites":
