@@ -306,10 +306,11 @@ def test_paper_table():
 
 def test_plot():
     figure = sweep_report.draw("beta", FOUND)
-    left, right = figure.axes
-    lines = {line.get_label(): line for axes in (left, right) for line in axes.lines}
+    left, middle, right = figure.axes
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
     assert lines["MIG"].get_xydata().tolist() == [[0, 0.2], [1, 0.5]]
-    assert lines["reconstruction, nats"].get_ydata().tolist() == [22, 40]
+    assert lines["reconstruction"].get_ydata().tolist() == [22, 40]
     assert [text.get_text() for text in left.get_xticklabels()] == ["1", "4"]
-    assert len(right.collections[1].get_offsets()) == 3  # a dot a run
-    assert right.collections[0].get_paths()[0].vertices[:, 1].min() == 20  # from the lowest run
+    assert [len(axes.lines) for axes in (middle, right)] == [1, 1]  # 3200 nats and 0.1 share no axis
+    assert len(middle.collections[1].get_offsets()) == 3  # a dot a run
+    assert middle.collections[0].get_paths()[0].vertices[:, 1].min() == 20  # from the lowest run

@@ -43,6 +43,11 @@ class Protocol:
         """Points to train the metrics' classifiers on, and to test them."""
         return {"train": self.points, "test": max(1, self.points // 2)}
 
+    @property
+    def observations(self) -> int:
+        """Images that BetaVAE, with two times 64 for each of its points, and FactorVAE, with 64, draw."""
+        return self.seeds * sum(self.sizes.values()) * 3 * 64
+
 
 @dataclass(frozen=True)
 class CompareOptions:

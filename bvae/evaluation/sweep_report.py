@@ -75,16 +75,17 @@ def paper_table(scores: Baselines, by_value: Results) -> str:
 
 
 def draw(key: str, by_value: Results) -> Figure:
-    """Plot scores (left), reconstruction and KL (right) over the grid: a dot per run, a line of means."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Plot scores, reconstruction and KL over the grid: a dot per run, a line of means."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     for name, label in SCORES.items():
         _line(left, by_value, name, label)
-    for name in ("reconstruction_nats", "kl"):
-        _line(right, by_value, name, MODEL[name])
+    _line(middle, by_value, "reconstruction_nats", "reconstruction")
+    _line(right, by_value, "kl", "KL")
     left.set(ylabel="score", ylim=(0, 1.02))
-    right.set(ylabel="nats per image", ylim=(0, None))
-    for axes in (left, right):
+    middle.set(ylabel="reconstruction, nats per image")
+    right.set(ylabel="KL, nats per image", ylim=(0, None))
+    for axes in (left, middle, right):
         axes.set(xlabel=key, xticks=range(len(by_value)), xticklabels=list(by_value))
         if axes.lines:
             axes.legend(fontsize="small")

@@ -1,7 +1,7 @@
 """Write the results of a finished run: the model, and pictures of what it learned."""
 
 from bvae.plots import save_pictures
-from bvae.training import completion
+from bvae.training import completion, kl_plot
 from bvae.training.run import Run
 from bvae.training.validation import Validation
 
@@ -12,6 +12,7 @@ def write(run: Run, result: Validation) -> None:
     run.model.save_pretrained(run.out)
     first = run.valid.head(32).permute(0, 3, 1, 2)
     save_pictures(run.model, run.model.scale(first), result.kl_per_dim, run.out)
+    kl_plot.save(run.out, run.model.latent_dim)
     completion.mark(run.out)
 
 
