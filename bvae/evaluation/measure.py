@@ -134,11 +134,18 @@ def sample_numbers(truth: Truth, points: int) -> NDArray[np.int64]:
 
 @torch.no_grad()
 def compute_statistics(
-    model: BetaVAE, truth: Truth, drawn: NDArray[np.int64], variance: float, device: torch.device
+    model: BetaVAE,
+    truth: Truth,
+    drawn: NDArray[np.int64],
+    variance: float,
+    device: torch.device,
+    with_mig: bool = False,
 ) -> dict[str, Any]:
     """Statistics of the posteriors and reconstructions of the images with these numbers.
 
     Args:
+        with_mig: include mig_sampled; if one of the factors is a shape, once more without it, because it has
+            no order.
         variance: of the Gaussian likelihood; not used if the model has a Bernoulli likelihood.
     """
     mus: list[Tensor] = []
@@ -159,7 +166,15 @@ def compute_statistics(
     mu, log_var = torch.cat(mus), torch.cat(log_vars)
     nats, mse, psnr = np.sum(sums, 0) / len(drawn)
     kl = metrics.kl_per_latent(mu, log_var)
+    sampled = {}
+    if with_mig:
+        factors = truth.factors[drawn]
+        sampled["mig_sampled"] = metrics.mig_sampled(mu, log_var, factors)
+        if "shape" in truth.names:
+            others = np.delete(factors, truth.names.index("shape"), 1)
+            sampled["mig_sampled_without_shape"] = metrics.mig_sampled(mu, log_var, others)
     return {
+        **sampled,
         "kl": kl.sum().item(),
         "active_units": metrics.active_units(mu),
         "total_correlation": metrics.gaussian_total_correlation(mu),

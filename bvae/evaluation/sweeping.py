@@ -17,6 +17,7 @@ from bvae.config import SHAPES, Config
 from bvae.device import choose_device
 from bvae.errors import UsageError, exit_status
 from bvae.evaluation import baselines, run_folder, sweep_report
+from bvae.evaluation.agreement import add_udr
 from bvae.evaluation.options import Protocol, SweepOptions
 from bvae.opening import TABLE, read_bytes
 from bvae.owner import own
@@ -189,9 +190,15 @@ def _train_all(arguments: SweepOptions, out: Path, key: str, jobs: Sequence[Job]
             failed.append(f"{job.out} ({signal.Signals(-status).name if status < 0 else f'status {status}'})")
 
     results: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, list[Path]] = {}
     for job in jobs:
         if result := read_evaluation(job.out, arguments):
             results.setdefault(job.value, []).append(result)
+            runs.setdefault(job.value, []).append(job.out)
+    for value, alike in runs.items():
+        if len(alike) > 1:
+            protocol = Protocol(points=arguments.points)
+            add_udr(alike, results[value], protocol, choose_device(arguments.device))
     text = sweep_report.table(key, results)
     if results and jobs[0].config.data.name in SHAPES:
         text += "\n" + sweep_report.paper_table(
