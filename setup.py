@@ -86,7 +86,7 @@ setup(
         # the same files, so that only one of them can be there, and none is a requirement.
         "cuda13": ["nvidia-dali-cuda130>=2.0"],
         "cuda12": ["nvidia-dali-cuda120>=2.0"],
-        "hdf5": ["h5py>=3.10"],  # reads 3dshapes.h5; wheels for every Python and NumPy supported here
+        "hdf5": ["h5py>=3.10"],  # reads 3dshapes.h5
         "docs": ["pdoc>=15"],  # the pages of `make docs`
         "dev": [
             "pytest>=8",  # the tests

@@ -41,7 +41,7 @@ from bvae.pipelines.webdataset import ImageFile
 DRAWN = 12_000  # faces in the default data set
 DRAWN_ROOT = Path("data/faces")
 LABELS = ("training images", "validation images")
-VALIDATED = 10_000  # sprites and rooms used for validation; all of them are used for training too
+VALIDATED = 10_000  # images with known factors used for validation; training uses all
 SHOWN = 10  # bad files named on the screen
 
 
@@ -107,7 +107,7 @@ def open_data(
     """
     ranks = {"rank": rank, "world_size": world_size}
     if config.name in CHANNELS:
-        return _open_compact(config, batch_size, seed, device, accumulate, **ranks)
+        return _open_with_factors(config, batch_size, seed, device, accumulate, **ranks)
     source = find_files(config)
     print(*source.inventory.lines(source.root), sep="\n", flush=True)
     parts = batch_size, world_size, accumulate
@@ -196,7 +196,7 @@ def fitting_batch(
     return min(batch_size, train // parts * accumulate)
 
 
-def _open_compact(
+def _open_with_factors(
     config: DataConfig, batch_size: int, seed: int, device: torch.device, accumulate: int, **ranks: Any
 ) -> Data:
     """Images with known factors: all for training, as in disentanglement_lib, some of them for validation."""

@@ -299,14 +299,20 @@ class Rooms:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.weights = all_weights().to(device)
         self._colours = colours().float().to(device)
+        # Constants on the device: a CUDA graph cannot hold a copy from the host.
+        self._steps = torch.tensor([SIZES[1] * SIZES[2], SIZES[2], 1], device=device)
+        self._hues = torch.tensor(SIZES[:3], device=device)
+        self._half = torch.full((), 0.5, device=device)
 
     def paint(self, numbers: Tensor) -> Tensor:
-        """The images with these numbers, int64 [N] of 0 to COUNT - 1 on the device: uint8 [N, 64, 64, 3]."""
+        """The images with these numbers, int64 [N] of 0 to COUNT - 1 on the device: uint8 [N, 64, 64, 3].
+
+        Only device operations are used, so a CUDA graph can hold them.
+        """
         weights = self.weights.index_select(0, numbers % GEOMETRIES).view(-1, SIDE * SIDE, 3).float()
-        hues = torch.stack(torch.unravel_index(numbers // GEOMETRIES, SIZES[:3]), 1)
-        half = torch.full((), 0.5, device=numbers.device)
+        hues = (numbers // GEOMETRIES)[:, None] // self._steps % self._hues
         # Sums of products of bytes are exact in float32, and in TF32: all devices paint the same pixels.
-        pixels = torch.baddbmm(half, weights, self._colours[hues], alpha=1 / 255)
+        pixels = torch.baddbmm(self._half, weights, self._colours[hues], alpha=1 / 255)
         return pixels.to(torch.uint8).view(-1, SIDE, SIDE, 3)
 
 

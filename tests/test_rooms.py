@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bvae import config
 from bvae.compare import main as compare
@@ -190,6 +191,31 @@ def test_they_are_all_trained_on_and_some_looked_at(few):
         assert torch.equal(train_on.batch(torch.tensor(step)), images)
     assert images.shape == (64, 64, 64, 3)
     assert images.dtype == torch.uint8
+
+
+class Copies(TorchDispatchMode):
+    """Notes tensors that are made from Python's numbers: on a GPU, each would be a copy from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [str(func)] if "lift_fresh" in str(func) else []
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_copies_nothing_from_the_host(few):
+    """A CUDA graph could not hold it."""
+    loader = rooms.RoomsLoader(torch.arange(few), Rooms(), 8, 7, train=True)
+    loader.begin(0)
+    position = torch.tensor(1)
+    with Copies() as copies:
+        loader.batch(position)
+    assert copies.names == []
+    with Copies() as copies:
+        unravel(position[None])  # it does, where it does not matter
+    assert copies.names
 
 
 def test_rooms_without_a_configuration_are_trained_by_a_preset():

@@ -70,10 +70,13 @@ def test_info_e_is_the_saved_loss():
     assert infomec(mixed, FACTORS).modularity < 0.6
 
 
+@pytest.mark.filterwarnings("ignore:The number of unique classes")
 def test_small_latents_are_pruned():
     small = np.column_stack([CODES, 0.04 * CODES[:, 0]])
     assert infomec(small, FACTORS)[:2] == pytest.approx(infomec(CODES, FACTORS)[:2], abs=1e-6)
     assert infomec(np.zeros((len(FACTORS), 2)), FACTORS)[:3] == pytest.approx((0, 0, 0), abs=1e-6)
+    every_value_once = np.column_stack([np.arange(len(FACTORS)), FACTORS[:, 0]])
+    assert not infomec(CODES, every_value_once).information[:, 0].any()
     with pytest.raises(ValueError, match="neighbors must be positive, got 0"):
         infomec(CODES, FACTORS, neighbors=0)
 

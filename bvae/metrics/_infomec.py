@@ -42,8 +42,9 @@ def infomec(codes: ArrayLike, factors: ArrayLike, *, seed: int = 0, neighbors: i
         neighbors: of each point, for the mutual information.
 
     Returns:
-        InfoM and InfoC, 0 to 1; a latent or factor without information counts 0; one latent that is left is
-        as compact as can be. InfoE, at most 1; 0 is chance. The matrix [D, K], zeros for pruned latents.
+        InfoM and InfoC, 0 to 1; a latent or factor without information counts 0, and so does a factor that
+        has each value once; one latent that is left is as compact as can be. InfoE, at most 1; 0 is chance.
+        The matrix [D, K], zeros for pruned latents.
 
     Raises:
         ValueError: other shapes or types, codes that are not finite, a factor without variation, or no
@@ -62,13 +63,10 @@ def infomec(codes: ArrayLike, factors: ArrayLike, *, seed: int = 0, neighbors: i
     active = ranges > ranges.max() / PRUNED
     information = np.zeros((codes.shape[1], factors.shape[1]))
     for k, factor in enumerate(factors.T):
-        information[active, k] = (
-            mutual_info_classif(
+        if active.any() and np.bincount(factor).max() > 1:  # else no point has a neighbour of its value
+            information[active, k] = mutual_info_classif(
                 codes[:, active], factor, discrete_features=False, n_neighbors=neighbors, random_state=seed
             )
-            if active.any()
-            else 0
-        )
     information /= entropy(factors)
     return InfoMEC(
         _concentration(information[active]),
