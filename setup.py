@@ -53,6 +53,7 @@ setup(
         "bvae",
         "bvae.compat",
         "bvae.evaluation",
+        "bvae.explorer",
         "bvae.kernels",
         "bvae.kernels.cpu",
         "bvae.metrics",
@@ -60,7 +61,11 @@ setup(
         "bvae.training",
     ],
     package_dir={"bvae.kernels": "kernels", "bvae.kernels.cpu": "kernels/cpu", "bvae.pipelines": "pipelines"},
-    package_data={"bvae": ["presets/*.yaml", "py.typed"], "bvae.kernels.cpu": ["layers.cpp"]},
+    package_data={
+        "bvae": ["presets/*.yaml", "py.typed"],
+        "bvae.explorer": ["*.css", "*.html", "*.js"],
+        "bvae.kernels.cpu": ["layers.cpp"],
+    },
     entry_points={"console_scripts": ["bvae = bvae.__main__:main"]},
     cmdclass={"editable_wheel": EditableWheel},
     install_requires=[  # the model, the losses and their kernels
@@ -87,6 +92,7 @@ setup(
         "cuda13": ["nvidia-dali-cuda130>=2.0"],
         "cuda12": ["nvidia-dali-cuda120>=2.0"],
         "hdf5": ["h5py>=3.10"],  # reads 3dshapes.h5
+        "cluster": ["submitit>=1.5"],  # submits the runs of a sweep to SLURM, and waits for them
         "docs": ["pdoc>=15"],  # the pages of `make docs`
         "dev": [
             "pytest>=8",  # the tests
@@ -94,6 +100,7 @@ setup(
             "hypothesis>=6.100",  # hostile files and options for them, by the thousand
             "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",  # as above
             "h5py>=3.10",  # 3dshapes.h5
+            "submitit>=1.5",  # as above: its local executor
             "datasets>=3",  # Hugging Face's, which `bvae.fit` takes
             "diffusers>=0.35",  # the drop-in's test compares with its posterior
             "transformers>=4.50",  # must still import beside us, and so must

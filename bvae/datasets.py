@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bvae.config import CHANNELS, DataConfig
+from bvae.config import CHANNELS, SHAPES, DataConfig
 from bvae.errors import UsageError
 from bvae.paths import expand
 from bvae.pipelines import (
@@ -29,11 +29,12 @@ from bvae.pipelines import (
     smallnorb,
     sprites,
 )
+from bvae.pipelines.cache_folder import default_folder
 from bvae.pipelines.inventory import Inventory, masks
 from bvae.pipelines.labelled import Labelled
 from bvae.pipelines.loader import Loader
 from bvae.pipelines.memory_loaders import choose_loader
-from bvae.pipelines.packed_loader import PackedLoader
+from bvae.pipelines.packed_loader import PackedLoader, unpack
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.streaming_loader import StreamingLoader, inspect_files
 from bvae.pipelines.webdataset import ImageFile
@@ -215,7 +216,7 @@ def _open_with_factors(
     else:
         kept = stored = shapes(config, device)
         how, loader = "of one bit per pixel", partial(PackedLoader, side=sprites.SIDE)
-    drawn = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[:VALIDATED]
+    drawn = _validation_shapes(len(kept))
     batch_size = fitting_batch(
         config.root or config.name, len(kept), len(drawn), batch_size, ranks["world_size"], accumulate
     )
@@ -228,6 +229,35 @@ def _open_with_factors(
     return Data(train, valid, [], [], f"{zlib.crc32(stored.cpu().numpy().data):08x}")
 
 
+def _validation_shapes(count: int) -> Tensor:
+    """The indices of the validation images, the same in every run."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:VALIDATED]
+
+
+def held_out(config: DataConfig, n: int) -> Tensor:
+    """The first n validation images of a run, or fewer: uint8 [n, S, S, C] on the CPU. Decodes no others.
+
+    Raises:
+        UsageError: no such data, or not one of these images can be used.
+    """
+    cpu = torch.device("cpu")
+    if config.name in SHAPES:
+        packed = shapes(config, cpu)
+        return unpack(packed[_validation_shapes(len(packed))[:n]], sprites.SIDE)
+    if config.name == "rooms":
+        return rooms.Rooms().paint(_validation_shapes(rooms.COUNT)[:n])
+    if config.name in READERS:
+        images = labelled(config.name, config.root).images
+        return images[_validation_shapes(len(images))[:n]]
+    source = find_files(config)
+    reader = decoder.build("torchvision", source.picture, cpu)
+    (decoded,) = reader.decode([source.valid[:n]])
+    good = torch.tensor([i not in decoded.bad for i in range(len(decoded.images))])
+    if not good.any():
+        raise UsageError(f"{source.root} holds no validation images that can be used")
+    return decoded.images[good]
+
+
 def shapes(config: DataConfig, device: torch.device) -> Tensor:
     """The images of sprites or dsprites, one bit per pixel: uint8 [N, 512] on the device.
 
@@ -236,7 +266,7 @@ def shapes(config: DataConfig, device: torch.device) -> Tensor:
         OSError: the drawn images cannot be written to the cache folder.
     """
     if config.name == "sprites":
-        return sprites.all_sprites(config.cache_dir or cache.default_folder(), device)
+        return sprites.all_sprites(config.cache_dir or default_folder(), device)
     if config.root is None:
         raise UsageError("--data dsprites needs --data-root, the dsprites_*.npz file")
     return dsprites.read(config.root).packed.to(device)
@@ -307,7 +337,7 @@ def ingest(
 ) -> Iterator[cache.Cached]:
     """The caches of the training and the validation images; decoded now if they do not exist."""
     name = decoder.choose(config.decoder)
-    cache_dir = expand(config.cache_dir or cache.default_folder())
+    cache_dir = expand(config.cache_dir or default_folder())
     for files, label in zip((source.train, source.valid), LABELS, strict=True):
         request = cache.Request(source.root, files, source.picture, name)
         yield cache.open_or_build(

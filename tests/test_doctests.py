@@ -15,7 +15,7 @@ PUBLIC |= {f"bvae.metrics.{name}": (metrics, name) for name in metrics.__all__}
 TYPES = {  # what functions take and return
     *("LossTerms", "DCI", "InfoMEC", "UDR", "Boosting", "Reconstruction", "Sampler"),
 }
-MODULES = {"bvae.ops", "bvae.losses", "bvae.model"} | {
+MODULES = {"bvae.ops", "bvae.losses", "bvae.model", "bvae.command_line", "bvae.explorer.layers"} | {
     getattr(module, name).__module__ for module, name in PUBLIC.values() if name != "Boosting"
 }
 

@@ -69,6 +69,11 @@ def test_files_and_table(run):
     assert len({value["half_width"] for value in result["scores"].values()}) > 1
     assert {np.shape(matrix) for matrix in result["matrices"].values()} == {(4, 9)}
     assert {"encoding", "score", "beta_vae", "factor_vae"} <= result["seconds"].keys()
+    with np.load(run / "codes.npz") as points:  # no pickle in it
+        assert points["mu"].shape == (30, 4)
+        assert points["names"].tolist() == result["factors"]
+        assert points["factors"].shape == (30, 9)
+        assert len(set(points["numbers"].tolist())) == 30
     mig = result["scores"]["mig"]
     assert f"| mig | {mig['mean']:.3f} | ± {mig['half_width']:.3f} |" in (run / "evaluation.md").read_text()
     assert (run / "printed").read_text() == (run / "evaluation.md").read_text()

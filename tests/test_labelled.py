@@ -13,7 +13,7 @@ from scipy.io import savemat
 
 from bvae import config
 from bvae.config import Config, DataConfig
-from bvae.datasets import READERS, open_data
+from bvae.datasets import READERS, held_out, open_data
 from bvae.evaluate import main as evaluate
 from bvae.model import BetaVAE
 from bvae.pipelines import cars3d, mpi3d, shapes3d, smallnorb
@@ -177,6 +177,7 @@ def test_training_data(name, tmp_path):
     assert (train_on.count, valid.count, bad) == (len(data.images), len(data.images), [])
     images, index = next(train_on.epoch(0))
     assert torch.equal(images, data.images[index])
+    assert torch.equal(held_out(options, 5), valid.head(5))
 
 
 def test_evaluation(tmp_path, monkeypatch):

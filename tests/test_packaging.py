@@ -37,6 +37,7 @@ def test_the_wheel_holds_nothing_but_bvae(tmp_path):
         "bvae/kernels/reparam_kl.py",
         "bvae/kernels/noise.py",
         "bvae/kernels/cpu/layers.cpp",
+        *(f"bvae/explorer/{name}" for name in ("page.html", "style.css", "page.js", "decoder.js")),
         "bvae/py.typed",
     } <= set(names)
     assert sorted(name for name in names if name.endswith(".py")) == sorted(

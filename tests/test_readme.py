@@ -16,7 +16,7 @@ from torch import nn
 
 import bvae
 from bvae.compat.pytorch_vae_weights import export_state
-from bvae.evaluation import sweeping
+from bvae.evaluation import jobs, sweeping
 from bvae.evaluation.options import Protocol
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
@@ -114,8 +114,12 @@ def test_other_command(command, data, few_rooms, run_folder, tmp_path, monkeypat
     }
     if module == "bvae.sweep":
         # A process of its own takes seconds to start.
-        monkeypatch.setattr(sweeping, "in_its_own_process", sweeping.train_and_evaluate)
-        monkeypatch.setattr(sweeping, "Protocol", partial(Protocol, factor_bins=2))
+        monkeypatch.setattr(
+            sweeping,
+            "run_all",
+            lambda left, arguments: [(job, jobs.train_and_evaluate(job, arguments)) for job in left],
+        )
+        monkeypatch.setattr(jobs, "Protocol", partial(Protocol, factor_bins=2))
     arguments += short.get(module, []) + short.get(arguments[0], [])
     assert importlib.import_module(module).main(arguments) == 0
 

@@ -15,7 +15,7 @@ from bvae import config
 from bvae.compare import main as compare
 from bvae.config import DataConfig
 from bvae.data import main as data
-from bvae.datasets import open_data
+from bvae.datasets import held_out, open_data
 from bvae.evaluate import main as evaluate
 from bvae.model import BetaVAE
 from bvae.pipelines import rooms
@@ -190,6 +190,7 @@ def test_they_are_all_trained_on_and_some_looked_at(few):
         assert torch.equal(images, Rooms().paint(index))
         assert torch.equal(train_on.batch(torch.tensor(step)), images)
     assert images.shape == (64, 64, 64, 3)
+    assert torch.equal(held_out(DataConfig(name="rooms", flip=False), 5), valid.head(5))
     assert images.dtype == torch.uint8
 
 

@@ -76,6 +76,7 @@ def test_run_folder(data, tmp_path, capsys):
     assert names == {
         *("config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "config.json", "finished.json"),
         *("reconstructions.png", "samples.png", "traversals.png", "traversals.gif", "kl_per_latent.png"),
+        "explorer.html",
     }
     assert list(out.glob("events.out.tfevents.*"))
     assert [path.name for path in (out / "checkpoints").iterdir()]

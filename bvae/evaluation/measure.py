@@ -23,7 +23,7 @@ from bvae.metrics._score import measure as measure_codes
 from bvae.metrics.information import discretise, entropy, mutual_information
 from bvae.model import ACTIVATIONS, BetaVAE
 from bvae.pipelines import dsprites, sprites
-from bvae.pipelines.cache import default_folder
+from bvae.pipelines.cache_folder import default_folder
 from bvae.training.validation import ACTIVE_KL
 
 Codes = Callable[[NDArray[np.int64]], NDArray[np.float32]]  # numbers of images [n] to codes [n, D]

@@ -1,4 +1,4 @@
-"""Evaluate a run folder: measure its model, and write evaluation.md, .json, .png and _traversals.png."""
+"""Evaluate a run folder: measure its model, and write evaluation.md, .json, .png, and codes.npz."""
 
 import json
 import time
@@ -124,6 +124,17 @@ def evaluate(run: Path, protocol: Protocol) -> str:
     images = traverse(model, typical, shown, values)
     labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
     save_traversal(images, labels, values, run / "evaluation_traversals.png")
+    files.write(
+        run / "codes.npz",
+        lambda file: np.savez(
+            file,
+            numbers=drawn,
+            mu=drawn_codes,
+            factors=truth.factors[drawn],
+            names=np.array(truth.names),
+        ),
+        drawn_codes.nbytes,
+    )
     # Last: for a sweep, this file means that the evaluation is complete.
     files.write_text(run / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return table
