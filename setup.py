@@ -87,6 +87,16 @@ setup(
             "matplotlib>=3.8",  # the plot of a sweep, and those of the benchmarks
             "threadpoolctl>=3",  # one thread for trees that are too small for more; comes with scikit-learn
         ],
+        "hub": ["huggingface_hub>=1.0"],  # models by name: from_pretrained("user/repo"), push_to_hub
+        "export": [  # bvae.export
+            "onnx>=1.18",  # the file format
+            "onnxscript>=0.5",  # torch.onnx.export writes with it
+            "onnxruntime>=1.22",  # runs the file, to compare it with the model
+        ],
+        "quality": [  # bvae.evaluate --fid-weights
+            "torchmetrics>=1.9",  # FID and KID
+            "torch-fidelity>=0.4",  # Inception as the published figures used it
+        ],
         # NVIDIA DALI decodes JPEGs, on a GPU if there is one; without it torchvision does. Its builds install
         # the same files, so that only one of them can be there, and none is a requirement.
         "cuda13": ["nvidia-dali-cuda130>=2.0"],
@@ -105,6 +115,9 @@ setup(
             "diffusers>=0.35",  # the drop-in's test compares with its posterior
             "transformers>=4.50",  # must still import beside us, and so must
             "kernels>=0.5",  # this package, whose name is our folder's
+            *("huggingface_hub>=1.0", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"),  # hub, export
+            *("torchmetrics>=1.9", "torch-fidelity>=0.4"),  # quality
+            "scikit-image>=0.22",  # our SSIM is compared with its
             "ruff>=0.6",  # lint and format
             "mypy>=1.11",  # types of the public API
             "types-PyYAML",  # stubs for mypy

@@ -64,7 +64,7 @@ def test_a_model_needs_no_extra():
     [
         *(
             (name, "tyro", ["--help"])
-            for name in ("train", "evaluate", "sample", "traverse", "explore", "compare", "sweep")
+            for name in ("train", "evaluate", "sample", "traverse", "explore", "export", "compare", "sweep")
         ),
         ("train", "tqdm", ["--max-steps", "1"]),
         ("data", "torchvision", ["faces", "OUT", "--n", "1"]),
@@ -129,6 +129,7 @@ TYPOS = {
     "sample RUN --ssed 3": "--seed",
     "traverse RUN --stesp 3": "--steps",
     "explore RUN --uot page.html": "--out",
+    "export RUN --imags float": "--images",
     "compare RUN --factor x --stesp 3": "--steps",
     "sweep small --gird beta=1": "--grid",
     "sweep small --grid beta=1 --sedes 2": "--seeds",

@@ -15,6 +15,7 @@ from test_dsprites import archive
 from torch import nn
 
 import bvae
+from bvae import exporting, hub
 from bvae.compat.pytorch_vae_weights import export_state
 from bvae.evaluation import jobs, sweeping
 from bvae.evaluation.options import Protocol
@@ -101,6 +102,8 @@ def test_make_target(command, data, tmp_path):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(PYTHON) and not c.startswith(TRAIN)])
 def test_other_command(command, data, few_rooms, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "bvae.export" in command:
+        pytest.importorskip("onnxruntime")
     line = command.removeprefix(PYTHON).replace("DIR", str(data))
     line = line.replace("runs/NAME", str(run_folder)).replace("runs/OTHER", str(run_folder))
     module, *arguments = shlex.split(line, comments=True)
@@ -180,6 +183,23 @@ def test_model_snippet(run_folder, tmp_path, monkeypatch):
     assert names["faces"].shape == (8, 3, 32, 32)
     assert torch.equal(names["again"], names["model"].reconstruct(names["faces"]))
     assert isinstance(names["old"], BetaVAE)
+
+
+def test_export_snippet(run_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    exporting.export(BetaVAE.from_pretrained(run_folder), tmp_path / "runs" / "NAME" / "export")
+    exec(snippet("export"), {})
+    assert capsys.readouterr().out.splitlines()[-1] == "(5, 3, 32, 32) [-1, 1]"
+
+
+def test_hub_snippet(run_folder, tmp_path, monkeypatch):
+    """Here the Hub is a folder; tests/test_hub.py has the client."""
+    monkeypatch.setattr(hub, "upload", lambda model, repo_id, *_: model.save_pretrained(tmp_path / repo_id))
+    monkeypatch.setattr(hub, "download", lambda repo_id, _: tmp_path / repo_id)
+    names: dict = {}
+    exec(snippet("hub").replace("runs/NAME", str(run_folder)), names)
+    assert names["again"].config == names["model"].config
 
 
 def test_score_snippet(capsys):

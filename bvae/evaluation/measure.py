@@ -162,9 +162,10 @@ def compute_statistics(
         distances = metrics.reconstruction(mean, x, peak=high - low, variance=spread)
         mus.append(mu.cpu())
         log_vars.append(log_var.cpu())
-        sums.append(tuple(len(x) * value for value in distances))
+        similarity = metrics.ssim(mean, x, peak=high - low)
+        sums.append(tuple(len(x) * value for value in (*distances, similarity)))
     mu, log_var = torch.cat(mus), torch.cat(log_vars)
-    nats, mse, psnr = np.sum(sums, 0) / len(drawn)
+    nats, mse, psnr, ssim = np.sum(sums, 0) / len(drawn)
     kl = metrics.kl_per_latent(mu, log_var)
     sampled = {}
     if with_mig:
@@ -181,6 +182,7 @@ def compute_statistics(
         "reconstruction_nats": float(nats),
         "mse": float(mse),
         "psnr": float(psnr),
+        "ssim": float(ssim),
         "kl_per_latent": kl.tolist(),
         "entropy_per_latent": metrics.entropy_per_latent(log_var).tolist(),
     }

@@ -35,6 +35,9 @@ class Protocol:
     FactorVAE on. These four are tested on half as many."""
     boosting: Literal["histogram", "exact"] = "histogram"
     """DCI's trees. exact: disentanglement_lib's, twenty times slower."""
+    fid_weights: Path | None = None
+    """Inception's weights, for FID and KID of reconstructions and samples: torch-fidelity's file
+    weights-inception-2015-12-05-6726825d.pth. None: no FID. A CPU takes minutes per 1000 images."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
@@ -157,6 +160,22 @@ class SampleOptions:
     None: samples-<n>.png in the run folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Which model, and what its encoder takes."""
+
+    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    """A run folder, or any folder of a saved model."""
+    images: Literal["uint8", "float"] = "uint8"
+    """What the encoder takes: pixels of 0 to 255, or float32 in the model's range, which the files name."""
+    which: Literal["last", "best"] = "last"
+    """For a run: the newest state, or the best checkpoint by validation ELBO."""
+    module: Annotated[str | None, tyro.conf.arg(name="import")] = None
+    """A Python module to import first: one that calls bvae.register_architecture."""
+    out: Path | None = None
+    """Folder of the files. None: export in the run folder."""
 
 
 @dataclass(frozen=True)

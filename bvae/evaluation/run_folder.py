@@ -13,6 +13,7 @@ from bvae import files
 from bvae.config import Config
 from bvae.device import choose_device
 from bvae.errors import UsageError
+from bvae.evaluation import quality
 from bvae.evaluation.measure import (
     LazyCodes,
     Protocol,
@@ -53,6 +54,16 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += [
         f"| {name} | {'infinite' if value is None else f'{value:.4g}'} | |" for name, value in plain.items()
     ]
+    if figures := result["quality"]:
+        for name, value in figures["distances"].items():
+            lines.append(f"| FID of {name} | {value['fid']:.2f} | |")
+            lines.append(f"| KID of {name} | {value['kid']:.5f} | ± {value['kid_std']:.5f} (subsets) |")
+        crop = f"cropped to {figures['crop']}, " if figures["crop"] else ""
+        lines += [
+            f"| FID, KID: number of images | {figures['images']} | |",
+            f"| FID, KID: pixels | {crop}{figures['size']} x {figures['size']}; {figures['resizing']} | |",
+            f"| FID, KID: sha256 of {figures['weights']} | {figures['sha256']} | |",
+        ]
     lines += [f"| seconds: {name} | {value:.1f} | |" for name, value in result["seconds"].items()]
     return "\n".join(lines) + "\n"
 
@@ -71,6 +82,8 @@ def evaluate(run: Path, protocol: Protocol) -> str:
     device = choose_device(protocol.device)
     model = BetaVAE.from_pretrained(run).to(device)
     truth = open_truth(run, protocol, model, device)
+    # First, because a file that cannot be used should not be reported after minutes.
+    extractor = quality.inception(protocol.fid_weights, device) if protocol.fid_weights else None
     trained = trained_config(run)
     variance = (trained or Config()).objective.decoder_variance
     seconds: dict[str, float] = {}
@@ -98,6 +111,11 @@ def evaluate(run: Path, protocol: Protocol) -> str:
         areas = auroc(codes(all_images), truth.factors)
         scores, best = {}, best_latents(areas, truth.names, active)
         pictured = {"|2 AUROC - 1|": np.abs(2 * areas - 1)}
+    figures = None
+    if extractor:
+        before = time.perf_counter()
+        figures = quality.measure(model, truth, drawn, extractor, device)
+        seconds["FID and KID"] = time.perf_counter() - before
     seconds["encoding"] = codes.seconds  # within the others, if few images are encoded
     seconds["in all"] = time.perf_counter() - start
 
@@ -113,6 +131,7 @@ def evaluate(run: Path, protocol: Protocol) -> str:
         "scores": {name: value._asdict() for name, value in scores.items()},
         "attributes": best,
         "model": {k: v if np.isfinite(v).all() else None for k, v in statistics.items()},  # JSON has no inf
+        "quality": figures,
         "matrices": {title: matrix.tolist() for title, matrix in pictured.items()},
         "seconds": seconds,
     }

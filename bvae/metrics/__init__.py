@@ -21,6 +21,7 @@ from bvae.metrics._modularity import modularity
 from bvae.metrics._reconstruction import Reconstruction, reconstruction
 from bvae.metrics._sap import sap
 from bvae.metrics._score import score
+from bvae.metrics._ssim import ssim
 from bvae.metrics._udr import UDR, udr
 from bvae.metrics.posterior import (
     active_units,
@@ -56,5 +57,6 @@ __all__ = [
     "reconstruction",
     "sap",
     "score",
+    "ssim",
     "udr",
 ]
