@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError:  # only the command line needs the options' names
     arg = dict
 
-LossType = Literal["VAE", "H", "B"]
+LossType = Literal["VAE", "H", "B", "TC", "DIP-I", "DIP-II"]
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -83,18 +83,24 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The loss. VAE: recon + kl_weight KL. H: recon + beta kl_weight KL (Higgins et al. 2017).
-    B: recon + gamma kl_weight |KL - C|, C rising to max_capacity (Burgess et al. 2018)."""
+    B: recon + gamma kl_weight |KL - C|, C rising to max_capacity (Burgess et al. 2018). The others are
+    recon + kl_weight (KL + penalty): docs/objectives.md."""
 
     loss_type: LossType = "B"
-    """VAE, H (beta) or B (capacity)."""
+    """VAE, H (beta), B (capacity), TC (beta-TCVAE), DIP-I or DIP-II."""
     beta: float = 4.0
-    """Weight of the KL in H."""
+    """Weight of the KL in H, of the total correlation in TC."""
     gamma: float = 10.0
     """Weight of |KL - C| in B."""
     max_capacity: float = 25.0
     """Highest C in B, in nats."""
     capacity_iters: int | Literal["auto"] = "auto"
     """Training steps until C is max_capacity. auto: half the run."""
+    lambda_od: float = 10.0
+    """Weight of the squared covariances of the latents in DIP-I and DIP-II."""
+    lambda_d: float | None = None
+    """Weight of their variances' squared distances from 1. None: 10 lambda_od in DIP-I, lambda_od in
+    DIP-II."""
     recon: Literal["mean", "sum"] = "mean"
     """mean: over pixels (PyTorch-VAE's mean-squared error). sum: over pixels, as in the papers."""
     kl_weight: float | Literal["m_over_n"] | None = None
@@ -109,7 +115,7 @@ class ObjectiveConfig:
     @property
     def weight_on_kl(self) -> float:
         """The factor on the KL, or on |KL - C|, of a resolved objective."""
-        factor = {"VAE": 1.0, "H": self.beta, "B": self.gamma}[self.loss_type]
+        factor = {"H": self.beta, "B": self.gamma}.get(self.loss_type, 1.0)
         return factor * float(self.kl_weight)  # type: ignore[arg-type]  # resolve() made it a number
 
 
@@ -224,7 +230,10 @@ class Config:
             weight = "m_over_n" if objective.recon == "mean" else 1.0
         if weight == "m_over_n":
             weight = self.model.latent_dim / self.data.image_size**2
-        objective = dataclasses.replace(objective, capacity_iters=iters, kl_weight=weight)
+        lambda_d = objective.lambda_d
+        if lambda_d is None:
+            lambda_d = objective.lambda_od * (10 if objective.loss_type == "DIP-I" else 1)
+        objective = dataclasses.replace(objective, capacity_iters=iters, kl_weight=weight, lambda_d=lambda_d)
         return dataclasses.replace(self, objective=objective)
 
     def to_yaml(self) -> str:
@@ -252,6 +261,8 @@ _NOT_NEGATIVE = (
     "objective.gamma",
     "objective.max_capacity",
     "objective.kl_weight",
+    "objective.lambda_od",
+    "objective.lambda_d",
     "training.warmup",
     "training.weight_decay",
     "training.muon_weight_decay",

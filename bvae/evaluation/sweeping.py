@@ -60,7 +60,7 @@ def plan(arguments: SweepOptions, out: Path, others: Sequence[str]) -> tuple[str
             ]
             jobs.append(Job(value, run, command, _settings(command)))
     first = jobs[0].config
-    if key == "beta" and first.objective.loss_type != "H":
+    if key == "beta" and first.objective.loss_type not in ("H", "TC"):
         raise UsageError(
             f"beta has no effect on {arguments.preset}'s loss {first.objective.loss_type}: add --loss-type H"
         )

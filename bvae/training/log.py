@@ -65,7 +65,7 @@ class RunLog:
     def validation(self, step: int, epoch: int, result: Validation) -> None:
         """Write one record of validation, unless there is one."""
         if not (step == self._done and self.is_validated):  # else a finished run is resumed
-            values = {k: v for k, v in result._asdict().items() if k != "kl_per_dim"}
+            values = {k: v for k, v in result._asdict().items() if k != "kl_per_dim" and v is not None}
             self._write("valid", step, epoch, values)
             self.sync()
         self.line(

@@ -100,6 +100,8 @@ class Run:
             "active_units": sum(kl > ACTIVE for kl in scalars.kl_per_dim),
             "lr": self.optimizer.param_groups[0]["initial_lr"] * self.lr_factor(scalars.step),
         }
+        if self.step.penalty is not None:
+            values["penalty"] = scalars.penalty
         if self.loss_is_given:  # the configuration does not describe it
             return values
         n_pixels = math.prod(self.model.input_shape)
@@ -164,7 +166,8 @@ class Run:
     def validate(self) -> Validation:
         """Run the model over the validation images."""
         seed = self.config.training.seed
-        return validate(self.model, self.loss, self.valid, seed, self.step.dtype, self.distributed)
+        places = self.step.dtype, self.distributed, self.step.penalty
+        return validate(self.model, self.loss, self.valid, seed, *places)
 
     def mark_best(self, result: Validation) -> None:
         """Mark the checkpoint of this step if it is the best, on rank 0. Raises OSError."""

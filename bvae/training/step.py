@@ -17,6 +17,7 @@ from bvae.kernels.cpu import library
 from bvae.losses import AnnealedBeta, BetaLoss, CapacityLoss, LossTerms
 from bvae.model import BetaVAE
 from bvae.ops import reparam_kl
+from bvae.penalties import Penalty
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.training.cuda_graph import capture, preserved
 from bvae.training.distributed import Distributed
@@ -40,6 +41,7 @@ class Scalars(NamedTuple):
     kld: float  # nats per image
     capacity: float  # nats
     mse: float  # per pixel and channel, in the decoder's range
+    penalty: float  # without its weight; 0 if the objective has none
     kl_per_dim: list[float]  # nats per latent
 
 
@@ -109,6 +111,16 @@ def pixel_mse(model: BetaVAE, loss: nn.Module, terms: LossTerms, raw: Tensor, ta
     return mse if loss.reduction == "mean" else mse / raw[0].numel()
 
 
+def penalised(
+    terms: LossTerms, penalty: Penalty | None, latents: tuple[Tensor, Tensor, Tensor]
+) -> tuple[LossTerms, Tensor]:
+    """A loss's terms with the weighted penalty of the latents z, mu, log_var in the loss; and the penalty."""
+    if penalty is None:
+        return terms, torch.zeros_like(terms.kld)
+    value = penalty(*latents)
+    return terms._replace(loss=terms.loss + penalty.weight * value), value.to(terms.kld.dtype)
+
+
 class _Cast(torch.autograd.Function):
     """Casts weights for autocast, and their gradients back; when compiled, each in one launch.
 
@@ -140,7 +152,8 @@ class TrainingStep:
     """Turns uint8 images [B, H, W, C] into one update of the model; the host never waits for the device.
 
     Args:
-        model, loss, optimizer: on one device. An optimizer whose learning rate is a tensor reads it there.
+        model, loss, optimizer, penalty: on one device. An optimizer whose learning rate is a tensor reads it
+            there.
         seed: of the noise, with the step and the image's number in the whole batch.
         dtype: of autocast; None is float32. float16 gets a gradient scaler.
         compile: run the forward and backward pass under torch.compile.
@@ -161,12 +174,14 @@ class TrainingStep:
         dtype: torch.dtype | None,
         compile: bool,
         buffer_steps: int,
+        penalty: Penalty | None = None,
         clip_grad: float | None = None,
         accumulate: int = 1,
         distributed: Distributed = Distributed(),  # noqa: B008 (frozen)
     ) -> None:
         self.device = next(model.parameters()).device
         self.model, self.loss, self.optimizer, self.dtype = model, loss, optimizer, dtype
+        self.penalty = penalty
         self.clip_grad, self.accumulate, self.distributed = clip_grad, accumulate, distributed
         for group in optimizer.param_groups:  # as torch's schedulers do
             group.setdefault("initial_lr", float(group["lr"]))
@@ -284,8 +299,8 @@ class TrainingStep:
         if not received:
             return None
         step, row = received[-1]
-        loss, recon, kld, capacity, mse, *kl_per_dim, _ = row
-        return Scalars(step, loss, recon, kld, capacity, mse, kl_per_dim)
+        loss, recon, kld, capacity, mse, penalty, *kl_per_dim, _ = row
+        return Scalars(step, loss, recon, kld, capacity, mse, penalty, kl_per_dim)
 
     def objective(self, images: Tensor, first: int, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of uint8 images [B, H, W, C], numbered from `first`; adds `counts` to the step counter.
@@ -303,25 +318,29 @@ class TrainingStep:
         if torch.compiler.is_compiling() and self.dtype is not None:
             cast = _Cast.apply(self.dtype, *self._cast.values())
             weights = dict(zip(self._cast, cast, strict=True))
-            raw, kl, kl_per_dim = torch.func.functional_call(self._call, weights, (target, first))
+            raw, kl, kl_per_dim, latents = torch.func.functional_call(self._call, weights, (target, first))
         else:
-            raw, kl, kl_per_dim = self._reconstruct(target, first)
+            raw, kl, kl_per_dim, latents = self._reconstruct(target, first)
         terms = self.loss(raw, target, kl)
         if not (isinstance(terms, LossTerms) and all(isinstance(term, Tensor) for term in terms)):
             raise UsageError("the loss must return LossTerms(loss, recon, kld, capacity), four 0-d tensors")
+        terms, penalty = penalised(terms, self.penalty, latents)
         mse = pixel_mse(self.model, self.loss, terms, raw, target)
-        row = F.pad(torch.cat([torch.stack([*terms, mse]), kl_per_dim]), (0, 1))
+        row = F.pad(torch.cat([torch.stack([*terms, mse, penalty]), kl_per_dim]), (0, 1))
         return terms.loss, row.detach().float().view(1, -1), self.metrics_buffer.row_index(self.step)
 
-    def _reconstruct(self, target: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The decoder's raw output for uint8 images [B, C, H, W], their KL [B] and its mean per latent."""
+    def _reconstruct(
+        self, target: Tensor, first: int
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The decoder's raw output for uint8 images [B, C, H, W], their KL [B], its mean per latent, and the
+        latents z, mu, log_var."""
         with torch.autocast(target.device.type, self.dtype, enabled=self.dtype is not None):
             x = self.model.scale(target).to(self._parameters[0].dtype)
             mu, log_var = self.model.encode_scaled(x)
             z, kl, kl_per_dim = reparam_kl(
                 mu, log_var, seed=self.seed, step=self.step, first_sample=first, per_dim=True
             )
-            return self.model.decode_raw(z), kl, kl_per_dim
+            return self.model.decode_raw(z), kl, kl_per_dim, (z, mu, log_var)
 
     def _update(self, images: Tensor) -> None:
         """The whole step, on the device only."""
