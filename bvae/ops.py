@@ -17,6 +17,7 @@ if launch.AVAILABLE:
     import bvae.kernels.capacity_loss
     import bvae.kernels.image_errors
     import bvae.kernels.reparam_kl
+    import bvae.kernels.total_correlation
 
 Prior = tuple[Tensor, Tensor] | Distribution | None
 
@@ -204,6 +205,10 @@ def log_aggregate_posterior(
             "weighted": 1/(N B) for all, the first estimator of Chen et al. (2018), whose total correlation is
             too high by about (D - 1) log N; its gradient is that of the plain batch mean.
 
+    The densities of B x B pairs in D dimensions take part, and the kernel keeps none of them: it reads the
+    inputs, stores `[B, D]`, and computes the densities again in its backward pass, one launch forward and two
+    backward. More than 512 latents run the reference, which stores `[B, B, D]`.
+
     Returns:
         two tensors `[B]` float32 (float64 gives float64), nats.
 
@@ -212,6 +217,10 @@ def log_aggregate_posterior(
             dataset_size below B.
     """
     z, mu, log_var = arguments.latents(z, mu, log_var, dataset_size, weights)
+    if launch.runs_triton(z, mu, log_var) and z.shape[1] <= bvae.kernels.total_correlation.MOST_LATENTS:
+        log_weights = reference.log_importance_weights(z.shape[0], dataset_size, weights)
+        op = bvae.kernels.total_correlation.log_aggregate_posterior
+        return op(z, mu, log_var, *log_weights)[:2]
     return reference.log_aggregate_posterior(z, mu, log_var, dataset_size, weights)
 
 
