@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError:  # only the command line needs the options' names
     arg = dict
 
-LossType = Literal["VAE", "H", "B", "TC", "DIP-I", "DIP-II"]
+LossType = Literal["VAE", "H", "B", "TC", "Factor", "DIP-I", "DIP-II"]
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -87,11 +87,11 @@ class ObjectiveConfig:
     recon + kl_weight (KL + penalty): docs/objectives.md."""
 
     loss_type: LossType = "B"
-    """VAE, H (beta), B (capacity), TC (beta-TCVAE), DIP-I or DIP-II."""
+    """VAE, H (beta), B (capacity), TC (beta-TCVAE), Factor (FactorVAE), DIP-I or DIP-II."""
     beta: float = 4.0
     """Weight of the KL in H, of the total correlation in TC."""
     gamma: float = 10.0
-    """Weight of |KL - C| in B."""
+    """Weight of |KL - C| in B, of the total correlation in Factor."""
     max_capacity: float = 25.0
     """Highest C in B, in nats."""
     capacity_iters: int | Literal["auto"] = "auto"
@@ -139,6 +139,8 @@ class TrainingConfig:
     the end."""
     lr_gamma: float = 0.95
     """Factor on the learning rates after each epoch of the schedule exponential."""
+    discriminator_lr: float = 1e-4
+    """Learning rate of the discriminator of the loss Factor, throughout the run."""
     warmup: int = 0
     """Steps in which the learning rates first rise from 0, on a line."""
     weight_decay: float = 0.0
@@ -248,6 +250,7 @@ _POSITIVE = (
     "objective.decoder_variance",
     "training.lr",
     "training.muon_lr",
+    "training.discriminator_lr",
     "training.lr_gamma",
     "training.epochs",
     "training.max_steps",

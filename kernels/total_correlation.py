@@ -320,8 +320,8 @@ def _arguments(z: Tensor, own: float, other: float) -> tuple[dict[str, Any], int
 def _outputs(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unfilled joint, product, log2_joint and log2_marginals."""
     batch, latents = z.shape
-    each = (z.new_empty(batch, dtype=torch.float32) for _ in range(3))
-    return (*each, z.new_empty((batch, latents), dtype=torch.float32))
+    joint, product, log2_joint = (z.new_empty(batch, dtype=torch.float32) for _ in range(3))
+    return joint, product, log2_joint, z.new_empty((batch, latents), dtype=torch.float32)
 
 
 def plan_forward(
@@ -356,7 +356,11 @@ def plan_backward(
     other: float,
 ) -> tuple[tuple[Launch, Launch], tuple[Tensor, Tensor, Tensor]]:
     """The backward launches, of the samples and of the posteriors, and the gradients that they fill."""
-    grads = grad_z, grad_mu, grad_log_var = tuple(torch.empty_like(t) for t in (z, mu, log_var))
+    grads = grad_z, grad_mu, grad_log_var = (
+        torch.empty_like(z),
+        torch.empty_like(mu),
+        torch.empty_like(log_var),
+    )
     common, programs, warps = _arguments(z, own, other)
     args = {
         "z": z,
@@ -371,12 +375,12 @@ def plan_backward(
         **common,
         **_strides(z=z, mu=mu, log_var=log_var),
     }
-    by_samples = {"grad_z": grad_z, **_strides(grad_z=grad_z)}
     by_posteriors = {"grad_mu": grad_mu, "grad_log_var": grad_log_var}
-    by_posteriors |= _strides(grad_mu=grad_mu, grad_log_var=grad_log_var)
+    of_samples = {**args, "grad_z": grad_z, **_strides(grad_z=grad_z)}
+    of_posteriors = {**args, **by_posteriors, **_strides(**by_posteriors)}
     launches = (
-        Launch(_samples_kernel, programs, {**args, **by_samples}, warps),
-        Launch(_posteriors_kernel, programs, {**args, **by_posteriors}, warps),
+        Launch(_samples_kernel, programs, of_samples, warps),
+        Launch(_posteriors_kernel, programs, of_posteriors, warps),
     )
     return launches, grads
 

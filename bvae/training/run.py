@@ -21,7 +21,7 @@ from bvae.training import checkpoint
 from bvae.training.conditions import conditions
 from bvae.training.distributed import Distributed
 from bvae.training.schedule import lr_factor
-from bvae.training.step import NotFinite, Scalars, TrainingStep
+from bvae.training.step import DiscriminatorDiverged, NotFinite, Scalars, TrainingStep
 from bvae.training.validation import Validation, validate
 
 PAUSE = 10  # seconds between checkpoints: they and validations must take a small part of the time
@@ -102,6 +102,8 @@ class Run:
         }
         if self.step.penalty is not None:
             values["penalty"] = scalars.penalty
+        if self.step.discriminator_optimizer is not None:
+            values["discriminator"] = scalars.discriminator
         if self.loss_is_given:  # the configuration does not describe it
             return values
         n_pixels = math.prod(self.model.input_shape)
@@ -142,9 +144,14 @@ class Run:
         """
         statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         self.distributed.all_reduce_mean(statistics)  # each rank has its own; only gradients are averaged
+        penalty, optimizer = self.step.penalty, self.step.discriminator_optimizer
+        discriminator = penalty.state_dict() if penalty else {}  # other penalties have no state
         for name, value in self.model.state_dict().items():
             if not value.isfinite().all():
                 raise NotFinite(f"{name} is not finite", self.done)
+        for name, value in discriminator.items():
+            if not value.isfinite().all():
+                raise DiscriminatorDiverged(f"{name} is not finite", self.done)
         self._saved_at = time.monotonic()
         if self.out is None or not self.distributed.is_main:
             return
@@ -152,6 +159,8 @@ class Run:
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "discriminator": discriminator,
+            "discriminator_optimizer": optimizer.state_dict() if optimizer else {},
             "scaler": self.step.scaler.state_dict(),
             "step": self.done,
             "due": due,

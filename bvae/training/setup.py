@@ -21,13 +21,13 @@ from bvae.kernels import launch
 from bvae.kernels.cpu import library
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE, build
-from bvae.penalties import Covariance, Penalty, TotalCorrelation
+from bvae.penalties import Covariance, Discriminator, Penalty, TotalCorrelation
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.training import compiler, completion, malloc
 from bvae.training.claim import claim
 from bvae.training.cli import AUTO, Arguments
 from bvae.training.distributed import Distributed, init_distributed
-from bvae.training.optimizer import build_optimizer
+from bvae.training.optimizer import build_discriminator_optimizer, build_optimizer
 from bvae.training.restore import restore
 from bvae.training.run import Run
 from bvae.training.step import TrainingStep, autocast_dtype, captures, compiles, load_cpu_layers
@@ -207,7 +207,10 @@ def _build(
     # channels_last suits tensor cores, and is faster on a CPU too.
     model = (model or build(config)).to(device).to(memory_format=torch.channels_last).train()
     module = (loss or build_loss(config.objective)).to(device)
-    penalty = None if loss else build_penalty(config.objective, data.train.count)
+    penalty = None if loss else build_penalty(config, data.train.count)
+    adversary = None
+    if isinstance(penalty, Discriminator):
+        adversary = build_discriminator_optimizer(training, penalty.to(device).parameters())
     step = TrainingStep(
         model,
         module,
@@ -217,6 +220,7 @@ def _build(
         compile=compiles(device, training.compile)[0],
         buffer_steps=min(training.log_every, training.steps(len(data.train))),
         penalty=penalty,
+        discriminator_optimizer=adversary,
         clip_grad=training.clip_grad,
         accumulate=training.accumulate,
         distributed=distributed,
@@ -240,16 +244,19 @@ def build_loss(objective: ObjectiveConfig) -> BetaLoss | CapacityLoss:
     return BetaLoss(objective.beta if objective.loss_type == "H" else 1.0, **options)
 
 
-def build_penalty(objective: ObjectiveConfig, dataset_size: int) -> Penalty | None:
-    """What a resolved objective adds to recon + KL.
+def build_penalty(config: Config, dataset_size: int) -> Penalty | None:
+    """What the objective of a resolved configuration adds to recon + KL.
 
     Args:
         dataset_size: training images.
     """
+    objective = config.objective
     assert objective.kl_weight not in (None, "m_over_n")
     kl_weight = float(objective.kl_weight)
     if objective.loss_type == "TC":
         return TotalCorrelation(dataset_size, weight=kl_weight * (objective.beta - 1))
+    if objective.loss_type == "Factor":
+        return Discriminator(config.model.latent_dim, weight=kl_weight * objective.gamma)
     if objective.loss_type in ("DIP-I", "DIP-II"):
         assert objective.lambda_d is not None
         weights = objective.lambda_od, objective.lambda_d
