@@ -67,6 +67,7 @@ def test_the_last_batch_of_an_epoch_compiles_nothing():
         ("loss, logistic", {"16": 1, "8": 1}, {"16": 1}, 5),
         ("loss, probabilities", {"16": 1, "8": 1}, {"16": 1}, 5),
         ("loss, tanh, evaluation", {"16": 1, "8": 1}, {}, 3),
+        ("total correlation, [144, 128]", {"8": 2}, {}, 4),  # mu and log_var: no densities
     ],
 )
 def test_the_main_loop_moves_what_the_model_says(sm_90, case, loads, stores, bytes_per_element):

@@ -68,7 +68,8 @@ class RunLog:
     def validation(self, step: int, epoch: int, result: Validation) -> None:
         """Write one record of validation, unless there is one."""
         if not (step == self._done and self.is_validated):  # else a finished run is resumed
-            self._write("valid", step, epoch, result._asdict())
+            values = {name: value for name, value in result._asdict().items() if value is not None}
+            self._write("valid", step, epoch, values)
             self.sync()
         self.line(
             f"epoch {epoch}: validation mse {result.mse:.4f}, KL {result.kld:.2f} nats, "
