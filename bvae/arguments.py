@@ -334,3 +334,41 @@ def check_weight_and_mask(weight: Tensor | None, mask: Tensor | None, recon: Ten
                 f"{describe(mask)}"
             )
         _check_device("mask", mask, recon.device, "recon's")
+
+
+def check_batch_norm(x: Tensor, vectors: dict[str, Tensor]) -> None:
+    """Raise unless x is a batch of images with a variance, and each of the vectors is `[C]` on its device."""
+    for name, tensor in {"x": x, **vectors}.items():
+        _check_tensor(name, tensor)
+        _check_float(name, tensor)
+        _check_device(name, tensor, x.device, "x's")
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {describe(x)}")
+    for name, vector in vectors.items():
+        if vector.shape != x.shape[1:2]:
+            raise ValueError(f"{name} must be [{x.shape[1]}], one per channel of x, got {describe(vector)}")
+    if x.numel() // max(x.shape[1], 1) < 2:
+        raise ValueError(
+            f"BatchNorm in training needs more than one number per channel, got x {describe(x)}: use larger "
+            "batches, or evaluate"
+        )
+
+
+def check_last_block(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, objective: Objective) -> Tensor:
+    """Raise for wrong arguments of `bvae.ops.last_block`; the target as [B, channels, H, W]."""
+    for name, tensor in {"weight": weight, "bias": bias}.items():
+        _check_float(name, tensor)
+    _check_tensor("target", target)
+    if target.dtype != torch.uint8 and target.dtype not in _FLOATS:
+        raise TypeError(f"target must be uint8 or floating point, got {describe(target)}")
+    for name, tensor in {"weight": weight, "bias": bias, "target": target}.items():
+        _check_device(name, tensor, x.device, "x's")
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
+        raise ValueError(f"weight must be [channels, {x.shape[1]}, 3, 3], got {describe(weight)}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], one per channel, got {describe(bias)}")
+    spread = objective.spread
+    if isinstance(spread, Tensor) and spread.numel() > 1:
+        raise ValueError(f"a variance or scale must be one number for the last block, got {describe(spread)}")
+    batch, _, height, width = x.shape
+    return _as_recon(target, torch.empty((batch, weight.shape[0], height, width), device="meta"))

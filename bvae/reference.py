@@ -86,6 +86,61 @@ def reparam_kl(
     return z, kl, kl_per_dim
 
 
+def batch_norm_leaky_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, negative_slope: float = 0.01
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm of a training batch, Ioffe and Szegedy (2015), and LeakyReLU.
+
+    Args:
+        x: `[N, C, H, W]`, more than one number per channel.
+        weight, bias: `[C]`.
+
+    Returns:
+        y in x's dtype; the mean and the unbiased variance of each channel, `[C]`.
+    """
+    dtype = compute_dtype(x, weight, bias)
+    values, scale, shift = (t.to(dtype) for t in (x, weight, bias))
+    mean = values.mean((0, 2, 3), keepdim=True)
+    distance = values - mean
+    variance = distance.square().mean((0, 2, 3), keepdim=True)
+    before = distance * torch.rsqrt(variance + eps) * scale[:, None, None] + shift[:, None, None]
+    y = F.leaky_relu(before, negative_slope).to(x.dtype)
+    rows = x.numel() // x.shape[1]
+    return y, mean.flatten(), variance.flatten() * (rows / (rows - 1))
+
+
+def last_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    objective: Objective,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A decoder's last block and its errors; `bvae.ops.last_block` documents the arguments.
+
+    Returns:
+        the errors and squared errors per image, `[B]`; BatchNorm's mean and unbiased variance, `[C]`.
+    """
+    dtype = compute_dtype(x, target)
+    a, mean, variance = batch_norm_leaky_relu(x, norm_weight, norm_bias, eps, negative_slope)
+    recon = F.conv2d(a, weight.to(a.dtype), bias.to(a.dtype), padding=1).to(dtype)
+    y = scale_pixels(target, objective.pixel_range[0]) if target.dtype == torch.uint8 else target
+    y = y.to(dtype)
+    if objective.likelihood == "bernoulli":
+        y = torch.where((y < 0) | (y > 1), torch.nan, y)
+    output = recon
+    if objective.activation == "tanh":
+        output = torch.tanh(recon)
+    elif objective.activation == "sigmoid" or (objective.likelihood == "bernoulli" and objective.from_logits):
+        output = torch.sigmoid(recon)
+    squares = (output.detach() - y).square().flatten(1).sum(1)
+    return pixel_errors(recon, y, objective).flatten(1).sum(1), squares, mean, variance
+
+
 def capacity_at(step: Tensor, max_capacity: float | Tensor, capacity_iters: int) -> Tensor:
     """C = clamp(max_capacity / capacity_iters * step, 0, max_capacity), nats: Burgess et al. (2018)."""
     if isinstance(max_capacity, Tensor):
