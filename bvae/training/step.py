@@ -119,16 +119,6 @@ def pixel_mse(model: BetaVAE, loss: nn.Module, terms: LossTerms, raw: Tensor, ta
     return mse if loss.reduction == "mean" else mse / raw[0].numel()
 
 
-def penalised(
-    terms: LossTerms, penalty: Penalty | None, latents: tuple[Tensor, Tensor, Tensor]
-) -> tuple[LossTerms, Tensor]:
-    """A loss's terms with the weighted penalty of the latents z, mu, log_var in the loss; and the penalty."""
-    if penalty is None:
-        return terms, torch.zeros_like(terms.kld)
-    value = penalty(*latents)
-    return terms._replace(loss=terms.loss + penalty.weight * value), value.to(terms.kld.dtype)
-
-
 class _Cast(torch.autograd.Function):
     """Casts weights for autocast, and their gradients back; when compiled, each in one launch.
 
@@ -340,13 +330,17 @@ class TrainingStep:
         terms = self.loss(raw, target, kl)
         if not (isinstance(terms, LossTerms) and all(isinstance(term, Tensor) for term in terms)):
             raise UsageError("the loss must return LossTerms(loss, recon, kld, capacity), four 0-d tensors")
-        terms, penalty = penalised(terms, self.penalty, latents)
         mse = pixel_mse(self.model, self.loss, terms, raw, target)
-        loss, adversary = terms.loss, torch.zeros_like(terms.kld)
+        extra = []  # the penalty and the discriminator's loss, of the objectives that have them
+        if self.penalty is not None:
+            extra.append(self.penalty(*latents).to(terms.kld.dtype))
+            terms = terms._replace(loss=terms.loss + self.penalty.weight * extra[0])
+        loss = terms.loss
         if isinstance(self.penalty, Discriminator):
-            adversary = self.penalty.loss(latents[0], self.seed, self.step, first).to(loss.dtype)
-            loss = loss + adversary
-        row = F.pad(torch.cat([torch.stack([*terms, mse, penalty, adversary]), kl_per_dim]), (0, 1))
+            extra.append(self.penalty.loss(latents[0], self.seed, self.step, first).to(loss.dtype))
+            loss = loss + extra[1]
+        head = F.pad(torch.stack([*terms, mse, *extra]), (0, 2 - len(extra)))
+        row = F.pad(torch.cat([head, kl_per_dim]), (0, 1))
         return loss, row.detach().float().view(1, -1), self.metrics_buffer.row_index(self.step)
 
     def _reconstruct(
