@@ -35,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # no device has this number, for CUDA and for ROCm
         os.environ["TRITON_INTERPRET"] = "1"  # for the import; whether a test uses them, `kernels` decides
+        import interpreter
+
+        interpreter.repair()
     import noise_kernels  # noqa: F401
 
     import bvae.ops  # noqa: F401
@@ -99,3 +102,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield torch.device("cpu")
     else:
         yield from _run_kernels(request.param, monkeypatch)
+
+
+@pytest.fixture
+def few_rooms(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rooms of few values per factor, with noise for weights, because drawing them takes seconds."""
+    from bvae.pipelines import rooms
+
+    noise = torch.randint(256, (24, 64, 64, 3), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(rooms, "all_weights", lambda: (noise / 3).to(torch.uint8))
+    for name, value in {"SIZES": (2, 2, 2, 3, 4, 2), "GEOMETRIES": 24, "COUNT": 192}.items():
+        monkeypatch.setattr(rooms, name, value)
+    return 192

@@ -51,6 +51,10 @@ def loss_name(objective: ObjectiveConfig | None) -> str:
         "VAE": "",
         "H": f", beta {objective.beta:g}",
         "B": f", gamma {objective.gamma:g}, C {objective.max_capacity:g}",
+        "TC": f", beta {objective.beta:g}",
+        "Factor": f", gamma {objective.gamma:g}",
+        "DIP-I": f", lambda_od {objective.lambda_od:g}",
+        "DIP-II": f", lambda_od {objective.lambda_od:g}",
     }
     return objective.loss_type + weights[objective.loss_type]
 

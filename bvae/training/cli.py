@@ -77,7 +77,8 @@ def parse(argv: list[str], description: str) -> Arguments:
         early_parser.add_argument(name, nargs="?")
     early, _ = early_parser.parse_known_args(argv)
     if early.loss_type not in (None, *get_args(LossType)):
-        raise UsageError(f"Undefined loss type. --loss-type must be VAE, H or B, got {early.loss_type}")
+        known = ", ".join(get_args(LossType))
+        raise UsageError(f"Undefined loss type. --loss-type must be one of {known}, got {early.loss_type}")
     if module := getattr(early, "import"):
         from bvae.architectures import import_module
 

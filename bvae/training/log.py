@@ -77,7 +77,7 @@ class RunLog:
     def validation(self, step: int, epoch: int, result: Validation, pictures: Pictures) -> None:
         """Write one record of validation, and pictures for TensorBoard, unless there is one."""
         if not (step == self._done and self.is_validated):  # else a finished run is resumed
-            self._write("valid", step, epoch, result._asdict())
+            self._write("valid", step, epoch, result.values)
             if self._records:
                 self._records.add_images("valid", step, pictures)
             self.sync()

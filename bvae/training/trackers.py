@@ -53,7 +53,7 @@ class Tracker(ABC):
         self._attempt(lambda: self._record("train", step, values))
 
     def on_validation(self, step: int, validation: Validation) -> None:
-        self._attempt(lambda: self._record("valid", step, validation._asdict()))
+        self._attempt(lambda: self._record("valid", step, validation.values))
 
     def on_end(self, validation: Validation | None) -> None:
         self._attempt(lambda: self._end(validation))
