@@ -68,6 +68,8 @@ def walk_latent(run: Path, arguments: CompareOptions, start: int | None) -> Late
     model = BetaVAE.from_pretrained(run).to(device)
     protocol = Protocol(arguments.data, arguments.data_root, arguments.factor_bins)
     truth = measure.open_truth(run, protocol, model, device)
+    if not truth.names:
+        raise UsageError(f"{run} was trained on images without known factors: name others with --data")
     if arguments.factor not in truth.names:
         raise UsageError(f"--factor must be one of {', '.join(truth.names)}, got {arguments.factor!r}")
     factor = truth.names.index(arguments.factor)

@@ -109,10 +109,12 @@ def evaluate(run: Path, protocol: Protocol) -> str:
             ),
             "importance (DCI)": importance,
         }
-    else:
+    elif truth.names:
         areas = auroc(codes(all_images), truth.factors)
         scores, best = {}, best_latents(areas, truth.names, active)
         pictured = {"|2 AUROC - 1|": np.abs(2 * areas - 1)}
+    else:
+        scores, best, pictured = {}, {}, {}
     figures = None
     if extractor:
         before = time.perf_counter()
@@ -152,11 +154,12 @@ def _write_pictures(
     matrices: Mapping[str, NDArray[np.float64]],
     factors: Sequence[str],
 ) -> None:
-    """The matrices, and traversals from the image of the smallest code: of the active latents."""
+    """The active latents' rows of the matrices, if the factors are known, and their traversals."""
     shown = sorted(np.flatnonzero(active).tolist(), key=lambda i: -kl[i])[:ROWS]
     labels = [f"latent {i}, {kl[i]:.2f} nats" for i in shown]
-    picture = heat_map({title: matrix[shown] for title, matrix in matrices.items()}, labels, factors)
-    files.write_image(run / "evaluation.png", picture)
+    if matrices:
+        picture = heat_map({title: matrix[shown] for title, matrix in matrices.items()}, labels, factors)
+        files.write_image(run / "evaluation.png", picture)
     typical = torch.from_numpy(codes[[np.linalg.norm(codes, axis=1).argmin()]]).to(model.head.weight.device)
     values = torch.linspace(-3, 3, 11)
     labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
