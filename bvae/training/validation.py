@@ -27,6 +27,11 @@ class Validation(NamedTuple):
     kl_per_dim: list[float]  # nats per latent
     penalty: float | None = None  # without its weight; None if the objective has none
 
+    @property
+    def values(self) -> dict[str, float | list[float]]:
+        """What there is of these, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
 
 @torch.no_grad()
 def validate(
