@@ -31,6 +31,13 @@ def sample(shape: tuple[int, ...], dtype: torch.dtype, per_dim: bool, device: to
     ops.gaussian_kl(*both.chunk(2, 1)).sum().backward()
 
 
+def correlation(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    batch, latents = shape
+    both = torch.randn(batch, 2 * latents, device=device).to(dtype).requires_grad_()
+    mu, log_var = both.chunk(2, 1)
+    ops.total_correlation(mu + torch.randn_like(mu), mu, log_var, 1000).backward()
+
+
 def loss(shape: tuple[int, ...], dtype: torch.dtype, likelihood: str, device: torch.device) -> None:
     batch, channels, *size = shape
     recon = torch.randn(shape, device=device).to(dtype).requires_grad_()
@@ -69,6 +76,8 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for shape, dtype, per_dim in itertools.product(LATENTS, DTYPES, (False, True)):
         sample(shape, dtype, per_dim, device)
+    for shape, dtype in itertools.product(((144, 128), (34, 10), (5, 41), (7, 512)), DTYPES):
+        correlation(shape, dtype, device)
     for shape, dtype, likelihood in itertools.product(IMAGES, DTYPES, LIKELIHOODS):
         loss(shape, dtype, likelihood, device)
     for shape, dtype in itertools.product(FEATURES, DTYPES):

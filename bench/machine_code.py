@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bvae.kernels import batch_norm, capacity_loss, image_errors, last_block, reparam_kl
+from bvae.kernels import batch_norm, capacity_loss, image_errors, last_block, reparam_kl, total_correlation
 from bvae.kernels import launch as kernel_launch
 from bvae.kernels.launch import Launch
 
@@ -81,6 +82,18 @@ def _image_errors(likelihood: str, activation: str | None) -> Launch:
 
 def _image_errors_backward() -> Launch:
     return image_errors.plan_backward(_images(BF16), torch.empty(144, device="meta"), 2.0)[0]
+
+
+def _correlation(batch: int, latents: int) -> Launch:
+    mu, log_var = _latents(batch, latents)
+    return total_correlation.plan_forward(torch.empty_like(mu), mu, log_var, -5.0, -1.0)[0]
+
+
+def _correlation_backward(batch: int, latents: int, which: int) -> Launch:
+    mu, log_var = _latents(batch, latents)
+    log2_joint, log2_marginals = (torch.empty(s, device="meta") for s in ((batch,), (batch, latents)))
+    inputs = torch.empty_like(mu), mu, log_var, log2_joint, log2_marginals
+    return total_correlation.plan_backward(*inputs, log2_joint, log2_joint, -5.0, -1.0)[0][which]
 
 
 def _features(channels: int, size: int, dtype: torch.dtype, batch: int) -> Tensor:
@@ -148,6 +161,15 @@ CASES: dict[str, Callable[[], Launch]] = {
     "errors per image, bernoulli": lambda: _image_errors("bernoulli", None),
     "errors per image, probabilities": lambda: _image_errors("probabilities", None),
     "errors per image, backward": _image_errors_backward,
+    **{
+        f"total correlation, [144, {latents}]{suffix}": case
+        for latents in (10, 128, 512)
+        for suffix, case in (
+            ("", partial(_correlation, 144, latents)),
+            (", backward, samples", partial(_correlation_backward, 144, latents, 0)),
+            (", backward, posteriors", partial(_correlation_backward, 144, latents, 1)),
+        )
+    },
     "BatchNorm, 32 at 64 x 64, statistics": lambda: _norm(32, 64, 0),
     "BatchNorm, 32 at 64 x 64, apply": lambda: _norm(32, 64, 1),
     "BatchNorm, 32 at 64 x 64, reduce": lambda: _norm_backward(32, 64, 0),
@@ -176,6 +198,9 @@ def batch_variants(batch: int) -> dict[str, Launch]:
         "sample, [., 128], per dimension": _sample(_latents(batch, 128), per_dim=True),
         "sample, [., 4, 64, 64], per dimension": _sample(_latents(batch, 4, 64, 64), per_dim=True),
         "sample, [., 128], backward": _sample_backward(_latents(batch, 128)),
+        "total correlation, [., 128]": _correlation(batch, 128),
+        "total correlation, [., 128], backward, samples": _correlation_backward(batch, 128, 0),
+        "total correlation, [., 128], backward, posteriors": _correlation_backward(batch, 128, 1),
         "BatchNorm, statistics": _norm(32, 64, 0, batch=batch),
         "BatchNorm, apply": _norm(32, 64, 1, batch=batch),
         "BatchNorm, reduce": _norm_backward(32, 64, 0, batch),

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from bvae.kernels import launch
-from bvae.objective import Objective
+from bvae.objective import Objective, Weights
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_DIMS = 5  # the batch and up to four more
+
+LEAST_BATCH = 3  # for the total correlation: each image needs others that stand for the whole data set
 
 Pair = tuple[Tensor, Tensor]
 
@@ -183,6 +185,37 @@ def counter(name: str, value: Tensor | int, device: torch.device) -> Tensor:
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit into 64 bits, got {value}")
     return torch.full((), value, dtype=torch.int64, device=device)
+
+
+# the total correlation
+
+
+def latents(
+    z: Tensor, mu: Tensor, log_var: Tensor, dataset_size: int, weights: Weights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z, mu and log_var as `[B, D]`, and the checks of the options."""
+    mu, log_var = posterior(mu, log_var, None)
+    _check_float("z", z)
+    if z.shape != mu.shape:
+        raise ValueError(f"z must have mu's shape {list(mu.shape)}, got {describe(z)}")
+    _check_device("z", z, mu.device, "mu's")
+    if weights not in ("stratified", "weighted"):
+        raise ValueError(f"weights must be 'stratified' or 'weighted', got {weights!r}")
+    batch = mu.shape[0]
+    if batch < LEAST_BATCH:
+        raise ValueError(
+            f"the total correlation of {batch} images cannot be estimated, at least {LEAST_BATCH} are "
+            "needed: each image's density comes from the other posteriors of the batch"
+        )
+    if isinstance(dataset_size, bool) or not isinstance(dataset_size, int):
+        got = describe(dataset_size) if isinstance(dataset_size, Tensor) else repr(dataset_size)
+        raise TypeError(f"dataset_size must be a Python int, the number of training images, got {got}")
+    if dataset_size < batch:
+        raise ValueError(
+            f"dataset_size must be the number of training images, of which the batch is a part: got "
+            f"{dataset_size} for a batch of {batch}"
+        )
+    return z.flatten(1), mu.flatten(1), log_var.flatten(1)
 
 
 # the loss

@@ -27,7 +27,13 @@ try:
 except ModuleNotFoundError:  # only the command line needs the options' names
     arg = dict
 
-LossType = Literal["VAE", "H", "B"]
+# fmt: off
+DataName = Literal[
+    "faces", "celeba", "folder", "sprites", "dsprites", "rooms", "shapes3d", "mpi3d", "cars3d", "smallnorb",
+    "memory",
+]
+# fmt: on
+LossType = Literal["VAE", "H", "B", "TC", "Factor", "DIP-I", "DIP-II"]
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -35,14 +41,15 @@ PRESETS = Path(__file__).parent / "presets"
 class DataConfig:
     """Which images, and how they become pixels."""
 
-    name: Annotated[
-        Literal["faces", "celeba", "folder", "sprites", "dsprites", "memory"], arg(name="data")
-    ] = "faces"
+    name: Annotated[DataName, arg(name="data")] = "faces"
     """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
     folder: any tree of image files, or of tar shards that hold them. sprites: the images of dSprites,
-    drawn here. dsprites: your own dsprites_*.npz. memory: the images passed to bvae.fit in Python."""
+    drawn here. dsprites: your own dsprites_*.npz. rooms: images with 3D Shapes' factors, drawn here.
+    shapes3d, mpi3d, cars3d, smallnorb: your own files of them. memory: the images passed to bvae.fit in
+    Python."""
     root: Annotated[Path | None, arg(name="data-root")] = None
-    """Folder of the images; for dsprites the npz file. None: data/faces, for faces only."""
+    """Folder of the images; for dsprites and mpi3d the npz file, for shapes3d the h5 file. None: data/faces,
+    for faces only."""
     crop: int | None = None
     """Side of the centred square to crop, in pixels. None: 148 for celeba and faces (in proportion for other
     sizes), the largest square for folder."""
@@ -64,6 +71,10 @@ class DataConfig:
 
 
 SHAPES = ("sprites", "dsprites")  # data sets of 2D shapes
+CHANNELS = {  # of the data sets with known factors
+    **{"sprites": 1, "dsprites": 1, "rooms": 3},
+    **{"shapes3d": 3, "mpi3d": 3, "cars3d": 3, "smallnorb": 1},
+}
 SIZES = (32, 256)  # smallest and largest side of the images, in pixels
 
 
@@ -83,18 +94,24 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The loss. VAE: recon + kl_weight KL. H: recon + beta kl_weight KL (Higgins et al. 2017).
-    B: recon + gamma kl_weight |KL - C|, C rising to max_capacity (Burgess et al. 2018)."""
+    B: recon + gamma kl_weight |KL - C|, C rising to max_capacity (Burgess et al. 2018). The others are
+    recon + kl_weight (KL + penalty): docs/objectives.md."""
 
     loss_type: LossType = "B"
-    """VAE, H (beta) or B (capacity)."""
+    """VAE, H (beta), B (capacity), TC (beta-TCVAE), Factor (FactorVAE), DIP-I or DIP-II."""
     beta: float = 4.0
-    """Weight of the KL in H."""
+    """Weight of the KL in H, of the total correlation in TC."""
     gamma: float = 10.0
-    """Weight of |KL - C| in B."""
+    """Weight of |KL - C| in B, of the total correlation in Factor."""
     max_capacity: float = 25.0
     """Highest C in B, in nats."""
     capacity_iters: int | Literal["auto"] = "auto"
     """Training steps until C is max_capacity. auto: half the run."""
+    lambda_od: float = 10.0
+    """Weight of the squared covariances of the latents in DIP-I and DIP-II."""
+    lambda_d: float | None = None
+    """Weight of their variances' squared distances from 1. None: 10 lambda_od in DIP-I, lambda_od in
+    DIP-II."""
     recon: Literal["mean", "sum"] = "mean"
     """mean: over pixels (PyTorch-VAE's mean-squared error). sum: over pixels, as in the papers."""
     kl_weight: float | Literal["m_over_n"] | None = None
@@ -109,7 +126,7 @@ class ObjectiveConfig:
     @property
     def weight_on_kl(self) -> float:
         """The factor on the KL, or on |KL - C|, of a resolved objective."""
-        factor = {"VAE": 1.0, "H": self.beta, "B": self.gamma}[self.loss_type]
+        factor = {"H": self.beta, "B": self.gamma}.get(self.loss_type, 1.0)
         return factor * float(self.kl_weight)  # type: ignore[arg-type]  # resolve() made it a number
 
 
@@ -133,6 +150,8 @@ class TrainingConfig:
     the end."""
     lr_gamma: float = 0.95
     """Factor on the learning rates after each epoch of the schedule exponential."""
+    discriminator_lr: float = 1e-4
+    """Learning rate of the discriminator of the loss Factor, throughout the run."""
     warmup: int = 0
     """Steps in which the learning rates first rise from 0, on a line."""
     weight_decay: float = 0.0
@@ -187,10 +206,12 @@ class Config:
         from bvae.architectures import STAGES, check_size  # imports torch
 
         check_size(self.model.arch, data.image_size)
-        if data.name in SHAPES and (data.image_size, data.channels, data.flip) != (64, 1, False):
+        channels = CHANNELS.get(data.name, data.channels)
+        if data.name in CHANNELS and (data.image_size, data.channels, data.flip) != (64, channels, False):
             raise UsageError(
-                f"{data.name} are grey, of 64 x 64 pixels, and must not be mirrored: data.image_size 64, "
-                "data.channels 1, data.flip false (--image-size 64 --channels 1 --no-flip)"
+                f"{data.name} are {'grey' if channels == 1 else 'RGB'}, of 64 x 64 pixels, and must not be "
+                f"mirrored: data.image_size 64, data.channels {channels}, data.flip false (--image-size 64 "
+                f"--channels {channels} --no-flip)"
             )
         widths = self.model.hidden_dims
         if not 1 <= len(widths) <= STAGES or min(widths) < 1:
@@ -224,7 +245,10 @@ class Config:
             weight = "m_over_n" if objective.recon == "mean" else 1.0
         if weight == "m_over_n":
             weight = self.model.latent_dim / self.data.image_size**2
-        objective = dataclasses.replace(objective, capacity_iters=iters, kl_weight=weight)
+        lambda_d = objective.lambda_d
+        if lambda_d is None:
+            lambda_d = objective.lambda_od * (10 if objective.loss_type == "DIP-I" else 1)
+        objective = dataclasses.replace(objective, capacity_iters=iters, kl_weight=weight, lambda_d=lambda_d)
         return dataclasses.replace(self, objective=objective)
 
     def to_yaml(self) -> str:
@@ -239,6 +263,7 @@ _POSITIVE = (
     "objective.decoder_variance",
     "training.lr",
     "training.muon_lr",
+    "training.discriminator_lr",
     "training.lr_gamma",
     "training.epochs",
     "training.max_steps",
@@ -252,6 +277,8 @@ _NOT_NEGATIVE = (
     "objective.gamma",
     "objective.max_capacity",
     "objective.kl_weight",
+    "objective.lambda_od",
+    "objective.lambda_d",
     "training.warmup",
     "training.weight_decay",
     "training.muon_weight_decay",
@@ -277,9 +304,24 @@ def default_preset(data: str, device: str) -> str | None:
     """
     if data in SHAPES:
         return "burgess_sprites"
+    if data in CHANNELS:
+        return "locatello_rooms" if CHANNELS[data] == 3 else "locatello_sprites"
     if device == "cuda" or (device == "auto" and has_gpu()):
         return None
     return "faces_cpu" if data == "faces" else "small"
+
+
+def option_places() -> dict[str, tuple[str, str]]:
+    """The command-line options of a configuration, named with underscores: section and key of each."""
+    config = Config()
+    return {
+        {"data.name": "data", "data.root": "data_root"}.get(f"{section.name}.{option.name}", option.name): (
+            section.name,
+            option.name,
+        )
+        for section in dataclasses.fields(Config)
+        for option in dataclasses.fields(getattr(config, section.name))
+    }
 
 
 def override(config: Config, options: Mapping[str, Any]) -> Config:
@@ -288,14 +330,7 @@ def override(config: Config, options: Mapping[str, Any]) -> Config:
     Raises:
         UsageError: an unknown name (with the nearest one), or a value of the wrong type.
     """
-    places = {
-        {"data.name": "data", "data.root": "data_root"}.get(f"{section.name}.{option.name}", option.name): (
-            section.name,
-            option.name,
-        )
-        for section in dataclasses.fields(Config)
-        for option in dataclasses.fields(getattr(config, section.name))
-    }
+    places = option_places()
     if "epochs" in options and "max_steps" not in options:
         options = {**options, "max_steps": None}  # which would win
     sections: dict[str, dict[str, Any]] = {}

@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bvae.config import LARGEST
+from bvae.config import CHANNELS, LARGEST
 from bvae.errors import MissingError, UsageError
 from bvae.images import read_image
 from bvae.metrics.inputs import Factors
 from bvae.model import BetaVAE
 from bvae.opening import TABLE, NotRead, read_text
 from bvae.paths import expand
-from bvae.pipelines import celeba, sprites
+from bvae.pipelines import celeba, rooms, sprites
+from bvae.pipelines.labelled import Labelled
 from bvae.pipelines.packed_loader import unpack
 from bvae.reference import scale_pixels
 
@@ -29,10 +30,30 @@ MOST = 1000  # factors
 class Truth(NamedTuple):
     """Images by number, and the factors from which they were made."""
 
-    names: tuple[str, ...]  # of the factors
+    names: tuple[str, ...]  # of the factors; empty if they are not known
     factors: Factors  # [N, K]
     images: Callable[[NDArray[np.int64]], Tensor]  # numbers [n] to float32 [n, C, H, W], in the model's range
     independent: bool = True  # factors of variation; False: attributes that are correlated, each -1 or 1
+    crop: int | None = None  # side of the centred square that is read from an image file, in pixels
+
+
+def unlabelled(model: BetaVAE, pixels: Tensor, crop: int | None) -> Truth:
+    """Images whose factors are not known: uint8 [N, H, W, C].
+
+    Raises:
+        ValueError: the model takes other images.
+    """
+    pixels = pixels.permute(0, 3, 1, 2)
+    if pixels.shape[1:] != model.input_shape:
+        raise UsageError(
+            f"the images are {list(pixels.shape[1:])}, and this model takes {list(model.input_shape)}"
+        )
+    low, _ = model.pixel_range
+
+    def images(numbers: NDArray[np.int64]) -> Tensor:
+        return scale_pixels(pixels[torch.from_numpy(numbers)], low)
+
+    return Truth((), np.empty((len(pixels), 0), np.int64), images, independent=False, crop=crop)
 
 
 def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
@@ -41,7 +62,7 @@ def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
     Raises:
         ValueError: the model does not take grey images of 64 x 64.
     """
-    check_shapes(model)
+    check_input(model, "sprites")
     low, _ = model.pixel_range
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
@@ -51,10 +72,42 @@ def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
     return Truth(sprites.FACTORS, indices.numpy(), images)
 
 
-def check_shapes(model: BetaVAE) -> None:
-    """Raise ValueError for a model that does not take grey images of 64 x 64."""
-    if model.input_shape != (1, sprites.SIDE, sprites.SIDE):
-        raise UsageError(f"sprites are [1, 64, 64], and this model takes {list(model.input_shape)}")
+def all_rooms(model: BetaVAE, device: torch.device) -> Truth:
+    """All rooms, painted on the device.
+
+    Raises:
+        ValueError: the model does not take RGB images of 64 x 64.
+    """
+    check_input(model, "rooms")
+    painter, (low, _) = rooms.Rooms(device), model.pixel_range
+
+    def images(numbers: NDArray[np.int64]) -> Tensor:
+        painted = painter.paint(torch.from_numpy(numbers).to(device))
+        return scale_pixels(painted.permute(0, 3, 1, 2), low)
+
+    return Truth(rooms.FACTORS, rooms.unravel(torch.arange(rooms.COUNT)).numpy(), images)
+
+
+def labelled(model: BetaVAE, name: str, data: Labelled) -> Truth:
+    """A user's own data set of known factors, read into memory.
+
+    Raises:
+        ValueError: the model does not take images of its shape.
+    """
+    check_input(model, name)
+    low, _ = model.pixel_range
+
+    def images(numbers: NDArray[np.int64]) -> Tensor:
+        return scale_pixels(data.images[torch.from_numpy(numbers)].permute(0, 3, 1, 2), low)
+
+    return Truth(data.names, data.indices.numpy(), images)
+
+
+def check_input(model: BetaVAE, name: str) -> None:
+    """Raise ValueError for a model that does not take the images of a data set of known factors."""
+    expected = (CHANNELS[name], sprites.SIDE, sprites.SIDE)
+    if model.input_shape != expected:
+        raise UsageError(f"{name} are {list(expected)}, and this model takes {list(model.input_shape)}")
 
 
 def attributes(root: Path, model: BetaVAE, crop: int | None = None) -> Truth:
@@ -76,7 +129,8 @@ def attributes(root: Path, model: BetaVAE, crop: int | None = None) -> Truth:
     if not differ.any():
         raise UsageError(f"{root}: its {len(paths)} images have the same value in every attribute")
     varying = tuple(name for name, varies in zip(names, differ, strict=True) if varies)
-    return Truth(varying, values[:, differ], _files(paths, model, crop), independent=False)
+    crop = crop or _fitting_crop(paths)
+    return Truth(varying, values[:, differ], _files(paths, model, crop), independent=False, crop=crop)
 
 
 def folder(root: Path, model: BetaVAE, bins: int, crop: int | None = None) -> Truth:
@@ -120,12 +174,17 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int | None = None) -> Tr
     files = celeba.match(listed, os.listdir(images) if images.is_dir() else [])
     paths = [images / files.get(name, name) for name in listed]
     factors = np.stack([_levels(column, bins) for column in values.T], 1)
-    return Truth(tuple(names), factors, _files(paths, model, crop))
+    crop = crop or _fitting_crop(paths)
+    return Truth(tuple(names), factors, _files(paths, model, crop), crop=crop)
 
 
-def _files(paths: Sequence[Path], model: BetaVAE, crop: int | None) -> Callable[[NDArray[np.int64]], Tensor]:
+def _fitting_crop(paths: Sequence[Path]) -> int:
+    """The crop of training."""
+    return celeba.fitting_crop([str(path) for path in paths])[0]
+
+
+def _files(paths: Sequence[Path], model: BetaVAE, crop: int) -> Callable[[NDArray[np.int64]], Tensor]:
     """A function that reads images from their files."""
-    crop = crop or celeba.fitting_crop([str(path) for path in paths])[0]
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
         return torch.cat([read_image(paths[i], crop, model.input_shape, model.pixel_range) for i in numbers])

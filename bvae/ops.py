@@ -11,7 +11,7 @@ from bvae import arguments, reference
 from bvae.kernels import launch, noise
 from bvae.kernels.cpu import image_errors as closed_errors
 from bvae.kernels.cpu import reparam_kl as closed_sample
-from bvae.objective import Activation, Likelihood, LossTerms, Objective, Reduction, Variance
+from bvae.objective import Activation, Likelihood, LossTerms, Objective, Reduction, Variance, Weights
 
 if launch.AVAILABLE:
     import bvae.kernels.batch_norm
@@ -19,6 +19,7 @@ if launch.AVAILABLE:
     import bvae.kernels.image_errors
     import bvae.kernels.last_block
     import bvae.kernels.reparam_kl
+    import bvae.kernels.total_correlation
 
 Prior = tuple[Tensor, Tensor] | Distribution | None
 
@@ -159,6 +160,70 @@ def gaussian_kl(
         return bvae.kernels.reparam_kl.reparam_kl(mu, log_var, None, None, bounds, False)[1]
     options: dict[str, Any] = {"clamp": clamp, "prior": prior, "free_bits": free_bits, "reduction": reduction}
     return reference.reparam_kl(mu, log_var, None, per_dim=False, **options)[1]
+
+
+def total_correlation(
+    z: Tensor, mu: Tensor, log_var: Tensor, dataset_size: int, *, weights: Weights = "stratified"
+) -> Tensor:
+    """The total correlation of the latents under the aggregate posterior q(z), estimated from a batch.
+
+        TC = E[log q(z) - sum_d log q(z_d)]        KL = MI + TC + sum_d KL(q(z_d), p(z_d))
+
+    Chen et al. (2018), equation 2. beta-TCVAE is recon + KL + (beta - 1) TC. It is the mean of
+    `log_aggregate_posterior`'s difference, whose arguments it has.
+
+    Returns:
+        0-d float32 (float64 gives float64), nats.
+
+    Raises:
+        TypeError, ValueError: as `log_aggregate_posterior`.
+
+    >>> import torch
+    >>> from bvae import total_correlation
+    >>> mu = torch.tensor([[-3.0, -3.0], [3.0, 3.0], [0.0, 0.0]])  # the two latents agree
+    >>> log_var = torch.full((3, 2), -4.0)
+    >>> total_correlation(mu, mu, log_var, dataset_size=3)  # log 3: three images, one position each
+    tensor(1.0986)
+    """
+    joint, product = log_aggregate_posterior(z, mu, log_var, dataset_size, weights=weights)
+    return (joint - product).mean()
+
+
+def log_aggregate_posterior(
+    z: Tensor, mu: Tensor, log_var: Tensor, dataset_size: int, *, weights: Weights = "stratified"
+) -> tuple[Tensor, Tensor]:
+    """log q(z_i) and sum_d log q(z_id) at the samples of a batch; q is the mixture of all images' posteriors.
+
+    With log q(z_i | x_i) and log p(z_i) the parts of the KL in Chen et al. (2018) follow, index-code mutual
+    information, total correlation and dimension-wise KL: their sum is log q(z_i | x_i) - log p(z_i).
+
+    Args:
+        z: a sample of each posterior, `[B, ...]` with one to four more dimensions, all of which are latents;
+            any strides; float32, bfloat16, float16, or float64, which runs the reference.
+        mu, log_var: the posteriors, as in `reparam_kl`. At least 3, drawn at random from the data set.
+        dataset_size: N, the number of images that the batch is drawn from.
+        weights: of the batch's posteriors in the mixture. "stratified": 1/N for z's own, and
+            (N - 1)/(N (B - 1)) for each other, so that the mean density over all batches is the exact one.
+            "weighted": 1/(N B) for all, the first estimator of Chen et al. (2018), whose total correlation is
+            too high by about (D - 1) log N; its gradient is that of the plain batch mean.
+
+    The densities of B x B pairs in D dimensions take part, and the kernel keeps none of them: it reads the
+    inputs, stores `[B, D]`, and computes the densities again in its backward pass, one launch forward and two
+    backward. More than 512 latents run the reference, which stores `[B, B, D]`.
+
+    Returns:
+        two tensors `[B]` float32 (float64 gives float64), nats.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its shape and what was expected; fewer than 3 images, or a
+            dataset_size below B.
+    """
+    z, mu, log_var = arguments.latents(z, mu, log_var, dataset_size, weights)
+    if launch.runs_triton(z, mu, log_var) and z.shape[1] <= bvae.kernels.total_correlation.MOST_LATENTS:
+        log_weights = reference.log_importance_weights(z.shape[0], dataset_size, weights)
+        op = bvae.kernels.total_correlation.log_aggregate_posterior
+        return op(z, mu, log_var, *log_weights)[:2]
+    return reference.log_aggregate_posterior(z, mu, log_var, dataset_size, weights)
 
 
 def vae_loss(
@@ -393,9 +458,8 @@ def batch_norm_leaky_relu(
     >>> batch_norm_leaky_relu(x, torch.ones(1), torch.zeros(1), negative_slope=0.5).flatten()
     tensor([-0.5000,  1.0000])
     """
-    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    vectors = {name: vector for name, vector in vectors.items() if vector is not None}
-    arguments.check_batch_norm(x, vectors)
+    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    arguments.check_batch_norm(x, {name: vector for name, vector in named.items() if vector is not None})
     if has_batch_norm_kernel(x) and launch.runs_triton(x, weight, bias):
         y, mean, _rstd, var = bvae.kernels.batch_norm.batch_norm_leaky_relu(
             x, weight.contiguous(), bias.contiguous(), eps, negative_slope

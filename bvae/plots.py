@@ -16,19 +16,24 @@ from bvae.model import BetaVAE
 # --- Grids ------------------------------------------------------------------------------------------------
 MARGIN = 2  # pixels between pictures
 LABEL = 92  # pixels for a row's text, or more if it needs them
+HEADER = 16  # pixels for the columns' texts
 
 
-def grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> Image.Image:
-    """Rows of uint8 images [N, H, W, 3] as one picture, with a label at the left of each row."""
+def grid(rows: Sequence[Tensor], labels: Sequence[str] = (), columns: Sequence[str] = ()) -> Image.Image:
+    """Rows of uint8 images [N, H, W, 3] as one picture, with a label left of each row, above each column."""
     height, width = rows[0].shape[1:3]
     font = ImageFont.load_default(12)
     left = _width(labels, font) if labels else 0
-    columns = max(len(row) for row in rows)
-    size = (left + columns * (width + MARGIN) - MARGIN, len(rows) * (height + MARGIN) - MARGIN)
+    header = HEADER if columns else 0
+    across = max(len(row) for row in rows)
+    size = (left + across * (width + MARGIN) - MARGIN, header + len(rows) * (height + MARGIN) - MARGIN)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
+    for j, column in enumerate(columns):
+        middle = left + j * (width + MARGIN) + width / 2
+        draw.text((middle, header / 2), column, fill="black", font=font, anchor="mm")
     for i, row in enumerate(rows):
-        top = i * (height + MARGIN)
+        top = header + i * (height + MARGIN)
         if labels:
             draw.multiline_text((4, top + height // 2 - 14), labels[i], fill="black", font=font)
         for j, image in enumerate(row):
@@ -67,17 +72,54 @@ def most_visible(images: Tensor, count: int) -> list[int]:
     return change.argsort(descending=True)[:count].tolist()
 
 
-def save_traversal(images: Tensor, labels: Sequence[str], path: Path) -> None:
+def save_traversal(images: Tensor, labels: Sequence[str], values: Tensor, path: Path) -> None:
     """Write uint8 [rows, values, N, H, W, 3]: a PNG with the values side by side, or a GIF, forward and back.
 
-    A PNG shows the first of the N images, a GIF all of them.
+    A PNG shows the first of the N images under the values, a GIF all of them.
     """
     if path.suffix.lower() == ".png":
-        files.write_image(path, grid(list(images[:, :, 0]), labels))
+        columns = [f"{round(value, 2):g}" for value in values.tolist()]
+        files.write_image(path, grid(list(images[:, :, 0]), labels, columns))
         return
     times = [*range(images.shape[1]), *range(images.shape[1] - 2, 0, -1)]
     frames = [grid(list(images[:, t]), labels).quantize(COLOURS, dither=Image.Dither.NONE) for t in times]
     files.write_image(path, frames[0], save_all=True, append_images=frames[1:], duration=100, loop=0)
+
+
+def by_kl(kl_per_dim: Sequence[float], count: int) -> tuple[list[int], list[str]]:
+    """The `count` latents with the highest KL, highest first, and a label with the nats of each."""
+    latents = sorted(range(len(kl_per_dim)), key=lambda i: -kl_per_dim[i])[:count]
+    return latents, [f"latent {i}\nKL {kl_per_dim[i]:.2f} nats" for i in latents]
+
+
+def most_typical(mu: Tensor) -> Tensor:
+    """Of posterior means [N, latent_dim] the one with the smallest norm: [1, latent_dim]."""
+    return mu[mu.norm(dim=1).argmin()].unsqueeze(0)
+
+
+@torch.no_grad()
+def progress_pictures(
+    model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], rows: int = 5, steps: int = 7
+) -> dict[str, Image.Image]:
+    """What a model in training has learned so far, for its log: "reconstructions" and "traversals".
+
+    Keeps the model in its mode.
+
+    Args:
+        x: validation images [N, C, H, W] in the decoder's range. The traversals start from the most typical.
+        kl_per_dim: nats per latent; the `rows` latents with the highest KL are traversed, highest first.
+        steps: values of each latent, from -3 to 3.
+    """
+    training = model.training
+    model.eval()
+    pairs = [to_uint8(part, model.pixel_range) for part in (x, model.reconstruct(x))]
+    latents, labels = by_kl(kl_per_dim, rows)
+    walks = traverse(model, most_typical(model.encode(x)[0]), latents, torch.linspace(-3, 3, steps))
+    model.train(training)
+    return {
+        "reconstructions": grid(pairs, ["input", "reconstruction"]),
+        "traversals": grid(list(walks[:, :, 0]), labels),
+    }
 
 
 @torch.no_grad()
@@ -100,12 +142,14 @@ def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: P
     samples = to_uint8(model.sample(64, generator), model.pixel_range)
     files.write_image(out / "samples.png", grid(samples.split(8)))
 
-    latents = sorted(range(model.latent_dim), key=lambda i: -kl_per_dim[i])[:rows]
-    labels = [f"latent {i}\nKL {kl_per_dim[i]:.2f} nats" for i in latents]
+    latents, labels = by_kl(kl_per_dim, rows)
     mu = model.encode(x)[0]
-    typical = mu[mu.norm(dim=1).argmin()].unsqueeze(0)
-    for start, steps, name in ((typical, 11, "traversals.png"), (mu[:FACES], FRAMES, "traversals.gif")):
-        save_traversal(traverse(model, start, latents, torch.linspace(-3, 3, steps)), labels, out / name)
+    for start, steps, name in (
+        (most_typical(mu), 11, "traversals.png"),
+        (mu[:FACES], FRAMES, "traversals.gif"),
+    ):
+        values = torch.linspace(-3, 3, steps)
+        save_traversal(traverse(model, start, latents, values), labels, values, out / name)
 
 
 # --- Matrices ---------------------------------------------------------------------------------------------

@@ -384,7 +384,7 @@ def plan_forward(
     activation: str | None,
     scale: float,
     pixel_low: float,
-) -> tuple[list[Launch], tuple[Tensor, ...]]:
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """The two forward launches and the outputs they fill, in the order of `last_block`'s."""
     outputs = _outputs(x, weight, with_grad)
     errors, squares, unscaled_grad, grad_sums, *_ = outputs
@@ -434,9 +434,10 @@ def plan_backward(
     grad_errors: Tensor,
     factor: float,
     slope: float,
-) -> tuple[list[Launch], tuple[Tensor, ...]]:
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """The three backward launches, and the outputs they fill: the gradients of the first four and of bias."""
-    outputs = grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias = _grads(x, weight)
+    outputs = _grads(x, weight)
+    grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias = outputs
     sizes = _sizes(x, weight)
     batch, tiles = x.shape[0], triton.cdiv(x.shape[2] * x.shape[3], _BACKWARD_PLACES)
     programs = min(batch * tiles, _PROGRAMS)
@@ -498,7 +499,7 @@ def _outputs(x: Tensor, weight: Tensor, with_grad: bool) -> tuple[Tensor, ...]:
     return errors, squares, unscaled_grad, grad_sums, *(errors.new_empty(channels) for _ in range(3))
 
 
-def _grads(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+def _grads(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The unfilled gradients of x, norm_weight, norm_bias (float32), weight and bias (in weight's dtype)."""
     norm_weight, norm_bias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     return (

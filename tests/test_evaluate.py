@@ -13,8 +13,9 @@ import torch
 from deadlines import in_time
 from PIL import Image
 
-from bvae import ground_truth
+from bvae import compare, ground_truth
 from bvae.config import Config, DataConfig
+from bvae.datasets import held_out
 from bvae.evaluate import main
 from bvae.evaluation import measure, run_folder
 from bvae.evaluation.measure import interval
@@ -23,12 +24,14 @@ from bvae.ground_truth import Truth
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
 from bvae.pipelines.packed_loader import pack
-from bvae.plots import CELL, LABEL, LEFT, MARGIN, TOP, heat_map
+from bvae.plots import CELL, HEADER, LABEL, LEFT, MARGIN, TOP, heat_map
+from bvae.reference import scale_pixels
 
 N = 60
 FEW = ["--seeds", "2", "--points", "30", "--factor-bins", "2"]
 SCORES = {
     *("mig", "dci_disentanglement", "dci_completeness", "dci_informativeness", "sap", "modularity"),
+    *("explicitness", "infom", "infoc", "infoe", "irs"),
     *("beta_vae", "factor_vae"),
 }
 
@@ -68,13 +71,18 @@ def test_files_and_table(run):
     assert len({value["half_width"] for value in result["scores"].values()}) > 1
     assert {np.shape(matrix) for matrix in result["matrices"].values()} == {(4, 9)}
     assert {"encoding", "score", "beta_vae", "factor_vae"} <= result["seconds"].keys()
+    with np.load(run / "codes.npz") as points:  # no pickle in it
+        assert points["mu"].shape == (30, 4)
+        assert points["names"].tolist() == result["factors"]
+        assert points["factors"].shape == (30, 9)
+        assert len(set(points["numbers"].tolist())) == 30
     mig = result["scores"]["mig"]
     assert f"| mig | {mig['mean']:.3f} | ± {mig['half_width']:.3f} |" in (run / "evaluation.md").read_text()
     assert (run / "printed").read_text() == (run / "evaluation.md").read_text()
     with Image.open(run / "evaluation.png") as picture:
         assert picture.size[0] > 2 * 9 * CELL[0]
     with Image.open(run / "evaluation_traversals.png") as picture:
-        assert picture.size == (LABEL + 11 * (32 + MARGIN) - MARGIN, 4 * (32 + MARGIN) - MARGIN)
+        assert picture.size == (LABEL + 11 * (32 + MARGIN) - MARGIN, HEADER + 4 * (32 + MARGIN) - MARGIN)
 
 
 def test_what_the_posteriors_and_reconstructions_are(run, data):
@@ -113,9 +121,36 @@ def test_runs_whose_factors_are_not_known(tmp_path, capsys):
     small_model().save_pretrained(tmp_path)
     assert main([str(tmp_path)]) == 2
     assert "does not say which data it was trained on: name them with --data" in capsys.readouterr().err
-    (tmp_path / "config.yaml").write_text(Config(data=DataConfig(name="folder", root=tmp_path)).to_yaml())
+    (tmp_path / "config.yaml").write_text(Config(data=DataConfig(name="memory")).to_yaml())
     assert main([str(tmp_path)]) == 2
+    assert "images in memory: name others with --data" in capsys.readouterr().err
+
+
+def test_images_without_factors(data, tmp_path, capsys):
+    """One's own photos: what the posteriors and reconstructions are, and no scores."""
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    folder = DataConfig(name="folder", root=data / "celeba" / "img_align_celeba", image_size=32)
+    (tmp_path / "config.yaml").write_text(Config(data=folder).to_yaml())
+    assert main([str(tmp_path), *FEW]) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    pixels = held_out(folder, 30)
+    assert result["images"] == len(pixels) > 0
+    x = scale_pixels(pixels.permute(0, 3, 1, 2), -1)
+    with torch.no_grad():
+        mse = (model.decode(model.encode(x)[0]) - x).square().mean().item()
+    assert result["model"]["mse"] == pytest.approx(mse, rel=1e-4)
+    assert result["model"].keys() >= {"psnr", "ssim", "kl"}
+    assert result["scores"] == result["attributes"] == result["matrices"] == {}
+    assert not (tmp_path / "evaluation.png").exists()
+    with Image.open(tmp_path / "evaluation_traversals.png") as picture:
+        assert picture.width > 11 * 32
+    capsys.readouterr()
+    assert compare.main([str(tmp_path), "--factor", "smile", "--out", str(tmp_path / "c")]) == 2
     assert "images without known factors" in capsys.readouterr().err
+    BetaVAE(3, 4, (4, 8), 64).save_pretrained(tmp_path)
+    assert main([str(tmp_path), *FEW]) == 2
+    assert "the images are [3, 32, 32], and this model takes [3, 64, 64]" in capsys.readouterr().err
 
 
 def test_what_is_infinite_is_said_so(tmp_path, monkeypatch):
@@ -207,7 +242,7 @@ def test_sprites_of_which_a_factor_does_not_vary(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sprites, "COUNT", 100)  # all of them squares of one size
     shapes_run(tmp_path, cache_dir=tmp_path / "cache")
     assert main([str(tmp_path), *FEW]) == 2
-    assert "factor 0 has no variation in 100 points" in capsys.readouterr().err
+    assert "factor 0 has no variation in 30 points" in capsys.readouterr().err
 
 
 def test_attributes_are_told_by_single_latents(data, tmp_path, monkeypatch):
@@ -221,7 +256,7 @@ def test_attributes_are_told_by_single_latents(data, tmp_path, monkeypatch):
     assert glasses.tolist() == [1 if float(row["glasses"]) > 0.5 else -1 for row in rows]
     codes = np.zeros((6, 4), np.float32)
     codes[:, 2] = -glasses
-    monkeypatch.setattr(run_folder, "encode", lambda *_: codes)
+    monkeypatch.setattr(measure, "encode", lambda *_: codes)
     model.save_pretrained(tmp_path)
     (tmp_path / "config.yaml").write_text(
         Config(data=DataConfig(name="celeba", root=data, image_size=32)).to_yaml()
@@ -298,14 +333,51 @@ def test_the_true_factors_rate_best(tmp_path):
     truth = Truth(("a", "b", "c"), factors, lambda numbers: torch.empty(0))
     codes = (factors / [1, 2, 3]).astype(np.float32)
     seconds: dict[str, float] = {}
-    found = measure.score_codes(codes, truth, Protocol(seeds=2, points=400), seconds)
+    active, protocol = np.ones(3, np.bool_), Protocol(seeds=2, points=480)
+    found, importance = measure.score_codes(lambda rows: codes[rows], truth, protocol, active, seconds)
     assert found.keys() == SCORES
-    for name in SCORES - {"sap"}:
+    for name in SCORES - {"sap", "explicitness"}:  # no linear classifier tells a value between two others
         assert found[name].mean > 0.97, name
     assert seconds.keys() == {"score", "beta_vae", "factor_vae"}
-    for matrix in measure.matrices(codes[:, [1, 2, 0]], truth, Protocol(points=480)).values():
-        assert matrix.argmax(0).tolist() == [2, 0, 1]
+    for matrix in (importance, measure.information_shares(codes, factors)):
+        assert matrix.argmax(0).tolist() == [0, 1, 2]
         assert np.allclose(matrix.max(0), 1, atol=0.02)
+
+
+def test_scores_of_active_latents_alone():
+    """A latent of almost no spread that copies a factor counts among all latents only."""
+    factors = np.indices((2, 3, 4)).reshape(3, -1).T.repeat(20, 0)
+    truth = Truth(("a", "b", "c"), factors, lambda numbers: torch.empty(0))
+    codes = np.concatenate([factors / [1, 2, 3], 1e-3 * factors[:, [2]]], 1).astype(np.float32)
+    active, protocol = np.array([True, True, True, False]), Protocol(seeds=2, points=480)
+    found, _ = measure.score_codes(lambda rows: codes[rows], truth, protocol, active, {})
+    assert found.keys() == SCORES | {"mig_active", "sap_active", "modularity_active"}
+    assert found["mig"].mean < 0.7
+    assert found["mig_active"].mean > 0.99
+    alone, _ = measure.score_codes(lambda rows: codes[rows][:, :3], truth, protocol, np.ones(3, np.bool_), {})
+    for name in ("mig", "sap", "modularity"):
+        assert found[f"{name}_active"] == alone[name]
+
+
+def test_few_points_encode_few_images(tmp_path, monkeypatch):
+    """With all points, all images are encoded, each once."""
+    factors = np.indices((2, 2)).reshape(2, 4).T.repeat(2500, 0)
+    truth = Truth(("a", "b"), factors, lambda numbers: torch.empty(len(numbers), 0))
+    encoded: list[int] = []
+
+    def encode(model, truth, numbers, device):
+        encoded.extend(numbers.tolist())
+        return factors[numbers].astype(np.float32)
+
+    monkeypatch.setattr(measure, "encode", encode)
+    model = BetaVAE(1, 2, (4,), 32)
+    codes = measure.LazyCodes(model, truth, torch.device("cpu"))
+    protocol = Protocol(seeds=1, points=20)
+    assert protocol.observations == 30 * 192
+    measure.score_codes(codes, truth, protocol, np.ones(2, np.bool_), {})
+    assert 20 <= len(encoded) == len(set(encoded)) < 5000
+    codes(np.arange(10_000))
+    assert sorted(encoded) == list(range(10_000))
 
 
 def test_all_images_are_encoded_in_order(data):

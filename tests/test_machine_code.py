@@ -67,6 +67,7 @@ def test_the_last_batch_of_an_epoch_compiles_nothing():
         ("loss, logistic", {"16": 1, "8": 1}, {"16": 1}, 5),
         ("loss, probabilities", {"16": 1, "8": 1}, {"16": 1}, 5),
         ("loss, tanh, evaluation", {"16": 1, "8": 1}, {}, 3),
+        ("total correlation, [144, 128]", {"8": 2}, {}, 4),  # mu and log_var: no densities
         ("BatchNorm, 32 at 64 x 64, statistics", {"16": 2}, {}, 2),
         ("BatchNorm, 32 at 64 x 64, statistics, float32", {"16": 4}, {}, 4),
         ("BatchNorm, 32 at 64 x 64, reduce", {"16": 4}, {}, 4),

@@ -15,8 +15,9 @@ from test_dsprites import archive
 from torch import nn
 
 import bvae
+from bvae import exporting, hub
 from bvae.compat.pytorch_vae_weights import export_state
-from bvae.evaluation import sweeping
+from bvae.evaluation import jobs, sweeping
 from bvae.evaluation.options import Protocol
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
@@ -56,7 +57,7 @@ def test_torchrun(command, data, tmp_path):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(TRAIN)])
-def test_training_command(command, data, run_folder, tmp_path, monkeypatch):
+def test_training_command(command, data, few_rooms, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bbvae.yaml").write_text(snippet("bbvae.yaml"))
     arguments = command.removeprefix(TRAIN).replace("DIR", str(data)).replace("runs/NAME", str(run_folder))
@@ -70,8 +71,9 @@ def test_training_command(command, data, run_folder, tmp_path, monkeypatch):
         arguments = arguments.replace("FILE", str(tmp_path / "dsprites.npz"))
         archive(tmp_path / "dsprites.npz")
         monkeypatch.setattr(sprites, "COUNT", 50)
-        short = SHORT_SHAPES if "sprites" in arguments else SHORT
-        drawn = [] if "--data" in arguments or "sprites" in arguments else ["--data-root", str(data)]
+        shapes = "sprites" in arguments or "rooms" in arguments
+        short = SHORT_SHAPES if shapes else SHORT
+        drawn = [] if "--data" in arguments or shapes else ["--data-root", str(data)]
         assert main([*shlex.split(arguments, comments=True), *short.split(), *drawn, "--out", "run"]) == 0
         assert (tmp_path / "run" / "traversals.gif").is_file()
 
@@ -98,8 +100,10 @@ def test_make_target(command, data, tmp_path):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(PYTHON) and not c.startswith(TRAIN)])
-def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
+def test_other_command(command, data, few_rooms, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "bvae.export" in command:
+        pytest.importorskip("onnxruntime")
     line = command.removeprefix(PYTHON).replace("DIR", str(data))
     line = line.replace("runs/NAME", str(run_folder)).replace("runs/OTHER", str(run_folder))
     module, *arguments = shlex.split(line, comments=True)
@@ -113,8 +117,12 @@ def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
     }
     if module == "bvae.sweep":
         # A process of its own takes seconds to start.
-        monkeypatch.setattr(sweeping, "in_its_own_process", sweeping.train_and_evaluate)
-        monkeypatch.setattr(sweeping, "Protocol", partial(Protocol, factor_bins=2))
+        monkeypatch.setattr(
+            sweeping,
+            "run_all",
+            lambda left, arguments: [(job, jobs.train_and_evaluate(job, arguments)) for job in left],
+        )
+        monkeypatch.setattr(jobs, "Protocol", partial(Protocol, factor_bins=2))
     arguments += short.get(module, []) + short.get(arguments[0], [])
     assert importlib.import_module(module).main(arguments) == 0
 
@@ -125,8 +133,9 @@ def test_every_command_is_run_by_a_test():
 
 
 def test_every_snippet_is_run_by_a_test():
-    """Here, or in test_dropin.py."""
-    code = "".join((ROOT / "tests" / name).read_text() for name in ("test_readme.py", "test_dropin.py"))
+    """Here, in test_dropin.py or in test_trackers.py."""
+    names = "test_readme.py", "test_dropin.py", "test_trackers.py"
+    code = "".join((ROOT / "tests" / name).read_text() for name in names)
     for name, language, text in SNIPPETS:
         assert name, f"no <!-- test: name --> before this {language} snippet:\n{text}"
         assert f'snippet("{name}")' in code, f"no test runs the snippet {name}"
@@ -175,6 +184,23 @@ def test_model_snippet(run_folder, tmp_path, monkeypatch):
     assert names["faces"].shape == (8, 3, 32, 32)
     assert torch.equal(names["again"], names["model"].reconstruct(names["faces"]))
     assert isinstance(names["old"], BetaVAE)
+
+
+def test_export_snippet(run_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    exporting.export(BetaVAE.from_pretrained(run_folder), tmp_path / "runs" / "NAME" / "export")
+    exec(snippet("export"), {})
+    assert capsys.readouterr().out.splitlines()[-1] == "(5, 3, 32, 32) [-1, 1]"
+
+
+def test_hub_snippet(run_folder, tmp_path, monkeypatch):
+    """Here the Hub is a folder; tests/test_hub.py has the client."""
+    monkeypatch.setattr(hub, "upload", lambda model, repo_id, *_: model.save_pretrained(tmp_path / repo_id))
+    monkeypatch.setattr(hub, "download", lambda repo_id, _: tmp_path / repo_id)
+    names: dict = {}
+    exec(snippet("hub").replace("runs/NAME", str(run_folder)), names)
+    assert names["again"].config == names["model"].config
 
 
 def test_score_snippet(capsys):

@@ -39,6 +39,7 @@ class LatentWalk(NamedTuple):
     factors: Factors  # [N, K] of all images
     start: int  # the index, among the points, of the image that the walk starts from
     row: Row
+    values: Tensor  # of the latent [steps]
     images: Tensor  # uint8 [steps, 1, H, W, 3]
 
 
@@ -50,6 +51,10 @@ def loss_name(objective: ObjectiveConfig | None) -> str:
         "VAE": "",
         "H": f", beta {objective.beta:g}",
         "B": f", gamma {objective.gamma:g}, C {objective.max_capacity:g}",
+        "TC": f", beta {objective.beta:g}",
+        "Factor": f", gamma {objective.gamma:g}",
+        "DIP-I": f", lambda_od {objective.lambda_od:g}",
+        "DIP-II": f", lambda_od {objective.lambda_od:g}",
     }
     return objective.loss_type + weights[objective.loss_type]
 
@@ -63,6 +68,8 @@ def walk_latent(run: Path, arguments: CompareOptions, start: int | None) -> Late
     model = BetaVAE.from_pretrained(run).to(device)
     protocol = Protocol(arguments.data, arguments.data_root, arguments.factor_bins)
     truth = measure.open_truth(run, protocol, model, device)
+    if not truth.names:
+        raise UsageError(f"{run} was trained on images without known factors: name others with --data")
     if arguments.factor not in truth.names:
         raise UsageError(f"--factor must be one of {', '.join(truth.names)}, got {arguments.factor!r}")
     factor = truth.names.index(arguments.factor)
@@ -78,7 +85,8 @@ def walk_latent(run: Path, arguments: CompareOptions, start: int | None) -> Late
     if start is None:
         start = int(np.linalg.norm(codes, axis=1).argmin())
     z = torch.from_numpy(codes[[start]]).to(device)
-    images = traverse(model, z, [latent], torch.linspace(-3, 3, arguments.steps))[0]
+    values = torch.linspace(-3, 3, arguments.steps)
+    images = traverse(model, z, [latent], values)[0]
     row = Row(
         run.resolve().name,
         loss_name(trained.objective if trained else None),
@@ -91,7 +99,7 @@ def walk_latent(run: Path, arguments: CompareOptions, start: int | None) -> Late
         statistics["reconstruction_nats"],
         statistics["mse"],
     )
-    return LatentWalk(truth.factors, start, row, images)
+    return LatentWalk(truth.factors, start, row, values, images)
 
 
 def markdown(rows: list[Row], factor: str) -> str:
@@ -131,7 +139,7 @@ def compare(arguments: CompareOptions) -> str:
     images = torch.stack([walk.images for walk in walks])
     files.make_folder(arguments.out.parent)
     for end in (".png", ".gif"):
-        save_traversal(images, labels, arguments.out.with_name(arguments.out.name + end))
+        save_traversal(images, labels, walks[0].values, arguments.out.with_name(arguments.out.name + end))
     table = markdown(rows, arguments.factor)
     files.write_text(arguments.out.with_name(arguments.out.name + ".md"), table)
     return table

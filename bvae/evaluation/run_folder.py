@@ -1,30 +1,33 @@
-"""Evaluate a run folder: measure its model, and write evaluation.md, .json, .png and _traversals.png."""
+"""Evaluate a run folder: measure its model, and write evaluation.md, .json, .png, and codes.npz."""
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bvae import files
 from bvae.config import Config
 from bvae.device import choose_device
 from bvae.errors import UsageError
+from bvae.evaluation import quality
 from bvae.evaluation.measure import (
+    LazyCodes,
     Protocol,
     active_latents,
     best_latents,
     compute_statistics,
-    encode,
-    matrices,
+    information_shares,
     open_truth,
     sample_numbers,
     score_codes,
     trained_config,
 )
+from bvae.ground_truth import Truth
 from bvae.metrics import auroc
 from bvae.model import BetaVAE
 from bvae.paths import expand
@@ -53,6 +56,16 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += [
         f"| {name} | {'infinite' if value is None else f'{value:.4g}'} | |" for name, value in plain.items()
     ]
+    if figures := result["quality"]:
+        for name, value in figures["distances"].items():
+            lines.append(f"| FID of {name} | {value['fid']:.2f} | |")
+            lines.append(f"| KID of {name} | {value['kid']:.5f} | ± {value['kid_std']:.5f} (subsets) |")
+        crop = f"cropped to {figures['crop']}, " if figures["crop"] else ""
+        lines += [
+            f"| FID, KID: number of images | {figures['images']} | |",
+            f"| FID, KID: pixels | {crop}{figures['size']} x {figures['size']}; {figures['resizing']} | |",
+            f"| FID, KID: sha256 of {figures['weights']} | {figures['sha256']} | |",
+        ]
     lines += [f"| seconds: {name} | {value:.1f} | |" for name, value in result["seconds"].items()]
     return "\n".join(lines) + "\n"
 
@@ -71,36 +84,45 @@ def evaluate(run: Path, protocol: Protocol) -> str:
     device = choose_device(protocol.device)
     model = BetaVAE.from_pretrained(run).to(device)
     truth = open_truth(run, protocol, model, device)
+    # First, because a file that cannot be used should not be reported after minutes.
+    extractor = quality.inception(protocol.fid_weights, device) if protocol.fid_weights else None
     trained = trained_config(run)
     variance = (trained or Config()).objective.decoder_variance
     seconds: dict[str, float] = {}
-
-    def timed(name: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        outcome = work()
-        seconds[name] = time.perf_counter() - start
-        return outcome
-
-    codes = timed("encoding", lambda: encode(model, truth, np.arange(len(truth.factors)), device))
+    start = time.perf_counter()
+    codes = LazyCodes(model, truth, device)
+    all_images = np.arange(len(truth.factors))
+    if not truth.independent or protocol.observations >= len(all_images):
+        codes(all_images)  # in large batches, since almost all are needed
     drawn = sample_numbers(truth, protocol.points)
-    statistics = timed(
-        "posterior and reconstruction", lambda: compute_statistics(model, truth, drawn, variance, device)
-    )
+    drawn_codes = codes(drawn)
+    statistics = compute_statistics(model, truth, drawn, variance, device, with_mig=truth.independent)
+    seconds["posterior and reconstruction"] = time.perf_counter() - start - codes.seconds
     kl = statistics["kl_per_latent"]
     active = active_latents(kl)
     if truth.independent:
-        scores = score_codes(codes, truth, protocol, seconds)
-        pictured = timed("matrices", lambda: matrices(codes, truth, protocol))
+        scores, importance = score_codes(codes, truth, protocol, active, seconds)
         best = {}
-    else:
-        areas = timed("AUROC", lambda: auroc(codes, truth.factors))
+        pictured = {
+            "mutual information / entropy of the factor": information_shares(
+                drawn_codes, truth.factors[drawn]
+            ),
+            "importance (DCI)": importance,
+        }
+    elif truth.names:
+        areas = auroc(codes(all_images), truth.factors)
         scores, best = {}, best_latents(areas, truth.names, active)
         pictured = {"|2 AUROC - 1|": np.abs(2 * areas - 1)}
-    seconds["in all"] = sum(seconds.values())
+    else:
+        scores, best, pictured = {}, {}, {}
+    figures = None
+    if extractor:
+        before = time.perf_counter()
+        figures = quality.measure(model, truth, drawn, extractor, device)
+        seconds["FID and KID"] = time.perf_counter() - before
+    seconds["encoding"] = codes.seconds  # within the others, if few images are encoded
+    seconds["in all"] = time.perf_counter() - start
 
-    shown = sorted(np.flatnonzero(active).tolist(), key=lambda i: -kl[i])[:ROWS]
-    labels = [f"latent {i}, {kl[i]:.2f} nats" for i in shown]
-    picture = heat_map({title: matrix[shown] for title, matrix in pictured.items()}, labels, truth.names)
     result = {
         "images": len(truth.factors),
         "factors": truth.names,
@@ -110,16 +132,44 @@ def evaluate(run: Path, protocol: Protocol) -> str:
         "scores": {name: value._asdict() for name, value in scores.items()},
         "attributes": best,
         "model": {k: v if np.isfinite(v).all() else None for k, v in statistics.items()},  # JSON has no inf
+        "quality": figures,
         "matrices": {title: matrix.tolist() for title, matrix in pictured.items()},
         "seconds": seconds,
     }
     table = markdown(result)
     files.write_text(run / "evaluation.md", table)
-    files.write_image(run / "evaluation.png", picture)
-    typical = torch.from_numpy(codes[[np.linalg.norm(codes, axis=1).argmin()]]).to(device)
-    images = traverse(model, typical, shown, torch.linspace(-3, 3, 11))
-    labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
-    save_traversal(images, labels, run / "evaluation_traversals.png")
+    _write_pictures(run, model, drawn_codes, kl, active, pictured, truth.names)
+    _write_codes(run / "codes.npz", drawn, drawn_codes, truth)
     # Last: for a sweep, this file means that the evaluation is complete.
     files.write_text(run / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return table
+
+
+def _write_pictures(
+    run: Path,
+    model: BetaVAE,
+    codes: NDArray[np.float32],
+    kl: Sequence[float],
+    active: NDArray[np.bool_],
+    matrices: Mapping[str, NDArray[np.float64]],
+    factors: Sequence[str],
+) -> None:
+    """The active latents' rows of the matrices, if the factors are known, and their traversals."""
+    shown = sorted(np.flatnonzero(active).tolist(), key=lambda i: -kl[i])[:ROWS]
+    labels = [f"latent {i}, {kl[i]:.2f} nats" for i in shown]
+    if matrices:
+        picture = heat_map({title: matrix[shown] for title, matrix in matrices.items()}, labels, factors)
+        files.write_image(run / "evaluation.png", picture)
+    typical = torch.from_numpy(codes[[np.linalg.norm(codes, axis=1).argmin()]]).to(model.head.weight.device)
+    values = torch.linspace(-3, 3, 11)
+    labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
+    images = traverse(model, typical, shown, values)
+    save_traversal(images, labels, values, run / "evaluation_traversals.png")
+
+
+def _write_codes(path: Path, numbers: NDArray[np.int64], codes: NDArray[np.float32], truth: Truth) -> None:
+    def write(file: IO[bytes]) -> None:
+        factors, names = truth.factors[numbers], np.array(truth.names)
+        np.savez(file, numbers=numbers, mu=codes, factors=factors, names=names)
+
+    files.write(path, write, codes.nbytes)

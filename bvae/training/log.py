@@ -6,18 +6,26 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from bvae import files
 from bvae.errors import say_once
 from bvae.opening import LOG, read_bytes
-from bvae.training.validation import Validation
+from bvae.training.validation import ACTIVE_KL, Validation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 METRICS = "metrics.jsonl"
+Values = Mapping[str, float | list[float]]
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
+Pictures = Callable[[], Mapping[str, "Image"]]  # by name, drawn when they are asked for
 
 
 class RunLog:
@@ -43,11 +51,10 @@ class RunLog:
         """Count one step."""
         self._bar.update()
 
-    def log(
-        self, step: int, epoch: int, values: dict[str, float], images_per_s: float, batch_size: int
-    ) -> None:
-        """Write one record of training."""
-        self._write("train", step, epoch, {**values, "images_per_s": round(images_per_s, 1)})
+    def log(self, step: int, epoch: int, values: Mapping[str, Any], batch_size: int) -> None:
+        """Write one record of training; values are numbers, and "kl_per_dim" a list of them."""
+        self._write("train", step, epoch, values)
+        images_per_s = values["images_per_s"]
         shown = (
             f"epoch {epoch} loss {values['loss']:.3g} KL {values['kld']:.1f} C {values['capacity']:.1f} "
             f"{images_per_s:.0f} images/s"
@@ -62,11 +69,17 @@ class RunLog:
         """Whether there was a record of a validation of the step `done` at the start."""
         return self._records is not None and self._records.validated
 
-    def validation(self, step: int, epoch: int, result: Validation) -> None:
-        """Write one record of validation, unless there is one."""
+    @property
+    def logged(self) -> Mapping[str, int]:
+        """The last step of each split that the log had at the start; a killed run's may be after `done`."""
+        return self._records.logged if self._records else {}
+
+    def validation(self, step: int, epoch: int, result: Validation, pictures: Pictures) -> None:
+        """Write one record of validation, and pictures for TensorBoard, unless there is one."""
         if not (step == self._done and self.is_validated):  # else a finished run is resumed
-            values = {k: v for k, v in result._asdict().items() if k != "kl_per_dim"}
-            self._write("valid", step, epoch, values)
+            self._write("valid", step, epoch, result.values)
+            if self._records:
+                self._records.add_images("valid", step, pictures)
             self.sync()
         self.line(
             f"epoch {epoch}: validation mse {result.mse:.4f}, KL {result.kld:.2f} nats, "
@@ -89,7 +102,7 @@ class RunLog:
         if self._records:
             self._records.close()
 
-    def _write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
+    def _write(self, split: str, step: int, epoch: int, values: Values) -> None:
         if self._records:
             self._records.write(split, step, epoch, values)
 
@@ -101,7 +114,7 @@ class _Records:
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
         self._path = out / METRICS
-        self.validated = _start(self._path, done)
+        self.validated, self.logged = _start(self._path, done)
         self._metrics = files.append_text(self._path)
         events = set(out.glob(EVENTS))
         # TensorBoard's thread passes its error to the next writer, so it should not print it too.
@@ -115,15 +128,25 @@ class _Records:
             )
         self._events = set(out.glob(EVENTS)) - events
 
-    def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        record = {"split": split, "step": step, "epoch": epoch, **finite}  # JSON has no NaN
+    def write(self, split: str, step: int, epoch: int, values: Values) -> None:
+        record = {"split": split, "step": step, "epoch": epoch}
+        record.update({name: _for_json(value) for name, value in values.items()})
         try:
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
             if self._tensorboard:
                 for name, value in values.items():
-                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+                    for tag, number in scalars(f"{split}/{name}", value):
+                        self._tensorboard.add_scalar(tag, number, step)
+        except OSError as error:
+            raise files.named(error, self._path) from None
+
+    def add_images(self, split: str, step: int, pictures: Pictures) -> None:
+        if not self._tensorboard:
+            return
+        try:
+            for name, picture in pictures().items():
+                self._tensorboard.add_image(f"{split}/{name}", np.asarray(picture), step, dataformats="HWC")
         except OSError as error:
             raise files.named(error, self._path) from None
 
@@ -177,6 +200,7 @@ class NullLog:
     """A `RunLog` that writes nothing, for all ranks but 0."""
 
     is_validated = False
+    logged: Mapping[str, int] = {}
 
     def advance(self) -> None: ...
 
@@ -189,18 +213,57 @@ class NullLog:
     def close(self) -> None: ...
 
 
-def _start(path: Path, done: int) -> bool:
+def _start(path: Path, done: int) -> tuple[bool, dict[str, int]]:
     """Keep the records up to the checkpoint's step, because a resumed run writes the later ones again.
 
-    Returns whether one of them is of a validation of that step.
+    Returns whether one of them is of a validation of that step, and the last step of each split, kept or not.
     """
-    lines, validated = [], False
+    lines, validated, last = [], False, {"train": 0, "valid": 0}
+    for line, record in read_records(path):
+        split = record.get("split")
+        if split in last:
+            last[split] = max(last[split], record["step"])
+        if record["step"] <= done:
+            lines.append(line + "\n")
+            validated |= record["step"] == done and split == "valid"
+    files.write_text(path, "".join(lines))
+    return validated, last
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a log and their records, without lines that a crash has cut short; no log has none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     text = read_bytes(path, LOG).decode(errors="replace") if path.is_file() else ""
     for line in text.splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short by a crash
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if record["step"] <= done:
-                lines.append(line + "\n")
-                validated |= record["step"] == done and record["split"] == "valid"
-    files.write_text(path, "".join(lines))
-    return validated
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line, record
+
+
+def validated_kl(run: Path, latent_dim: int) -> list[float] | None:
+    """The KL per latent of the last validation in a run folder's log, nats; None if the log has none."""
+    last = None
+    for _, record in read_records(run / METRICS):
+        kl = record.get("kl_per_dim") if record.get("split") == "valid" else None
+        if isinstance(kl, list) and len(kl) == latent_dim and all(isinstance(each, float) for each in kl):
+            last = kl
+    return last
+
+
+def _for_json(value: float | list[float]) -> float | list[float | None] | None:
+    """JSON has no NaN and no infinity: None. Four digits of a list's numbers keep the log small."""
+    if isinstance(value, list):
+        return [float(f"{each:.4g}") if math.isfinite(each) else None for each in value]
+    return value if math.isfinite(value) else None
+
+
+def scalars(tag: str, value: float | list[float]) -> Iterator[tuple[str, float]]:
+    """The curves of a value: of a list, one for each latent, from when it is active."""
+    if isinstance(value, list):
+        yield from ((f"{tag}/{i:03}", each) for i, each in enumerate(value) if each > ACTIVE_KL)
+    else:
+        yield tag, value

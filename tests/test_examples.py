@@ -1,0 +1,52 @@
+"""The gallery in examples/ runs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from documents import ROOT
+from pictures import write_folder
+
+
+def run_example(name, folder, *options):
+    """Run a script of the gallery in a folder; return the lines that it prints."""
+    command = [sys.executable, str(ROOT / "examples" / name), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_fused_loss(tmp_path):
+    lines = run_example("fused_loss.py", tmp_path, "--epochs", "3")
+    nats = [float(line.split()[2]) for line in lines]
+    assert nats == sorted(nats, reverse=True)
+    assert nats[2] < 30
+
+
+@pytest.mark.slow
+def test_own_network(tmp_path):
+    lines = run_example("own_network.py", tmp_path, "--n", "60", "--max-steps", "2")
+    assert lines[-1].endswith("parameters; see runs/gelu/traversals.gif")
+    assert (tmp_path / "runs" / "gelu" / "traversals.gif").is_file()
+
+
+@pytest.mark.slow
+def test_own_photos_to_explorer(tmp_path):
+    photos = write_folder(tmp_path / "photos", 40)
+    script = ROOT / "examples" / "own_photos_to_explorer" / "run.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*options):
+        command = [sys.executable, str(script), *options]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = run(str(photos), "--max-steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "open runs/photos/explorer.html"
+    assert (tmp_path / "runs" / "photos" / "explorer.html").stat().st_size > 1e5
+    again = run(str(photos), "--max-steps", "3")
+    assert again.returncode == 2
+    assert "runs/photos exists" in again.stderr.splitlines()[-1]
