@@ -8,6 +8,7 @@ from bvae import __version__
 
 COMMANDS = {
     "train": "train a beta-VAE",
+    "infogan": "train an InfoGAN, to compare a VAE with",
     "evaluate": "measure a trained model",
     "sample": "draw new images from a trained model",
     "traverse": "walk along a model's latents and show what each does",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {"train", "evaluate", "traverse", "compare", "sweep", "sample", "data", "doctor"}
+COMMANDS = {"train", "infogan", "evaluate", "traverse", "compare", "sweep", "sample", "data", "doctor"}
 # What every folder may import: it knows nothing of images and models.
 LEAVES = (
     "bvae.disk",

@@ -18,6 +18,7 @@ from bvae.datasets import DRAWN_ROOT
 from bvae.errors import UsageError
 from bvae.evaluation.options import Protocol
 from bvae.ground_truth import Truth
+from bvae.infogan_model import InfoGAN
 from bvae.metrics import inputs
 from bvae.metrics.information import discretise, entropy, mutual_information
 from bvae.model import ACTIVATIONS, BetaVAE
@@ -132,7 +133,7 @@ def compute_statistics(
         sums.append(tuple(len(x) * value for value in distances))
     mu, log_var = torch.cat(mus), torch.cat(log_vars)
     nats, mse, psnr = np.sum(sums, 0) / len(drawn)
-    kl = metrics.kl_per_latent(mu, log_var)
+    kl = model.information(log_var) if isinstance(model, InfoGAN) else metrics.kl_per_latent(mu, log_var)
     return {
         "kl": kl.sum().item(),
         "active_units": metrics.active_units(mu),

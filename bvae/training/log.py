@@ -47,11 +47,21 @@ class RunLog:
         self, step: int, epoch: int, values: dict[str, float], images_per_s: float, batch_size: int
     ) -> None:
         """Write one record of training."""
+        shown = f"loss {values['loss']:.3g} KL {values['kld']:.1f} C {values['capacity']:.1f}"
+        self.log_shown(step, epoch, values, shown, images_per_s, batch_size)
+
+    def log_shown(
+        self,
+        step: int,
+        epoch: int,
+        values: dict[str, float],
+        shown: str,
+        images_per_s: float,
+        batch_size: int,
+    ) -> None:
+        """As `log`, with the text of the line: for values of another kind."""
         self._write("train", step, epoch, {**values, "images_per_s": round(images_per_s, 1)})
-        shown = (
-            f"epoch {epoch} loss {values['loss']:.3g} KL {values['kld']:.1f} C {values['capacity']:.1f} "
-            f"{images_per_s:.0f} images/s"
-        )
+        shown = f"epoch {epoch} {shown} {images_per_s:.0f} images/s"
         self._bar.set_postfix_str(shown)
         if self._bar.disable:
             eta = (self._steps - step) * batch_size / images_per_s if images_per_s else 0
