@@ -27,9 +27,10 @@ class InfoGAN(BetaVAE):
     a VAE's latent passes through all of them. The order of the values has no meaning. `decode` takes the
     nearest value, and leaves out the generator's noise.
 
-    The discriminator and Q, which reads the codes, share their convolutions. Spectral normalisation (Miyato
-    et al. 2018) takes the place of the paper's BatchNorm there: in evaluation BatchNorm would use statistics
-    of real and of generated images together, with which Q read half of the codes instead of nine tenths.
+    The discriminator and Q, which reads the codes, share their convolutions, with spectral normalisation
+    (Miyato et al. 2018) in place of the paper's BatchNorm. The statistics of BatchNorm would be of batches of
+    real images and of generated ones in turn: with it, Q in evaluation read half of the codes, although its
+    loss in training was near zero.
 
     Args:
         in_channels: channels of the image, 1 (grey) or 3 (RGB).

@@ -15,6 +15,7 @@ from test_dsprites import archive
 from torch import nn
 
 import bvae
+from bvae import infogan
 from bvae.compat.pytorch_vae_weights import export_state
 from bvae.evaluation import sweeping
 from bvae.evaluation.options import Protocol
@@ -97,11 +98,21 @@ def test_make_target(command, data, tmp_path):
         assert [name for name in bvae.__all__ if f'<section id="{name}">' not in page] == []
 
 
+TINY_INFOGAN = "--max-steps 2 --image-size 32 --width 2 --codes 2 --categories 3 --batch-size 8"
+
+
+def infogan_folder(data, out):
+    assert infogan.main(["--data-root", str(data), "--out", str(out), *TINY_INFOGAN.split()]) == 0
+    return out
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(PYTHON) and not c.startswith(TRAIN)])
 def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = command.removeprefix(PYTHON).replace("DIR", str(data))
-    line = line.replace("runs/NAME", str(run_folder)).replace("runs/OTHER", str(run_folder))
+    if "infogan --resume" in line:
+        run_folder = infogan_folder(data, tmp_path / "infogan")
+    line = re.sub(r"runs/(NAME|OTHER|faces-\w+-1)", str(run_folder), line)
     module, *arguments = shlex.split(line, comments=True)
     few = ["--points", "50", "--factor-bins", "2"]
     tiny = f"--data faces --data-root {data} --channels 3 --arch pytorch-vae {SHORT} --points 50 --seeds 1"
@@ -109,6 +120,7 @@ def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
         "faces": ["--n", "9"],
         "bvae.evaluate": [*few, "--seeds", "1"],
         "bvae.compare": few,
+        "bvae.infogan": [] if "--resume" in line else [*TINY_INFOGAN.split(), "--data-root", str(data)],
         "bvae.sweep": ["--points", "50"] if "--baselines" in line else tiny.split(),
     }
     if module == "bvae.sweep":

@@ -1,6 +1,7 @@
 """Train an InfoGAN: one step, its state saved and restored, and the command's loop."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class InfoGANRun:
         self.rows.clear()
         for step, row in enumerate(rows, first):
             for name, value in zip(Losses._fields, row, strict=True):
-                if not abs(value) < float("inf"):
+                if not math.isfinite(value):
                     raise NotFinite(f"the loss of {name} is {value}", step)
         return Losses(*rows[-1])
 
@@ -195,13 +196,17 @@ def open_run(arguments: Arguments) -> Iterator[InfoGANRun]:
     ):
         data = open_data(config.data, config.batch_size, config.seed, device)
         model = InfoGAN(**config.network).to(device).to(memory_format=torch.channels_last).train()
-        discriminating = [model.trunk, model.discriminator, model.reader, model.head]
         run = InfoGANRun(
             config,
             out,
             model,
-            _adam(config.lr, [model.generator]),
-            _adam(config.discriminator_lr, discriminating),
+            _adam((config.lr, model.generator)),
+            _adam(
+                (config.discriminator_lr, model.trunk),
+                (config.discriminator_lr, model.discriminator),
+                (config.code_lr, model.reader),
+                (config.code_lr, model.head),
+            ),
             data,
         )
         if resume:
@@ -213,9 +218,10 @@ def open_run(arguments: Arguments) -> Iterator[InfoGANRun]:
         yield run
 
 
-def _adam(lr: float, modules: list[torch.nn.Module]) -> torch.optim.Adam:
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    return torch.optim.Adam(parameters, lr, BETAS, fused=True)
+def _adam(*parts: tuple[float, torch.nn.Module]) -> torch.optim.Adam:
+    """Adam with a learning rate for each module."""
+    groups = [{"params": list(module.parameters()), "lr": lr} for lr, module in parts]
+    return torch.optim.Adam(groups, betas=BETAS, fused=True)
 
 
 def train(run: InfoGANRun, stop: StopRequest) -> bool:

@@ -36,10 +36,12 @@ class InfoGANConfig:
     """Channels of the layers beside the image; those further in have up to 4 times as many. The paper: 64."""
     batch_size: int = 64
     """Images per step: as many real ones as generated ones."""
-    lr: float = 1e-3
+    lr: float = 4e-4
     """Learning rate of the generator (Adam)."""
-    discriminator_lr: float = 2e-4
-    """Learning rate of the discriminator and of Q (Adam)."""
+    discriminator_lr: float = 4e-4
+    """Learning rate of the discriminator, and of the layers that it shares with Q."""
+    code_lr: float = 1e-3
+    """Learning rate of Q's own layers."""
     code_weight: float = 1.0
     """Lambda, the weight of the codes' cross-entropy."""
     max_steps: int = 2000
@@ -54,8 +56,8 @@ class InfoGANConfig:
     def check(self) -> None:
         """Raise UsageError for the first value out of its range."""
         Config(data=self.data).check()
-        names = ("codes", "categories", "noise", "width", "batch_size", "lr", "discriminator_lr", "max_steps")
-        for name in (*names, "code_weight", "log_every", "checkpoint_every"):
+        names = ("codes", "categories", "noise", "width", "batch_size", "lr", "code_lr", "max_steps")
+        for name in (*names, "discriminator_lr", "code_weight", "log_every", "checkpoint_every"):
             value = getattr(self, name)
             least = 2 if name in ("categories", "batch_size") else 0
             if not (least <= value <= LARGEST and value > 0):
