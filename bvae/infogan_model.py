@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from bvae.errors import UsageError
 from bvae.model import INFOGAN, BetaVAE
@@ -27,10 +26,10 @@ class InfoGAN(BetaVAE):
     a VAE's latent passes through all of them. The order of the values has no meaning. `decode` takes the
     nearest value, and leaves out the generator's noise.
 
-    The discriminator and Q, which reads the codes, share their convolutions, with spectral normalisation
-    (Miyato et al. 2018) in place of the paper's BatchNorm. The statistics of BatchNorm would be of batches of
-    real images and of generated ones in turn: with it, Q in evaluation read half of the codes, although its
-    loss in training was near zero.
+    The discriminator and Q, which reads the codes, share their convolutions, with GroupNorm of one group in
+    place of the paper's BatchNorm. The statistics of BatchNorm would be of batches of real images and of
+    generated ones in turn: with it, Q in evaluation read half of the codes, although its loss in training was
+    near zero.
 
     Args:
         in_channels: channels of the image, 1 (grey) or 3 (RGB).
@@ -102,7 +101,7 @@ class InfoGAN(BetaVAE):
         features = widths[-1] * SIDE**2
         self.generator = _generator(latent_dim * categories + noise, [*reversed(widths), in_channels])
         self.trunk = _trunk([in_channels, *widths])
-        self.discriminator = spectral_norm(nn.Linear(features, 1))
+        self.discriminator = nn.Linear(features, 1)
         self.reader = nn.Sequential(nn.Linear(features, 2 * width), nn.LeakyReLU(SLOPE))
         self.head = nn.Linear(2 * width, latent_dim * categories)  # Q's logits
 
@@ -177,6 +176,7 @@ def _generator(inputs: int, widths: list[int]) -> nn.Sequential:
 def _trunk(widths: list[int]) -> nn.Sequential:
     """From images to features [N, F]; each stage halves the size."""
     layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        layers += [spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)), nn.LeakyReLU(SLOPE)]
+    for i, (a, b) in enumerate(pairwise(widths)):
+        norm = [nn.GroupNorm(1, b)] if i else []
+        layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), *norm, nn.LeakyReLU(SLOPE)]
     return nn.Sequential(*layers, nn.Flatten())

@@ -98,7 +98,9 @@ def test_a_missing_package_of_another_kind_is_a_bug(tmp_path):
     assert second == "bvae needs tyro: pip install 'bvae[train]'"
 
 
-@pytest.mark.parametrize("command", ["train", "infogan", "evaluate", "sample", "traverse", "compare", "sweep"])
+@pytest.mark.parametrize(
+    "command", ["train", "infogan", "evaluate", "sample", "traverse", "compare", "sweep"]
+)
 def test_help_needs_no_torch(command):
     """torch takes seconds, and torchvision more."""
     code = f"import bvae.{command}; bvae.{command}.main(['--help'])"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_hostile_runs import WRITTEN, check_line, in_a_fork, rewrite
 from tiny import NETWORK
 
-from bvae import compare, evaluate, sample, traverse, train
+from bvae import compare, evaluate, sample, train, traverse
 from bvae.errors import UsageError
 from bvae.evaluation.comparison import categories_by_factor
 from bvae.infogan import main

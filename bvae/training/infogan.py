@@ -76,7 +76,15 @@ class InfoGANRun:
             yield from islice(epoch, self.config.max_steps - self.done)
 
     def advance(self, images: Tensor) -> None:
-        """One step of the discriminator and Q, then one of the generator, on the same generated images."""
+        """One step of the discriminator and Q, then one of the generator, on the same generated images.
+
+        The learning rates fall to 0 on a line over the run. Without that the losses oscillate to the end, and
+        what Q reads with them.
+        """
+        factor = 1 - self.done / self.config.max_steps
+        for optimizer in (self.generator_optimizer, self.discriminator_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
         self.done += 1
         model, weight = self.model, self.config.code_weight
         x = model.scale(images.permute(0, 3, 1, 2))
@@ -220,7 +228,7 @@ def open_run(arguments: Arguments) -> Iterator[InfoGANRun]:
 
 def _adam(*parts: tuple[float, torch.nn.Module]) -> torch.optim.Adam:
     """Adam with a learning rate for each module."""
-    groups = [{"params": list(module.parameters()), "lr": lr} for lr, module in parts]
+    groups = [{"params": list(module.parameters()), "lr": lr, "initial_lr": lr} for lr, module in parts]
     return torch.optim.Adam(groups, betas=BETAS, fused=True)
 
 

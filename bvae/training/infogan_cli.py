@@ -36,9 +36,9 @@ class InfoGANConfig:
     """Channels of the layers beside the image; those further in have up to 4 times as many. The paper: 64."""
     batch_size: int = 64
     """Images per step: as many real ones as generated ones."""
-    lr: float = 4e-4
-    """Learning rate of the generator (Adam)."""
-    discriminator_lr: float = 4e-4
+    lr: float = 1e-3
+    """Learning rate of the generator (Adam). All rates fall to 0 over the run."""
+    discriminator_lr: float = 2e-4
     """Learning rate of the discriminator, and of the layers that it shares with Q."""
     code_lr: float = 1e-3
     """Learning rate of Q's own layers."""
