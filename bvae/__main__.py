@@ -8,11 +8,11 @@ from bvae import __version__
 
 COMMANDS = {
     "train": "train a beta-VAE",
-    "infogan": "train an InfoGAN, to compare a VAE with",
     "evaluate": "measure a trained model",
     "sample": "draw new images from a trained model",
     "traverse": "walk along a model's latents and show what each does",
     "compare": "show one factor on several models, side by side",
+    "infogan": "train an InfoGAN, to compare a VAE with",
     "sweep": "train a grid with several seeds, and evaluate all of it",
     "data": "check, decode, list and remove data sets",
     "doctor": "report what works on this machine",

@@ -127,7 +127,7 @@ def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
         # A process of its own takes seconds to start.
         monkeypatch.setattr(sweeping, "in_its_own_process", sweeping.train_and_evaluate)
         monkeypatch.setattr(sweeping, "Protocol", partial(Protocol, factor_bins=2))
-    arguments += short.get(module, []) + short.get(arguments[0], [])
+    arguments += short.get(module, []) + short.get("".join(arguments[:1]), [])
     assert importlib.import_module(module).main(arguments) == 0
 
 
