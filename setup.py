@@ -53,6 +53,7 @@ setup(
         "bvae",
         "bvae.compat",
         "bvae.evaluation",
+        "bvae.explorer",
         "bvae.kernels",
         "bvae.kernels.cpu",
         "bvae.metrics",
@@ -60,7 +61,11 @@ setup(
         "bvae.training",
     ],
     package_dir={"bvae.kernels": "kernels", "bvae.kernels.cpu": "kernels/cpu", "bvae.pipelines": "pipelines"},
-    package_data={"bvae": ["presets/*.yaml", "py.typed"], "bvae.kernels.cpu": ["layers.cpp"]},
+    package_data={
+        "bvae": ["presets/*.yaml", "py.typed"],
+        "bvae.explorer": ["*.css", "*.html", "*.js"],
+        "bvae.kernels.cpu": ["layers.cpp"],
+    },
     entry_points={"console_scripts": ["bvae = bvae.__main__:main"]},
     cmdclass={"editable_wheel": EditableWheel},
     install_requires=[  # the model, the losses and their kernels
@@ -82,20 +87,35 @@ setup(
             "matplotlib>=3.8",  # the plot of a sweep, and those of the benchmarks
             "threadpoolctl>=3",  # one thread for trees that are too small for more; comes with scikit-learn
         ],
+        "hub": ["huggingface_hub>=1.0"],  # models by name: from_pretrained("user/repo"), push_to_hub
+        "export": [  # bvae.export
+            "onnx>=1.18",  # the file format
+            "onnxscript>=0.5",  # torch.onnx.export writes with it
+            "onnxruntime>=1.22",  # runs the file, to compare it with the model
+        ],
+        "quality": [  # bvae.evaluate --fid-weights
+            "torchmetrics>=1.9",  # FID and KID
+            "torch-fidelity>=0.4",  # Inception as the published figures used it
+        ],
         # NVIDIA DALI decodes JPEGs, on a GPU if there is one; without it torchvision does. Its builds install
         # the same files, so that only one of them can be there, and none is a requirement.
         "cuda13": ["nvidia-dali-cuda130>=2.0"],
         "cuda12": ["nvidia-dali-cuda120>=2.0"],
+        "cluster": ["submitit>=1.5"],  # submits the runs of a sweep to SLURM, and waits for them
         "docs": ["pdoc>=15"],  # the pages of `make docs`
         "dev": [
             "pytest>=8",  # the tests
             "pytest-xdist>=3.5",  # CI runs the tests on both of its cores
             "hypothesis>=6.100",  # hostile files and options for them, by the thousand
             "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",  # as above
+            "submitit>=1.5",  # as above: its local executor
             "datasets>=3",  # Hugging Face's, which `bvae.fit` takes
             "diffusers>=0.35",  # the drop-in's test compares with its posterior
             "transformers>=4.50",  # must still import beside us, and so must
             "kernels>=0.5",  # this package, whose name is our folder's
+            *("huggingface_hub>=1.0", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"),  # hub, export
+            *("torchmetrics>=1.9", "torch-fidelity>=0.4"),  # quality
+            "scikit-image>=0.22",  # our SSIM is compared with its
             "ruff>=0.6",  # lint and format
             "mypy>=1.11",  # types of the public API
             "types-PyYAML",  # stubs for mypy

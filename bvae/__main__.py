@@ -1,18 +1,20 @@
 """`bvae train ...` is the same as `python -m bvae.train ...`, and so on for all commands."""
 
-import difflib
 import runpy
 import sys
 
 from bvae import __version__
+from bvae.command_line import nearest
 
 COMMANDS = {
     "train": "train a beta-VAE",
     "evaluate": "measure a trained model",
     "sample": "draw new images from a trained model",
     "traverse": "walk along a model's latents and show what each does",
+    "explore": "write a page with a slider for each latent",
     "compare": "show one factor on several models, side by side",
     "infogan": "train an InfoGAN, to compare a VAE with",
+    "export": "write a model's encoder and decoder as ONNX and .pt2",
     "sweep": "train a grid with several seeds, and evaluate all of it",
     "data": "check, decode, list and remove data sets",
     "doctor": "report what works on this machine",
@@ -30,9 +32,8 @@ def main() -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"commands: {', '.join(COMMANDS)}"
-        print(f"error: bvae has no command {name}: {hint}", file=sys.stderr)
+        hint = nearest(name, COMMANDS) or f": commands: {', '.join(COMMANDS)}"
+        print(f"error: bvae has no command {name}{hint}", file=sys.stderr)
         return 2
     sys.argv[1:] = arguments
     runpy.run_module(f"bvae.{name}", run_name="__main__", alter_sys=True)

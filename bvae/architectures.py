@@ -8,9 +8,12 @@
 The heads compute mu and log_var in one matrix product. A decoder's output is before the activation.
 """
 
+import importlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -175,6 +178,18 @@ def register_architecture(name: str, builder: Builder) -> None:
     ):
         raise UsageError(f"arch {name} is already registered by {registered.__module__}: choose another name")
     ARCHITECTURES[name] = builder  # the same builder again if its module was imported again
+
+
+def import_module(name: str) -> None:
+    """Import a user's module that registers networks, also from the current folder. Raises UsageError."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            raise  # the module imports something that is missing
+        raise UsageError(f"--import {name}: no such module, and no {name}.py in this folder") from None
 
 
 def is_ours(arch: Any) -> bool:

@@ -282,13 +282,10 @@ def default_preset(data: str, device: str) -> str | None:
     return "faces_cpu" if data == "faces" else "small"
 
 
-def override(config: Config, options: Mapping[str, Any]) -> Config:
-    """A configuration with some values replaced by command-line options, named with underscores.
-
-    Raises:
-        UsageError: an unknown name (with the nearest one), or a value of the wrong type.
-    """
-    places = {
+def option_places() -> dict[str, tuple[str, str]]:
+    """The command-line options of a configuration, named with underscores: section and key of each."""
+    config = Config()
+    return {
         {"data.name": "data", "data.root": "data_root"}.get(f"{section.name}.{option.name}", option.name): (
             section.name,
             option.name,
@@ -296,6 +293,15 @@ def override(config: Config, options: Mapping[str, Any]) -> Config:
         for section in dataclasses.fields(Config)
         for option in dataclasses.fields(getattr(config, section.name))
     }
+
+
+def override(config: Config, options: Mapping[str, Any]) -> Config:
+    """A configuration with some values replaced by command-line options, named with underscores.
+
+    Raises:
+        UsageError: an unknown name (with the nearest one), or a value of the wrong type.
+    """
+    places = option_places()
     if "epochs" in options and "max_steps" not in options:
         options = {**options, "max_steps": None}  # which would win
     sections: dict[str, dict[str, Any]] = {}

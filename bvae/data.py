@@ -11,176 +11,66 @@ Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot 
 
 import argparse
 import sys
-from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
-from bvae.errors import UsageError, exit_status, needs_train_extra
+from bvae.command_line import Parser
+from bvae.errors import exit_status, needs_train_extra
 from bvae.paths import call
+from bvae.pipelines.cache_folder import default_folder
 
 with needs_train_extra(__name__):
-    import torch
-
-    from bvae.config import Config, DataConfig
-    from bvae.datasets import bad_files_message, find_files, fitting_batch, ingest, inventory
-    from bvae.device import choose_device
-    from bvae.pipelines import cache, celeba, decoder, faces, sprites
-    from bvae.pipelines.picture import Picture
-    from bvae.pipelines.webdataset import ImageFile
-
-CHECK_PICTURE = Picture(crop=None, size=32, channels=3)  # small: a check decodes, but uses no pixel
+    from bvae.config import DataConfig
 
 
-def check(options: argparse.Namespace) -> int:
-    """Decode every file of a data set, and print the layout, the counts and the damaged files."""
-    found = inventory("celeba" if celeba.is_at(options.dir) else "folder", options.dir)
-    print(*found.lines(options.dir), sep="\n", flush=True)
-    files = [file for split in found.splits.values() for file in split]
-    if found.layout == celeba.LAYOUT:
-        _print_crop(files)
-    reader = decoder.build(decoder.choose(options.decoder), CHECK_PICTURE, torch.device("cpu"))
-    bad = [entry for _, entries in cache.decode_all(files, reader, "images") for entry in entries]
-    for file, text in bad:
-        print(f"{file}: {text}")
-    print(f"{len(files) - len(bad)} of {len(files)} images can be used")
-    return _status(len(bad), len(files))
+def _parser() -> Parser:
+    parser = Parser(prog="python -m bvae.data", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
 
-
-def _print_crop(files: Sequence[ImageFile]) -> None:
-    """Print what training will do about images that are not of CelebA's size."""
-    try:
-        notes = celeba.fitting_crop(files)[1]
-    except UsageError as error:
-        notes = [str(error)]
-    for note in notes:
-        print(f"  {note}", flush=True)
-
-
-def ingest_now(options: argparse.Namespace) -> int:
-    """Decode a data set into the cache."""
-    config = DataConfig(
-        name=options.data or ("celeba" if celeba.is_at(options.dir) else "folder"),
-        root=options.dir,
-        crop=options.crop,
-        image_size=options.image_size,
-        channels=options.channels,
-        decoder=options.decoder,
-        cache_dir=options.cache_dir,
-    )
-    Config(data=config).check()
-    source = find_files(config)
-    print(*source.inventory.lines(source.root), sep="\n", flush=True)
-    fitting_batch(source.root, len(source.train), len(source.valid), 2, 1, 1)  # as training requires
-    bad = [file for entry in ingest(config, source, choose_device(options.device)) for file in entry.bad]
-    total = len(source.train) + len(source.valid)
-    if bad:
-        print(f"error: {bad_files_message(bad, total)}", file=sys.stderr)
-    return _status(len(bad), total)
-
-
-def _status(bad: int, total: int) -> int:
-    """The exit status: 2 if not one image can be used."""
-    return 2 if bad == total else 1 if bad else 0
-
-
-def ls(options: argparse.Namespace) -> int:
-    """Print a line for each cache, and for what killed runs have left."""
-    total = 0
-    for entry in cache.entries(options.cache_dir):
-        size = cache.size(entry)
-        total += size
-        modified = datetime.fromtimestamp(entry.lstat().st_mtime).strftime("%Y-%m-%d %H:%M")
-        print(f"{entry.name}  {modified}  {size / 1e6:8.1f} MB  {_content(entry)}")
-    print(f"{total / 1e6:.1f} MB in {options.cache_dir}")
-    return 0
-
-
-def _content(entry: Path) -> str:
-    """What an entry of the cache folder holds."""
-    if entry.name == sprites.FILE:
-        return "all sprites, one bit per pixel"
-    if entry.suffix == cache.LOCK:
-        return "a lock: in use, or left by a killed run"
-    if not entry.is_dir():
-        return "unfinished, or of another version"
-    try:
-        manifest = cache.read_manifest(entry)
-    except (cache.Damaged, UsageError) as damage:
-        return f"unfinished or damaged: {damage}"
-    shape = " x ".join(str(manifest[name]) for name in ("count", "size", "size", "channels"))
-    return f"{shape}, crop {manifest['crop']}, {manifest['decoder']}, {manifest['root']}"
-
-
-def rm(options: argparse.Namespace) -> int:
-    """Remove caches by their keys, or all."""
-    if bool(options.key) == options.all:
-        raise UsageError("name the caches to remove, as `ls` shows them, or give --all")
-    entries = {entry.name: entry for entry in cache.entries(options.cache_dir)}
-    for key in options.key:
-        if key not in entries:
-            raise UsageError(f"no cache {key} in {options.cache_dir}; `python -m bvae.data ls` lists them")
-    left = 0
-    for key in entries if options.all else options.key:
-        try:
-            cache.remove(entries[key])
-            print(f"removed {entries[key]}")
-        except (UsageError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            left += 1
-    return 1 if left else 0
-
-
-def draw_faces(options: argparse.Namespace) -> int:
-    """Draw the default data set."""
-    if options.n < 1:
-        raise UsageError(f"--n must be positive, got {options.n}")
-    target = faces.write(options.out, n=options.n, seed=options.seed)
-    print(f"{options.n} faces in {target}; train on them: python -m bvae.train --data-root {options.out}")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bvae.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="command")
-
-    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        return sub
+    def command(name: str, example: str, text: str) -> argparse.ArgumentParser:
+        description = f"{text[0].upper()}{text[1:]}.\n\n  python -m bvae.data {name} {example}"
+        return commands.add_parser(name, help=text, description=description.rstrip())
 
     def cache_folder(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--cache-dir", type=Path, default=cache.default_folder(), help="default: %(default)s"
-        )
+        sub.add_argument("--cache-dir", type=Path, default=default_folder(), help="default: %(default)s")
 
     def decoders(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--decoder", choices=("auto", "dali", "torchvision"), default="auto")
+        choices = ("auto", "dali", "torchvision")
+        sub.add_argument(
+            "--decoder", choices=choices, default="auto", help="default: %(default)s, DALI if there is one"
+        )
 
-    sub = command("check", check, "decode every file; print the counts and the damaged files")
+    sub = command("check", "data/celeba", "decode every file; print the counts and the damaged files")
     sub.add_argument("dir", type=Path, metavar="DIR", help="CelebA's folder, or any folder of images")
     decoders(sub)
 
     default = DataConfig()
-    sub = command("ingest", ingest_now, "decode the training and validation images into the cache")
+    sub = command(
+        "ingest", "data/celeba --image-size 64", "decode the training and validation images into the cache"
+    )
     sub.add_argument("dir", type=Path, metavar="DIR", help="CelebA's folder, or any folder of images")
     sub.add_argument("--data", choices=("faces", "celeba", "folder"), help="default: detected from DIR")
     sub.add_argument("--crop", type=int, help="side of the centred square; default: 148 or the largest")
     sub.add_argument("--image-size", type=int, default=default.image_size, help="default: %(default)s")
-    sub.add_argument("--channels", type=int, choices=(1, 3), default=default.channels)
-    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where DALI decodes")
+    sub.add_argument(
+        "--channels", type=int, choices=(1, 3), default=default.channels, help="default: %(default)s"
+    )
+    sub.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where DALI decodes; default: %(default)s, the GPU if there is one",
+    )
     decoders(sub)
     cache_folder(sub)
 
-    cache_folder(command("ls", ls, "list the caches"))
+    cache_folder(command("ls", "", "list the caches"))
 
-    sub = command("rm", rm, "remove caches")
+    sub = command("rm", "--all", "remove caches")
     sub.add_argument("key", nargs="*", metavar="KEY", help="as `ls` shows it")
     sub.add_argument("--all", action="store_true", help="every cache in the folder")
     cache_folder(sub)
 
-    sub = command("faces", draw_faces, "draw faces with known factors, in CelebA's layout")
+    sub = command("faces", "data/faces --n 12000", "draw faces with known factors, in CelebA's layout")
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to make OUT/celeba in")
     sub.add_argument("--n", type=int, default=12_000, help="how many; default: %(default)s")
     sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -192,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> int:
         options = _parser().parse_args(argv)  # looks for the user's cache folder
-        return call(options.run, options)
+        from bvae import data_tasks  # torch takes seconds, which --help need not
+
+        return call(data_tasks.TASKS[options.command], options)
 
     return exit_status(run)
 

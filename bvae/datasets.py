@@ -15,10 +15,11 @@ from bvae.config import SHAPES, DataConfig
 from bvae.errors import UsageError
 from bvae.paths import expand
 from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, sprites
+from bvae.pipelines.cache_folder import default_folder
 from bvae.pipelines.inventory import Inventory, masks
 from bvae.pipelines.loader import Loader
 from bvae.pipelines.memory_loaders import choose_loader
-from bvae.pipelines.packed_loader import PackedLoader
+from bvae.pipelines.packed_loader import PackedLoader, unpack
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.streaming_loader import StreamingLoader, inspect_files
 from bvae.pipelines.webdataset import ImageFile
@@ -171,7 +172,7 @@ def _open_shapes(
 ) -> Data:
     """All shapes for training, as in disentanglement_lib, and a fixed random subset for validation."""
     packed = shapes(config, device)
-    drawn = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))[:VALIDATED]
+    drawn = _validation_shapes(len(packed))
     batch_size = fitting_batch(
         config.root or config.name, len(packed), len(drawn), batch_size, ranks["world_size"], accumulate
     )
@@ -186,6 +187,30 @@ def _open_shapes(
     return Data(train, valid, [], [], f"{zlib.crc32(packed.cpu().numpy().data):08x}")
 
 
+def _validation_shapes(count: int) -> Tensor:
+    """The indices of the validation images, the same in every run."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:VALIDATED]
+
+
+def held_out(config: DataConfig, n: int) -> Tensor:
+    """The first n validation images of a run, or fewer: uint8 [n, S, S, C] on the CPU. Decodes no others.
+
+    Raises:
+        UsageError: no such data, or not one of these images can be used.
+    """
+    cpu = torch.device("cpu")
+    if config.name in SHAPES:
+        packed = shapes(config, cpu)
+        return unpack(packed[_validation_shapes(len(packed))[:n]], sprites.SIDE)
+    source = find_files(config)
+    reader = decoder.build("torchvision", source.picture, cpu)
+    (decoded,) = reader.decode([source.valid[:n]])
+    good = torch.tensor([i not in decoded.bad for i in range(len(decoded.images))])
+    if not good.any():
+        raise UsageError(f"{source.root} holds no validation images that can be used")
+    return decoded.images[good]
+
+
 def shapes(config: DataConfig, device: torch.device) -> Tensor:
     """The images of sprites or dsprites, one bit per pixel: uint8 [N, 512] on the device.
 
@@ -194,7 +219,7 @@ def shapes(config: DataConfig, device: torch.device) -> Tensor:
         OSError: the drawn images cannot be written to the cache folder.
     """
     if config.name == "sprites":
-        return sprites.all_sprites(config.cache_dir or cache.default_folder(), device)
+        return sprites.all_sprites(config.cache_dir or default_folder(), device)
     if config.root is None:
         raise UsageError("--data dsprites needs --data-root, the dsprites_*.npz file")
     return dsprites.read(config.root).packed.to(device)
@@ -254,7 +279,7 @@ def ingest(
 ) -> Iterator[cache.Cached]:
     """The caches of the training and the validation images; decoded now if they do not exist."""
     name = decoder.choose(config.decoder)
-    cache_dir = expand(config.cache_dir or cache.default_folder())
+    cache_dir = expand(config.cache_dir or default_folder())
     for files, label in zip((source.train, source.valid), LABELS, strict=True):
         request = cache.Request(source.root, files, source.picture, name)
         yield cache.open_or_build(

@@ -5,7 +5,6 @@
 Exit status: 0 training can run (a line marked NO names the options to use); 1 it cannot.
 """
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -22,6 +21,8 @@ from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+from bvae.command_line import Parser
 
 # Only the standard library is imported above, because any other package may be broken.
 
@@ -273,7 +274,7 @@ def dali() -> Iterator[Finding]:
 
 def memory_and_disk() -> Iterator[Finding]:
     """Free memory, and free disk space for runs and decoded images."""
-    from bvae.pipelines.cache import default_folder
+    from bvae.pipelines.cache_folder import default_folder
 
     with contextlib.suppress(OSError, ValueError, IndexError):  # a system without it
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -371,11 +372,7 @@ def summarise(findings: list[Finding]) -> tuple[bool, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 training can run, perhaps with the options that are named; 1 it cannot."""
-    argparse.ArgumentParser(
-        prog="python -m bvae.doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(argv)
+    Parser(prog="python -m bvae.doctor", description=__doc__).parse_args(argv)
     findings = []
     for finding in run_checks():
         findings.append(finding)

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator
 
 from bvae.streams import robust
 
-# The modules of the packages of the extra `train` in setup.py.
+# The extra in setup.py that brings a module.
 EXTRA = {
-    *("PIL", "matplotlib", "scipy", "sklearn", "tensorboard"),
-    *("threadpoolctl", "torchvision", "tqdm", "tyro", "yaml"),
+    **dict.fromkeys(("PIL", "matplotlib", "scipy", "sklearn", "tensorboard"), "train"),
+    **dict.fromkeys(("threadpoolctl", "torchvision", "tqdm", "tyro", "yaml"), "train"),
+    "huggingface_hub": "hub",
+    **dict.fromkeys(("torch_fidelity", "torchmetrics"), "quality"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
 }
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk or a quota
@@ -65,13 +68,13 @@ def say_once(text: str) -> None:
 
 
 def missing(error: ModuleNotFoundError) -> str | None:
-    """What to install, if the missing package belongs to the extra `train`; else None."""
+    """What to install, if the missing package belongs to one of our extras; else None."""
     package = (error.name or "").partition(".")[0]
     if package not in EXTRA:
         return None
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     command = spec.name if spec and spec.name.startswith("bvae.") else "bvae"
-    return f"{command} needs {package}: pip install 'bvae[train]'"
+    return f"{command} needs {package}: pip install 'bvae[{EXTRA[package]}]'"
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """Measure a trained model: `python -m bvae.evaluate runs/faces-B-1`.
 
 Prints a table and writes it to the run folder as evaluation.md and evaluation.json. evaluation.png holds the
-matrices of latents by factors, evaluation_traversals.png shows what the latents do. The factors of the data
-must be known: sprites, dSprites, or the drawn faces' factors.csv. CelebA's attributes are not independent
-factors: for them the command gives the area under the ROC curve of each latent.
+matrices of latents by factors, evaluation_traversals.png shows what the latents do. codes.npz holds mu, the
+factors and the numbers of the points, for scores of your own. The factors of the data must be known: sprites,
+dSprites, or the drawn faces' factors.csv. CelebA's attributes are not independent factors: for them the
+command gives the area under the ROC curve of each latent.
 """
 
 import sys
@@ -24,7 +25,7 @@ with needs_train_extra(__name__):
 class Arguments:
     """Which model, and how to measure it."""
 
-    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.arg(name="RUN", metavar="RUN"), tyro.conf.Positional]
     """A run folder, or any folder with model.safetensors and config.json."""
     protocol: Protocol = field(default_factory=Protocol)
 

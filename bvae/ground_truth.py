@@ -33,6 +33,7 @@ class Truth(NamedTuple):
     factors: Factors  # [N, K]
     images: Callable[[NDArray[np.int64]], Tensor]  # numbers [n] to float32 [n, C, H, W], in the model's range
     independent: bool = True  # factors of variation; False: attributes that are correlated, each -1 or 1
+    crop: int | None = None  # side of the centred square that is read from an image file, in pixels
 
 
 def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
@@ -76,7 +77,8 @@ def attributes(root: Path, model: BetaVAE, crop: int | None = None) -> Truth:
     if not differ.any():
         raise UsageError(f"{root}: its {len(paths)} images have the same value in every attribute")
     varying = tuple(name for name, varies in zip(names, differ, strict=True) if varies)
-    return Truth(varying, values[:, differ], _files(paths, model, crop), independent=False)
+    crop = crop or _fitting_crop(paths)
+    return Truth(varying, values[:, differ], _files(paths, model, crop), independent=False, crop=crop)
 
 
 def folder(root: Path, model: BetaVAE, bins: int, crop: int | None = None) -> Truth:
@@ -120,12 +122,17 @@ def folder(root: Path, model: BetaVAE, bins: int, crop: int | None = None) -> Tr
     files = celeba.match(listed, os.listdir(images) if images.is_dir() else [])
     paths = [images / files.get(name, name) for name in listed]
     factors = np.stack([_levels(column, bins) for column in values.T], 1)
-    return Truth(tuple(names), factors, _files(paths, model, crop))
+    crop = crop or _fitting_crop(paths)
+    return Truth(tuple(names), factors, _files(paths, model, crop), crop=crop)
 
 
-def _files(paths: Sequence[Path], model: BetaVAE, crop: int | None) -> Callable[[NDArray[np.int64]], Tensor]:
+def _fitting_crop(paths: Sequence[Path]) -> int:
+    """The crop of training."""
+    return celeba.fitting_crop([str(path) for path in paths])[0]
+
+
+def _files(paths: Sequence[Path], model: BetaVAE, crop: int) -> Callable[[NDArray[np.int64]], Tensor]:
     """A function that reads images from their files."""
-    crop = crop or celeba.fitting_crop([str(path) for path in paths])[0]
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
         return torch.cat([read_image(paths[i], crop, model.input_shape, model.pixel_range) for i in numbers])

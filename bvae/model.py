@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from bvae import files, weights
+from bvae import __version__, files, hub, weights
 from bvae.architectures import ARCHITECTURES, STAGES, Network, check_size, is_ours
 from bvae.compat import pytorch_vae_weights
 from bvae.errors import MissingError, UsageError
@@ -284,7 +284,44 @@ class BetaVAE(nn.Module):
         folder = expand(folder)
         self.save_config(folder)
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        files.write_bytes(folder / "model.safetensors", save(state))
+        # "format" is what other libraries look for.
+        metadata = {"format": "pt", "bvae": __version__, "config": json.dumps(self.config)}
+        files.write_bytes(folder / "model.safetensors", save(state, metadata))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        run: str | Path | None = None,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        data_license: str | None = None,
+    ) -> str:
+        """Upload the model to the Hugging Face Hub with a model card; returns the URL of the commit.
+
+        Needs the extra `hub`, and `hf auth login` or HF_TOKEN. The model is made if there is none.
+
+        Args:
+            repo_id: "user/repo".
+            run: the run folder, from which the card has data, objective, figures and pictures. No path of
+                this machine is uploaded. None: the card describes the network alone.
+            private: for a new model: who can see it. None: as the account is set.
+            revision: the branch. None: main.
+            data_license: the licence of the training images, in words. None: that of a known data set.
+
+        Raises:
+            MissingError: there is no such run folder, account or revision.
+            UsageError: the Hub refuses, or cannot be reached.
+            ModuleNotFoundError: huggingface_hub is missing.
+
+        Example, which uploads:
+
+            BetaVAE.from_pretrained("runs/mine").push_to_hub("user/repo", run="runs/mine")
+        """
+        folder = expand(run) if run is not None else None
+        if folder and not folder.is_dir():
+            raise MissingError(f"run: {folder} is no folder")
+        return hub.upload(self, repo_id, folder, private, revision, data_license)
 
     def save_config(self, folder: str | Path) -> None:
         """Write `config.json`, from which `from_pretrained` builds the network."""
@@ -294,16 +331,22 @@ class BetaVAE(nn.Module):
         files.write_text(folder / "config.json", json.dumps(self.config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, which: Literal["last", "best"] = "last") -> "BetaVAE":
-        """Load a model, in evaluation mode, from a folder of `save_pretrained` or a run folder at any time.
+    def from_pretrained(
+        cls, name: str | Path, which: Literal["last", "best"] = "last", revision: str | None = None
+    ) -> "BetaVAE":
+        """Load a model, in evaluation mode, from a folder, a run folder at any time, or the Hugging Face Hub.
 
         Args:
-            folder: of a saved model, or of a run that has ended, was stopped or is still training.
+            name: a folder of a saved model, or of a run that has ended, was stopped or is still training; or
+                the "user/repo" of a model on the Hub (a text, with the extra `hub`). A folder comes first.
             which: for a run, the newest state, or the checkpoint of the highest ELBO in validation.
+            revision: for the Hub: a branch, a tag or a commit. None: the newest.
 
         Raises:
-            MissingError: the folder holds no model, or no best checkpoint.
+            MissingError: the folder holds no model, or no best checkpoint; the Hub has no such model, or
+                cannot be reached and the model is not in its cache.
             UsageError: its files are damaged, belong to different models, or hold NaN or infinite weights.
+            ModuleNotFoundError: the name can only be one of the Hub, and huggingface_hub is missing.
 
         >>> import tempfile
         >>> import torch
@@ -316,7 +359,11 @@ class BetaVAE(nn.Module):
         >>> torch.equal(again.decode(z), model.eval().decode(z))
         True
         """
-        folder = expand(folder)
+        folder = expand(name)
+        if not folder.exists() and hub.is_id(name):
+            folder = hub.download(str(name), revision)
+        elif revision is not None:
+            raise UsageError(f"{folder} is a folder, which has no revisions: leave revision={revision!r} out")
         if not (folder / "config.json").exists():
             raise MissingError(f"{folder} holds no config.json: it is not a folder of a saved model or a run")
         try:

@@ -16,19 +16,24 @@ from bvae.model import BetaVAE
 # --- Grids ------------------------------------------------------------------------------------------------
 MARGIN = 2  # pixels between pictures
 LABEL = 92  # pixels for a row's text, or more if it needs them
+HEADER = 16  # pixels for the columns' texts
 
 
-def grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> Image.Image:
-    """Rows of uint8 images [N, H, W, 3] as one picture, with a label at the left of each row."""
+def grid(rows: Sequence[Tensor], labels: Sequence[str] = (), columns: Sequence[str] = ()) -> Image.Image:
+    """Rows of uint8 images [N, H, W, 3] as one picture, with a label left of each row, above each column."""
     height, width = rows[0].shape[1:3]
     font = ImageFont.load_default(12)
     left = _width(labels, font) if labels else 0
-    columns = max(len(row) for row in rows)
-    size = (left + columns * (width + MARGIN) - MARGIN, len(rows) * (height + MARGIN) - MARGIN)
+    header = HEADER if columns else 0
+    across = max(len(row) for row in rows)
+    size = (left + across * (width + MARGIN) - MARGIN, header + len(rows) * (height + MARGIN) - MARGIN)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
+    for j, column in enumerate(columns):
+        middle = left + j * (width + MARGIN) + width / 2
+        draw.text((middle, header / 2), column, fill="black", font=font, anchor="mm")
     for i, row in enumerate(rows):
-        top = i * (height + MARGIN)
+        top = header + i * (height + MARGIN)
         if labels:
             draw.multiline_text((4, top + height // 2 - 14), labels[i], fill="black", font=font)
         for j, image in enumerate(row):
@@ -67,13 +72,14 @@ def most_visible(images: Tensor, count: int) -> list[int]:
     return change.argsort(descending=True)[:count].tolist()
 
 
-def save_traversal(images: Tensor, labels: Sequence[str], path: Path) -> None:
+def save_traversal(images: Tensor, labels: Sequence[str], values: Tensor, path: Path) -> None:
     """Write uint8 [rows, values, N, H, W, 3]: a PNG with the values side by side, or a GIF, forward and back.
 
-    A PNG shows the first of the N images, a GIF all of them.
+    A PNG shows the first of the N images under the values, a GIF all of them.
     """
     if path.suffix.lower() == ".png":
-        files.write_image(path, grid(list(images[:, :, 0]), labels))
+        columns = [f"{round(value, 2):g}" for value in values.tolist()]
+        files.write_image(path, grid(list(images[:, :, 0]), labels, columns))
         return
     times = [*range(images.shape[1]), *range(images.shape[1] - 2, 0, -1)]
     frames = [grid(list(images[:, t]), labels).quantize(COLOURS, dither=Image.Dither.NONE) for t in times]
@@ -105,7 +111,8 @@ def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: P
     mu = model.encode(x)[0]
     typical = mu[mu.norm(dim=1).argmin()].unsqueeze(0)
     for start, steps, name in ((typical, 11, "traversals.png"), (mu[:FACES], FRAMES, "traversals.gif")):
-        save_traversal(traverse(model, start, latents, torch.linspace(-3, 3, steps)), labels, out / name)
+        values = torch.linspace(-3, 3, steps)
+        save_traversal(traverse(model, start, latents, values), labels, values, out / name)
 
 
 # --- Matrices ---------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Train a preset on a grid of values with several seeds, evaluate every model, and plot the results.
 
   python -m bvae.sweep locatello_sprites_beta4 --grid beta=1,4 --seeds 5
+  python -m bvae.sweep locatello_sprites_beta4 --grid "loss_type=H beta=1,4" --grid "loss_type=B gamma=10,100"
   python -m bvae.sweep --baselines      scores of codes without training, and the beta-VAE paper's figures
 
 Options that are not listed here are passed to bvae.train (--max-steps 2000). The same command again continues
-where it was stopped. Its folder holds sweep.md, sweep.png and a run folder for each model.
+where it was stopped. The sweep's folder holds a run folder for each model; sweep.md, .csv, .tex and .png with
+mean and spread over seeds; statistics.md with pairwise tests and rank correlations; tradeoffs.png with the
+reconstruction and the scores against the KL.
 """
 
 import signal

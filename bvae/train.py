@@ -7,7 +7,7 @@
   python -m bvae.train --resume runs/NAME                 continue after Ctrl-C or a crash
   torchrun --nproc-per-node 8 -m bvae.train --batch-size 1152 ...    on eight GPUs, 144 images each per step
 
-Results are in runs/NAME: traversals.gif, model.safetensors, metrics.jsonl and more.
+Results are in runs/NAME: explorer.html, traversals.gif, model.safetensors, metrics.jsonl and more.
 """
 
 import sys

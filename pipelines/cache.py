@@ -16,8 +16,6 @@ import math
 import os
 import re
 import shutil
-import stat
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bvae import disk
-from bvae.errors import FULL, MissingError, UsageError, say_once
+from bvae.errors import FULL, MissingError, UsageError
 from bvae.opening import ARCHIVE, TABLE, NotRead, open_regular, read_bytes
 from bvae.owner import LOCK, lock, wait
 from bvae.pipelines.decoder import BATCH, Decoder, cores
@@ -100,24 +98,6 @@ class Cached(NamedTuple):
     images: Tensor  # uint8 [N, size, size, channels], mapped from disk, without the bad files
     bad: list[Bad]
     folder: Path
-
-
-def default_folder() -> Path:
-    """Where caches are kept unless the user says otherwise."""
-    if named := os.environ.get("XDG_CACHE_HOME"):
-        return Path(named) / "bvae"
-    folder = Path(os.path.expanduser("~"), ".cache", "bvae")
-    nearest = next((path for path in (folder, *folder.parents) if path.is_dir()), Path())
-    if folder.is_absolute() and os.access(nearest, os.W_OK):
-        return folder
-    folder = Path(tempfile.gettempdir(), f"bvae-{os.getuid()}")  # as in a container with a user of a number
-    say_once(f"no home folder can be written: caches are in {folder}, or in --cache-dir")
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise UsageError(f"{folder} is not a folder of yours: name one with --cache-dir")
-    return folder
 
 
 def open_or_build(

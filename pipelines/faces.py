@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bvae import files
 from bvae.errors import UsageError
 from bvae.owner import LOCK, wait
 from bvae.paths import expand
@@ -86,7 +87,9 @@ def write_missing(root: Path, n: int, seed: int = 0, quality: int = 92, progress
             (folder / "img_align_celeba").mkdir(parents=True)
             _write_tables(folder, names, factors)
             _write_images(folder / "img_align_celeba", names, factors, quality, progress)
+            os.sync()  # thousands of files at once: after a power cut, either all or none are there
             folder.rename(target)
+            files.sync(root)
     return True
 
 

@@ -17,6 +17,7 @@ import torch
 from pictures import flip_bit, write_folder, write_image
 
 from bvae.pipelines import cache, decoder, torch_decode
+from bvae.pipelines.cache_folder import default_folder
 from bvae.pipelines.picture import Picture
 
 CPU = torch.device("cpu")
@@ -308,10 +309,10 @@ def test_a_cache_of_an_older_format_is_left_alone(root, folder, monkeypatch):
 
 def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.default_folder() == tmp_path / "bvae"
+    assert default_folder() == tmp_path / "bvae"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert str(cache.default_folder()) == "/home/someone/.cache/bvae"
+    assert str(default_folder()) == "/home/someone/.cache/bvae"
 
 
 def test_a_cache_that_is_removed_stays_readable_where_it_is_open(root, folder):

@@ -18,7 +18,7 @@ from bvae.evaluation.options import CompareOptions as Arguments
 from bvae.evaluation.options import Protocol
 from bvae.model import BetaVAE
 from bvae.pipelines import faces
-from bvae.plots import LABEL, MARGIN
+from bvae.plots import HEADER, LABEL, MARGIN
 
 N, SIDE = 60, 32
 FEW = ["--points", "40", "--factor-bins", "2"]
@@ -98,10 +98,11 @@ def test_the_pictures(runs, made):
         picture = opened.convert("RGB")
     left = picture.width - (11 * (SIDE + MARGIN) - MARGIN)
     assert left > LABEL  # the texts are longer than a latent's number
-    assert picture.height == 3 * (SIDE + MARGIN) - MARGIN
+    height = 3 * (SIDE + MARGIN) - MARGIN
+    assert picture.height == HEADER + height
     assert np.array(picture)[:, left - 4 : left].min() == 255  # and end before the images
     with Image.open(made.with_name("side.by.side.gif")) as gif:
-        assert (gif.n_frames, gif.height) == (20, picture.height)
+        assert (gif.n_frames, gif.height) == (20, height)
 
 
 def test_all_models_start_from_the_same_image(runs, monkeypatch):

@@ -13,7 +13,7 @@ from bvae import metrics
 PUBLIC = {f"bvae.{name}": (bvae, name) for name in bvae.__all__}
 PUBLIC |= {f"bvae.metrics.{name}": (metrics, name) for name in metrics.__all__}
 TYPES = {"LossTerms", "DCI", "Boosting", "Reconstruction", "Sampler"}  # what functions take and return
-MODULES = {"bvae.ops", "bvae.losses", "bvae.model"} | {
+MODULES = {"bvae.ops", "bvae.losses", "bvae.model", "bvae.command_line", "bvae.explorer.layers"} | {
     getattr(module, name).__module__ for module, name in PUBLIC.values() if name != "Boosting"
 }
 

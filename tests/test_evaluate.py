@@ -23,7 +23,7 @@ from bvae.ground_truth import Truth
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
 from bvae.pipelines.packed_loader import pack
-from bvae.plots import CELL, LABEL, LEFT, MARGIN, TOP, heat_map
+from bvae.plots import CELL, HEADER, LABEL, LEFT, MARGIN, TOP, heat_map
 
 N = 60
 FEW = ["--seeds", "2", "--points", "30", "--factor-bins", "2"]
@@ -68,13 +68,18 @@ def test_files_and_table(run):
     assert len({value["half_width"] for value in result["scores"].values()}) > 1
     assert {np.shape(matrix) for matrix in result["matrices"].values()} == {(4, 9)}
     assert {"encoding", "score", "beta_vae", "factor_vae"} <= result["seconds"].keys()
+    with np.load(run / "codes.npz") as points:  # no pickle in it
+        assert points["mu"].shape == (30, 4)
+        assert points["names"].tolist() == result["factors"]
+        assert points["factors"].shape == (30, 9)
+        assert len(set(points["numbers"].tolist())) == 30
     mig = result["scores"]["mig"]
     assert f"| mig | {mig['mean']:.3f} | ± {mig['half_width']:.3f} |" in (run / "evaluation.md").read_text()
     assert (run / "printed").read_text() == (run / "evaluation.md").read_text()
     with Image.open(run / "evaluation.png") as picture:
         assert picture.size[0] > 2 * 9 * CELL[0]
     with Image.open(run / "evaluation_traversals.png") as picture:
-        assert picture.size == (LABEL + 11 * (32 + MARGIN) - MARGIN, 4 * (32 + MARGIN) - MARGIN)
+        assert picture.size == (LABEL + 11 * (32 + MARGIN) - MARGIN, HEADER + 4 * (32 + MARGIN) - MARGIN)
 
 
 def test_what_the_posteriors_and_reconstructions_are(run, data):
@@ -221,7 +226,7 @@ def test_attributes_are_told_by_single_latents(data, tmp_path, monkeypatch):
     assert glasses.tolist() == [1 if float(row["glasses"]) > 0.5 else -1 for row in rows]
     codes = np.zeros((6, 4), np.float32)
     codes[:, 2] = -glasses
-    monkeypatch.setattr(run_folder, "encode", lambda *_: codes)
+    monkeypatch.setattr(measure, "encode", lambda *_: codes)
     model.save_pretrained(tmp_path)
     (tmp_path / "config.yaml").write_text(
         Config(data=DataConfig(name="celeba", root=data, image_size=32)).to_yaml()
@@ -298,14 +303,51 @@ def test_the_true_factors_rate_best(tmp_path):
     truth = Truth(("a", "b", "c"), factors, lambda numbers: torch.empty(0))
     codes = (factors / [1, 2, 3]).astype(np.float32)
     seconds: dict[str, float] = {}
-    found = measure.score_codes(codes, truth, Protocol(seeds=2, points=400), seconds)
+    active, protocol = np.ones(3, np.bool_), Protocol(seeds=2, points=480)
+    found, importance = measure.score_codes(lambda rows: codes[rows], truth, protocol, active, seconds)
     assert found.keys() == SCORES
     for name in SCORES - {"sap"}:
         assert found[name].mean > 0.97, name
     assert seconds.keys() == {"score", "beta_vae", "factor_vae"}
-    for matrix in measure.matrices(codes[:, [1, 2, 0]], truth, Protocol(points=480)).values():
-        assert matrix.argmax(0).tolist() == [2, 0, 1]
+    for matrix in (importance, measure.information_shares(codes, factors)):
+        assert matrix.argmax(0).tolist() == [0, 1, 2]
         assert np.allclose(matrix.max(0), 1, atol=0.02)
+
+
+def test_scores_of_active_latents_alone():
+    """A latent of almost no spread that copies a factor counts among all latents only."""
+    factors = np.indices((2, 3, 4)).reshape(3, -1).T.repeat(20, 0)
+    truth = Truth(("a", "b", "c"), factors, lambda numbers: torch.empty(0))
+    codes = np.concatenate([factors / [1, 2, 3], 1e-3 * factors[:, [2]]], 1).astype(np.float32)
+    active, protocol = np.array([True, True, True, False]), Protocol(seeds=2, points=480)
+    found, _ = measure.score_codes(lambda rows: codes[rows], truth, protocol, active, {})
+    assert found.keys() == SCORES | {"mig_active", "sap_active", "modularity_active"}
+    assert found["mig"].mean < 0.7
+    assert found["mig_active"].mean > 0.99
+    alone, _ = measure.score_codes(lambda rows: codes[rows][:, :3], truth, protocol, np.ones(3, np.bool_), {})
+    for name in ("mig", "sap", "modularity"):
+        assert found[f"{name}_active"] == alone[name]
+
+
+def test_few_points_encode_few_images(tmp_path, monkeypatch):
+    """With all points, all images are encoded, each once."""
+    factors = np.indices((2, 2)).reshape(2, 4).T.repeat(2500, 0)
+    truth = Truth(("a", "b"), factors, lambda numbers: torch.empty(len(numbers), 0))
+    encoded: list[int] = []
+
+    def encode(model, truth, numbers, device):
+        encoded.extend(numbers.tolist())
+        return factors[numbers].astype(np.float32)
+
+    monkeypatch.setattr(measure, "encode", encode)
+    model = BetaVAE(1, 2, (4,), 32)
+    codes = measure.LazyCodes(model, truth, torch.device("cpu"))
+    protocol = Protocol(seeds=1, points=20)
+    assert protocol.observations == 30 * 192
+    measure.score_codes(codes, truth, protocol, np.ones(2, np.bool_), {})
+    assert 20 <= len(encoded) == len(set(encoded)) < 5000
+    codes(np.arange(10_000))
+    assert sorted(encoded) == list(range(10_000))
 
 
 def test_all_images_are_encoded_in_order(data):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from examples import decoder_output, divergence, pixels
+from loss_inputs import decoder_output, divergence, pixels
 from torch import Tensor, nn
 
 from bvae import BetaVAE, ops

@@ -303,6 +303,7 @@ def test_every_bit_of_a_header(tmp_path):
 WRITTEN = (
     *("config.yaml", "config.json", "metrics.jsonl", "model.safetensors", "finished.json"),
     *("reconstructions.png", "samples.png", "traversals.png", "traversals.gif", "checkpoints/best.json"),
+    "explorer.html",
 )
 
 

@@ -1,6 +1,8 @@
 """What an import costs, which packages it needs, and what a command says when one is missing."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +64,7 @@ def test_a_model_needs_no_extra():
     [
         *(
             (name, "tyro", ["--help"])
-            for name in ("train", "evaluate", "sample", "traverse", "compare", "sweep")
+            for name in ("train", "evaluate", "sample", "traverse", "explore", "export", "compare", "sweep")
         ),
         ("train", "tqdm", ["--max-steps", "1"]),
         ("data", "torchvision", ["faces", "OUT", "--n", "1"]),
@@ -98,13 +100,64 @@ def test_a_missing_package_of_another_kind_is_a_bug(tmp_path):
     assert second == "bvae needs tyro: pip install 'bvae[train]'"
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "infogan", "evaluate", "sample", "traverse", "compare", "sweep"]
-)
-def test_help_needs_no_torch(command):
+OF_DATA = ("check", "ingest", "ls", "rm", "faces")
+
+
+@pytest.mark.parametrize("command", [*commands.COMMANDS, *(f"data {name}" for name in OF_DATA)])
+def test_help_needs_no_torch_and_shows_an_example_and_the_values_that_apply(command):
     """torch takes seconds, and torchvision more."""
-    code = f"import bvae.{command}; bvae.{command}.main(['--help'])"
-    assert f"python -m bvae.{command}" in python(code, without={"torch", "torchvision", "numpy"})
+    name, *words = command.split()
+    code = (
+        f"import sys; from bvae.{name} import main\n"
+        f"try: main({[*words, '--help']})\n"
+        "finally: print(sorted(sys.modules.keys() & {'torch', 'torchvision', 'numpy'}))"
+    )
+    shown = python(code, without={"torch", "torchvision", "numpy"})
+    text = " ".join(shown.replace("\u2502", " ").split())
+    assert text.endswith("[]")
+    _, _, rest = text.partition(f"usage: python -m bvae.{command}")[2].partition("] ")
+    assert f"python -m bvae.{command}" in rest  # the example
+    parts = re.split(r" (--[a-z][\w-]*) (?=\{|INT|FLOAT|STR|PATH|[A-Z_]+ )", rest)
+    described = dict(zip(parts[1::2], parts[2::2], strict=True))  # the usage comes before the descriptions
+    for option, description in described.items():
+        assert re.search(r"default: |required|repeatable", description), option
+
+
+TYPOS = {
+    "train --betaa 3": "--beta ",
+    "evaluate RUN --pionts 50": "--points",
+    "sample RUN --ssed 3": "--seed",
+    "traverse RUN --stesp 3": "--steps",
+    "explore RUN --uot page.html": "--out",
+    "export RUN --imags float": "--images",
+    "compare RUN --factor x --stesp 3": "--steps",
+    "infogan --max-stesp 3": "--max-steps",
+    "sweep small --gird beta=1": "--grid",
+    "sweep small --grid beta=1 --sedes 2": "--seeds",
+    "sweep small --grid beta=1 --max-stesp 2": "--max-steps",
+    "data ingest DIR --imge-size 64": "--image-size",
+    "data ls --cahce-dir DIR": "--cache-dir",
+    "data ingst DIR": "ingest",
+    "data check DIR --decoder torchvison": "torchvision",
+    "doctor --hlep": "--help",
+}
+
+
+@pytest.mark.parametrize("line", TYPOS)
+def test_a_typo_gets_the_nearest_option(line, capsys):
+    name, *words = line.split()
+    main = importlib.import_module(f"bvae.{name}").main
+    try:
+        status = main(words)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    shown = capsys.readouterr().err
+    assert TYPOS[line] in re.split("did you mean|Perhaps you meant", shown)[1]
+
+
+def test_every_command_has_a_typo():
+    assert {line.split()[0] for line in TYPOS} == set(commands.COMMANDS)
 
 
 # --- The command `bvae` -----------------------------------------------------------------------------------

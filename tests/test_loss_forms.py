@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from examples import SHAPE, decoder_output, divergence, pixels
+from loss_inputs import SHAPE, decoder_output, divergence, pixels
 from numerics import DTYPES, assert_as_good_as_torch, same_places
 from torch import Tensor, nn
 from torch.distributions import Laplace, Normal
@@ -197,7 +197,8 @@ def test_probabilities_for_logits_give_one_warning(backend):
     target, kl = torch.rand(4, 5, device=backend), torch.zeros(4, device=backend)
     with pytest.warns(UserWarning, match="from_logits=False") as caught:
         ops.vae_loss(torch.rand(4, 5, device=backend), target, kl, likelihood="bernoulli")
-    assert len(caught) == (1 if backend.type == "cpu" else 0)
+    ours = [warning for warning in caught if warning.category is UserWarning]
+    assert len(ours) == (1 if backend.type == "cpu" else 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         ops.vae_loss(torch.randn(4, 5, device=backend), target, kl, likelihood="bernoulli")

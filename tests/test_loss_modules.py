@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from examples import SHAPE, decoder_output, divergence, pixels
+from loss_inputs import SHAPE, decoder_output, divergence, pixels
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 

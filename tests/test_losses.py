@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from examples import SHAPE, decoder_output, divergence, pixels
+from loss_inputs import SHAPE, decoder_output, divergence, pixels
 from numerics import DTYPES, assert_as_good_as_torch, same_places
 from torch import Tensor
 from torch.library import opcheck

@@ -27,7 +27,7 @@ from bvae.metrics import (
     score,
 )
 from bvae.metrics._dci import _concentration
-from bvae.metrics._sap import sap_of
+from bvae.metrics._sap import accuracies, gap
 from bvae.metrics.information import discretise, entropy, mutual_information
 
 SIZES = (2, 3, 4)
@@ -190,7 +190,7 @@ def test_separated_attributes_of_two_bits():
     """A bit's own latent is always right, the other one half the time."""
     factors = every_combination((2, 2), times=50)
     data = inputs.Split(factors.astype(float), factors, factors.astype(float), factors)
-    assert sap_of(data) == pytest.approx(0.5)
+    assert gap(accuracies(data)) == pytest.approx(0.5)
 
 
 def test_mutual_information_is_scikit_learns(codes, factors):

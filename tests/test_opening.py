@@ -13,7 +13,7 @@ from deadlines import in_time
 from pictures import encoded, png, smooth, write_celeba, write_folder
 
 from bvae import config, data, evaluate, ground_truth, opening, train, traverse
-from bvae.evaluation import sweeping
+from bvae.evaluation import jobs
 from bvae.evaluation.options import SweepOptions
 from bvae.model import BetaVAE
 from bvae.opening import NotRead, read_bytes
@@ -167,7 +167,7 @@ def best(root):
 
 
 def sweep_result(root):
-    return root / "evaluation.json", lambda: sweeping.read_evaluation(root, SweepOptions()), None
+    return root / "evaluation.json", lambda: jobs.read_evaluation(root, SweepOptions()), None
 
 
 def metrics(root):

@@ -104,7 +104,7 @@ def test_a_run_that_goes_on_is_not_resumed(data, tmp_path, capsys):
 
 
 def test_a_sweep_has_one_owner(tmp_path):
-    options = SweepOptions("locatello_sprites_beta4", grid="beta=1,4", out=tmp_path, device="cpu")
+    options = SweepOptions("locatello_sprites_beta4", grid=("beta=1,4",), out=tmp_path, device="cpu")
     with own(tmp_path), pytest.raises(UsageError, match="is in use by process"):
         sweep(options, [])
 

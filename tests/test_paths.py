@@ -17,7 +17,8 @@ from bvae.errors import UsageError, say_once
 from bvae.fitting import fit
 from bvae.model import BetaVAE
 from bvae.paths import expand, option_of
-from bvae.pipelines import cache, celeba, dsprites, faces, folder, sprites
+from bvae.pipelines import celeba, dsprites, faces, folder, sprites
+from bvae.pipelines.cache_folder import default_folder
 from bvae.train import main
 from bvae.training import compiler
 from bvae.training.cli import Arguments
@@ -192,7 +193,7 @@ def test_a_user_without_a_home_has_a_cache(home, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", str(home))
     say_once.cache_clear()
     folder = home / f"bvae-{os.getuid()}"
-    assert cache.default_folder() == cache.default_folder() == folder
+    assert default_folder() == default_folder() == folder
     assert capsys.readouterr().err.count(f"caches are in {folder}") == 1
     compiler.caches()
     assert os.environ.pop("TRITON_CACHE_DIR") == str(folder / "triton")

@@ -15,9 +15,9 @@ from test_dsprites import archive
 from torch import nn
 
 import bvae
-from bvae import infogan
+from bvae import exporting, hub, infogan
 from bvae.compat.pytorch_vae_weights import export_state
-from bvae.evaluation import sweeping
+from bvae.evaluation import jobs, sweeping
 from bvae.evaluation.options import Protocol
 from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
@@ -109,6 +109,8 @@ def infogan_folder(data, out):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(PYTHON) and not c.startswith(TRAIN)])
 def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "bvae.export" in command:
+        pytest.importorskip("onnxruntime")
     line = command.removeprefix(PYTHON).replace("DIR", str(data))
     if "infogan --resume" in line:
         run_folder = infogan_folder(data, tmp_path / "infogan")
@@ -125,8 +127,12 @@ def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
     }
     if module == "bvae.sweep":
         # A process of its own takes seconds to start.
-        monkeypatch.setattr(sweeping, "in_its_own_process", sweeping.train_and_evaluate)
-        monkeypatch.setattr(sweeping, "Protocol", partial(Protocol, factor_bins=2))
+        monkeypatch.setattr(
+            sweeping,
+            "run_all",
+            lambda left, arguments: [(job, jobs.train_and_evaluate(job, arguments)) for job in left],
+        )
+        monkeypatch.setattr(jobs, "Protocol", partial(Protocol, factor_bins=2))
     arguments += short.get(module, []) + short.get("".join(arguments[:1]), [])
     assert importlib.import_module(module).main(arguments) == 0
 
@@ -187,6 +193,23 @@ def test_model_snippet(run_folder, tmp_path, monkeypatch):
     assert names["faces"].shape == (8, 3, 32, 32)
     assert torch.equal(names["again"], names["model"].reconstruct(names["faces"]))
     assert isinstance(names["old"], BetaVAE)
+
+
+def test_export_snippet(run_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    exporting.export(BetaVAE.from_pretrained(run_folder), tmp_path / "runs" / "NAME" / "export")
+    exec(snippet("export"), {})
+    assert capsys.readouterr().out.splitlines()[-1] == "(5, 3, 32, 32) [-1, 1]"
+
+
+def test_hub_snippet(run_folder, tmp_path, monkeypatch):
+    """Here the Hub is a folder; tests/test_hub.py has the client."""
+    monkeypatch.setattr(hub, "upload", lambda model, repo_id, *_: model.save_pretrained(tmp_path / repo_id))
+    monkeypatch.setattr(hub, "download", lambda repo_id, _: tmp_path / repo_id)
+    names: dict = {}
+    exec(snippet("hub").replace("runs/NAME", str(run_folder)), names)
+    assert names["again"].config == names["model"].config
 
 
 def test_score_snippet(capsys):

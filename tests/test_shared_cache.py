@@ -21,6 +21,7 @@ from bvae.datasets import find_files
 from bvae.errors import UsageError, say_once
 from bvae.owner import lock, own, wait
 from bvae.pipelines import cache, decoder, faces, sprites
+from bvae.pipelines.cache_folder import default_folder
 from bvae.pipelines.picture import Picture
 
 PICTURE = Picture(None, 32, 3)
@@ -296,7 +297,7 @@ def test_a_folder_of_another_user_under_tmp_is_not_used(tmp_path, monkeypatch, c
     monkeypatch.setenv("HOME", "~")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     say_once.cache_clear()
-    mine = cache.default_folder()
+    mine = default_folder()
     assert (mine, stat.S_IMODE(mine.stat().st_mode)) == (tmp_path / f"bvae-{os.getuid()}", 0o700)
     os.chown(mine, OTHER, -1)
     capsys.readouterr()
@@ -305,7 +306,7 @@ def test_a_folder_of_another_user_under_tmp_is_not_used(tmp_path, monkeypatch, c
     mine.rmdir()
     mine.symlink_to(tmp_path)
     with pytest.raises(UsageError, match="is not a folder of yours"):
-        cache.default_folder()
+        default_folder()
 
 
 # ---- ls and rm ---------------------------------------------------------------------------------------------

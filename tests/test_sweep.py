@@ -1,6 +1,8 @@
 """`python -m bvae.sweep` as a user runs it: its runs, what it shows, how it goes on, and bad input."""
 
+import csv
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -14,10 +16,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from scipy import stats
 
 from bvae.config import read
 from bvae.errors import UsageError
-from bvae.evaluation import baselines, run_folder, sweep_report, sweeping
+from bvae.evaluation import (
+    baselines,
+    grid,
+    jobs,
+    run_folder,
+    statistics,
+    sweep_plots,
+    sweep_report,
+    sweeping,
+)
 from bvae.evaluation.options import SweepOptions
 from bvae.pipelines import sprites
 from bvae.sweep import main
@@ -45,10 +57,19 @@ def preset(tmp_path_factory: pytest.TempPathFactory):
     return folder / "tiny.yaml"
 
 
+def run_here(left, arguments):
+    return [(job, jobs.train_and_evaluate(job, arguments)) for job in left]
+
+
+def first_job(preset, folder) -> jobs.Job:
+    options = SweepOptions(str(preset), ("beta=4",), 1, device="cpu", points=40)
+    return sweeping.plan(options, folder, [])[1][0]
+
+
 @pytest.fixture
 def inline(monkeypatch):
     """Runs in this process: starting one takes seconds."""
-    monkeypatch.setattr(sweeping, "in_its_own_process", sweeping.train_and_evaluate)
+    monkeypatch.setattr(sweeping, "run_all", run_here)
 
 
 @pytest.fixture
@@ -91,7 +112,7 @@ def test_a_sweep_and_the_same_again(preset, tmp_path, inline, quick, monkeypatch
     with Image.open(out / "sweep.png") as picture:
         assert picture.width > picture.height > 300
 
-    monkeypatch.setattr(sweeping, "execute", pytest.fail)
+    monkeypatch.setattr(jobs, "execute", pytest.fail)
     monkeypatch.setattr(baselines, "measure", pytest.fail)
     assert run(preset, out, "--seeds", "2", "--max-steps", "2") == 0
     assert (out / "sweep.md").read_text() == text
@@ -134,11 +155,11 @@ def test_it_goes_on_where_it_was_stopped(preset, tmp_path, inline, quick, monkey
         if len(commands) == 2 and int(self.step) == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    def noted(command, description, execute=sweeping.execute):
+    def noted(command, description, execute=jobs.execute):
         commands.append(command)
         return execute(command, description)
 
-    monkeypatch.setattr(sweeping, "execute", noted)
+    monkeypatch.setattr(jobs, "execute", noted)
     monkeypatch.setattr(training_step.TrainingStep, "__call__", stopped)
     out = tmp_path / "parts"
     assert run(preset, out) == 1
@@ -157,10 +178,10 @@ def test_it_goes_on_where_it_was_stopped(preset, tmp_path, inline, quick, monkey
 
 
 def test_a_run_without_a_checkpoint_begins_anew(preset, tmp_path, quick):
-    job = sweeping.plan(SweepOptions(str(preset), "beta=4", 1, device="cpu", points=40), tmp_path, [])[1][0]
+    job = first_job(preset, tmp_path)
     job.out.mkdir()
     (job.out / "config.yaml").write_text(job.config.to_yaml())
-    assert sweeping.train_and_evaluate(job, SweepOptions(points=40, device="cpu")) == 0
+    assert jobs.train_and_evaluate(job, SweepOptions(points=40, device="cpu")) == 0
     assert completion.is_marked(job.out)
 
 
@@ -182,12 +203,12 @@ def test_a_run_whose_files_are_empty_is_trained_again(preset, tmp_path, inline, 
 
 
 def test_a_run_that_is_a_link_is_left_alone(preset, tmp_path, quick):
-    job = sweeping.plan(SweepOptions(str(preset), "beta=4", 1, device="cpu", points=40), tmp_path, [])[1][0]
+    job = first_job(preset, tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious").write_text("")
     job.out.symlink_to(tmp_path / "mine")
     with pytest.raises(UsageError, match="is a link"):
-        sweeping.train_and_evaluate(job, SweepOptions(points=40, device="cpu"))
+        jobs.train_and_evaluate(job, SweepOptions(points=40, device="cpu"))
     assert (tmp_path / "mine" / "precious").exists()
 
 
@@ -244,8 +265,9 @@ def test_stopped_it_leaves_a_checkpoint(preset, tmp_path, number):
             ["burgess_sprites", "--grid", "beta=1,4"],
             "beta has no effect on burgess_sprites's loss B: add --loss-type H",
         ),
-        (["higgins_sprites", "--grid", "beta"], "--grid must be an option and different values"),
-        (["higgins_sprites", "--grid", "beta=1,1"], "--grid must be an option and different values"),
+        (["higgins_sprites", "--grid", "beta"], "--grid must be options and different values"),
+        (["higgins_sprites", "--grid", " "], "--grid must be options and different values"),
+        (["higgins_sprites", "--grid", "beta=1,1"], "--grid must hold different values, got 'beta=1,1'"),
         (["higgins_sprites", "--grid", "gamma=-1,1"], "objective.gamma must be 0 or more, got -1"),
         (["higgins_sprites", "--grid", "beta=1,4", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (
@@ -259,6 +281,15 @@ def test_stopped_it_leaves_a_checkpoint(preset, tmp_path, number):
             ["higgins_sprites", "--grid", "beta=1", "--data", "folder"],
             "a folder's images have no known factors",
         ),
+        (["higgins_sprites", "--grid", "beta=1", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (
+            ["higgins_sprites", "--grid", "beta=1", "--cluster-parameters", "a=1"],
+            "have no effect without --cluster",
+        ),
+        (
+            ["higgins_sprites", "--grid", "beta=1", "--cluster", "slurm", "--jobs", "2"],
+            "--jobs has no effect",
+        ),
         (["--baselines", "--max-steps", "3"], "--baselines trains nothing: --max-steps 3 has no effect"),
     ],
 )
@@ -271,16 +302,107 @@ def test_options_that_cannot_be_used(options, message, tmp_path, monkeypatch, ca
 
 def test_options_that_training_does_not_know(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(["higgins_sprites", "--grid", "beta=1,4", "--sedes", "3"])
-    assert stopped.value.code == 2
-    assert "sedes" in capsys.readouterr().err
+    assert main(["higgins_sprites", "--grid", "beta=1,4", "--sedes", "3"]) == 2
+    assert capsys.readouterr().err == "error: unknown option --sedes: did you mean --seeds?\n"
+
+
+@pytest.mark.slow
+def test_two_at_a_time_give_the_models_of_one(preset, tmp_path, capfd):
+    """Their messages are in log files."""
+    assert run(preset, tmp_path / "one") == 0
+    capfd.readouterr()
+    assert run(preset, tmp_path / "two", "--jobs", "2") == 0
+    assert "step 6/6" not in capfd.readouterr().out
+    for name in ("beta-1-seed-0", "beta-4-seed-0"):
+        one, two = (load_file(tmp_path / folder / name / "model.safetensors") for folder in ("one", "two"))
+        assert all(torch.allclose(value, two[key], atol=1e-5) for key, value in one.items())
+        assert "step 6/6" in (tmp_path / "two" / f"{name}.log").read_text()
+
+
+@pytest.mark.slow
+def test_jobs_of_a_cluster(preset, tmp_path, capsys):
+    """submitit's local executor stands for SLURM. A job that fails does not lose the other."""
+    pytest.importorskip("submitit")
+    options = ["--cluster", "local", "--cluster-parameters", "timeout_min=5"]
+    grid = ["--grid", "lr=1e30,1e-3", "--seeds", "1"]
+    assert main([str(preset), *grid, *FEW, "--out", str(tmp_path), *options]) == 1
+    said = capsys.readouterr()
+    assert "lr-1e30-seed-0 (status 1)" in said.err
+    assert f"their messages are in {tmp_path / 'cluster'}/" in said.err
+    assert completion.is_marked(tmp_path / "lr-1e-3-seed-0")
+    assert "| 1e-3 | 1 |" in (tmp_path / "sweep.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cluster", "slurm"], "--cluster slurm: "),  # there is none here
+        (["--cluster", "local", "--cluster-parameters", "time"], "must be NAME=VALUE, got 'time'"),
+        (["--cluster", "local", "--cluster-parameters", "no_such=1"], "--cluster local: "),
+    ],
+)
+def test_clusters_that_cannot_be_used(preset, tmp_path, capsys, options, message):
+    pytest.importorskip("submitit")
+    assert run(preset, tmp_path, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("visible", "shown"), [("3,5", ["3", "5", "3"]), (None, ["0", "1", "0"])])
+def test_several_runs_take_the_gpus_in_turn(monkeypatch, visible, shown):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for slot in range(3):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        jobs.use_gpu(slot)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == shown[slot]
+
+
+# --- The grid ---------------------------------------------------------------------------------------------
+def test_a_grid_of_one_option():
+    key, cells = grid.parse(["beta=1,4"])
+    assert key == "beta"
+    assert [(cell.label, cell.folder, cell.command) for cell in cells] == [
+        ("1", "beta-1", ["--beta", "1"]),
+        ("4", "beta-4", ["--beta", "4"]),
+    ]
+
+
+def test_grids_of_several_options():
+    key, cells = grid.parse(["loss_type=H beta=1,4", "loss_type=B"])
+    assert key == "model"
+    assert [cell.label for cell in cells] == ["loss_type=H beta=1", "loss_type=H beta=4", "loss_type=B"]
+    assert cells[1].folder == "loss_type-H-beta-4"
+    assert cells[1].command == ["--loss-type", "H", "--beta", "4"]
+
+
+def test_losses_and_their_strengths(preset, tmp_path, inline, quick):
+    grids = ["--grid", "loss_type=H beta=1,4", "--grid", "loss_type=B gamma=2"]
+    assert main([str(preset), *grids, "--seeds", "2", *FEW, "--out", str(tmp_path)]) == 0
+    table = (tmp_path / "sweep.md").read_text()
+    rows = ("| loss_type=H beta=1 | 2 |", "| loss_type=H beta=4 | 2 |", "| loss_type=B gamma=2 | 2 |")
+    assert all(row in table for row in rows)
+    assert read(tmp_path / "loss_type-B-gamma-2-seed-1" / "config.yaml").config.objective.gamma == 2
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["run"] for line in lines[-2:]] == [f"loss_type-B-gamma-2-seed-{seed}" for seed in (0, 1)]
+    stored = json.loads((tmp_path / lines[0]["run"] / "evaluation.json").read_text())
+    assert float(lines[0]["reconstruction_nats"]) == stored["model"]["reconstruction_nats"]
+    assert "loss\\_type=H beta=1 & 2 &" in (tmp_path / "sweep.tex").read_text()
+    assert (tmp_path / "statistics.md").read_text().startswith("## Differences between models")
+    with Image.open(tmp_path / "tradeoffs.png") as picture:
+        assert picture.width > 1000
 
 
 # --- What it shows ----------------------------------------------------------------------------------------
 def result(mig: float, nats: float, beta_vae: float = 0.5) -> dict:
     scores = {name: {"mean": value} for name, value in (("mig", mig), ("beta_vae", beta_vae))}
-    return {"scores": scores, "model": {"reconstruction_nats": nats, "kl": 10.0, "active_units": 5}}
+    return {
+        "run": "a",
+        "scores": scores,
+        "model": {"reconstruction_nats": nats, "kl": 10.0, "active_units": 5},
+    }
 
 
 FOUND = {"1": [result(0.1, 20, 0.6), result(0.3, 24, 0.8)], "4": [result(0.5, 40)]}
@@ -305,11 +427,52 @@ def test_paper_table():
 
 
 def test_plot():
-    figure = sweep_report.draw("beta", FOUND)
-    left, right = figure.axes
-    lines = {line.get_label(): line for axes in (left, right) for line in axes.lines}
+    figure = sweep_plots.draw("beta", FOUND)
+    left, middle, right = figure.axes
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
     assert lines["MIG"].get_xydata().tolist() == [[0, 0.2], [1, 0.5]]
-    assert lines["reconstruction, nats"].get_ydata().tolist() == [22, 40]
+    assert lines["reconstruction"].get_ydata().tolist() == [22, 40]
     assert [text.get_text() for text in left.get_xticklabels()] == ["1", "4"]
-    assert len(right.collections[1].get_offsets()) == 3  # a dot a run
-    assert right.collections[0].get_paths()[0].vertices[:, 1].min() == 20  # from the lowest run
+    assert [len(axes.lines) for axes in (middle, right)] == [1, 1]  # 3200 nats and 0.1 share no axis
+    assert len(middle.collections[1].get_offsets()) == 3  # a dot a run
+    assert middle.collections[0].get_paths()[0].vertices[:, 1].min() == 20  # from the lowest run
+
+
+def test_holm_corrects_for_the_number_of_pairs():
+    """By hand: 0.01 x 3; 0.03 x 2; 0.04 x 1, but no less than the one before."""
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([0.9, math.nan, 0.6])[::2] == [1.0, 1.0]
+    assert statistics.holm([]) == []
+
+
+def test_pairwise_is_welchs_test():
+    found = {"1": [result(m, 20) for m in (0.1, 0.2, 0.3)], "4": [result(m, 20) for m in (0.5, 0.7, 0.6)]}
+    text = statistics.pairwise(found, {"mig": "MIG", "kl": "KL"}, sweep_report.values)
+    p = stats.ttest_ind([0.1, 0.2, 0.3], [0.5, 0.7, 0.6], equal_var=False).pvalue
+    assert text.splitlines()[2:] == [f"| MIG | 1 | 4 | -0.4 | {p:.2g} |", "| KL | 1 | 4 | +0 |  |"]
+    assert statistics.pairwise({"1": found["1"]}, {"mig": "MIG"}, sweep_report.values) == ""
+
+
+def test_correlations_are_spearmans():
+    runs = [result(m, n) for m, n in ((0.1, 20), (0.2, 24), (0.2, 19), (0.9, 100))]
+    names = {"mig": "MIG", "reconstruction_nats": "nats", "kl": "KL"}
+    text = statistics.correlations(runs, names, sweep_report.values)
+    rho = stats.spearmanr([0.1, 0.2, 0.2, 0.9], [20, 24, 19, 100]).statistic
+    assert text.splitlines()[2:] == [
+        f"| MIG | 1.00 | {rho:.2f} |  |",
+        f"| nats | {rho:.2f} | 1.00 |  |",
+        "| KL |  |  |  |",
+    ]
+    assert statistics.correlations(runs[:2], names, sweep_report.values) == ""
+
+
+def test_too_few_runs_are_said_so():
+    assert "Too few runs" in sweep_report.comparisons({"1": [result(0.1, 20)]})
+
+
+def test_tradeoffs():
+    """A dot per run, a colour per model."""
+    figure = sweep_plots.draw_tradeoffs("beta", FOUND)
+    assert [axes.get_title() for axes in figure.axes] == ["", "BetaVAE", "MIG"]
+    dots = [group.get_offsets().tolist() for group in figure.axes[0].collections]
+    assert dots == [[[10, 20], [10, 24]], [[10, 40]]]

@@ -75,7 +75,8 @@ def test_run_folder(data, tmp_path, capsys):
     names = {path.name for path in out.iterdir() if "tfevents" not in path.name}
     assert names == {
         *("config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "config.json", "finished.json"),
-        *("reconstructions.png", "samples.png", "traversals.png", "traversals.gif"),
+        *("reconstructions.png", "samples.png", "traversals.png", "traversals.gif", "kl_per_latent.png"),
+        "explorer.html",
     }
     assert list(out.glob("events.out.tfevents.*"))
     assert [path.name for path in (out / "checkpoints").iterdir()]
@@ -89,6 +90,8 @@ def test_run_folder(data, tmp_path, capsys):
     assert {"loss", "mse", "kld", "capacity", "beta_norm", "active_units", "lr", "recon_nats"} <= last.keys()
     assert [record["step"] for record in metrics(out)] == [5, 10, 14]
     assert [record["step"] for record in metrics(out, "valid")] == [7, 14]
+    for record in metrics(out) + metrics(out, "valid"):
+        assert sum(record["kl_per_dim"]) == pytest.approx(record["kld"], rel=1e-3)
     with Image.open(out / "traversals.gif") as gif:
         assert gif.n_frames > 8
     with Image.open(out / "traversals.png") as png:

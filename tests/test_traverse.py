@@ -1,15 +1,17 @@
 """`python -m bvae.traverse` as a user runs it: the pictures, where they start, and bad input."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from bvae.evaluation import pictures
 from bvae.images import read_image
 from bvae.model import BetaVAE
-from bvae.plots import LABEL, MARGIN, most_visible, traverse
+from bvae.plots import HEADER, LABEL, MARGIN, most_visible, traverse
 from bvae.traverse import main
 
 SIDE = 32
@@ -38,9 +40,10 @@ def photo(tmp_path_factory: pytest.TempPathFactory):
     return path
 
 
-def cell(picture: Image.Image, row: int, column: int) -> np.ndarray:
+def cell(picture: Image.Image, row: int, column: int, header: int = HEADER) -> np.ndarray:
     """One image of a grid with labels."""
-    left, top = LABEL + column * (SIDE + MARGIN), row * (SIDE + MARGIN)
+    columns = (picture.width + MARGIN - LABEL) // (SIDE + MARGIN)
+    left, top = picture.width + MARGIN - (columns - column) * (SIDE + MARGIN), header + row * (SIDE + MARGIN)
     return np.array(picture.convert("RGB"))[top : top + SIDE, left : left + SIDE]
 
 
@@ -50,7 +53,10 @@ def test_png_of_chosen_latents(run, tmp_path, capsys):
     assert main([str(run), *options]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     picture = Image.open(out)
-    assert picture.size == (LABEL + 4 * (SIDE + MARGIN) - MARGIN, 2 * (SIDE + MARGIN) - MARGIN)
+    header = np.array(picture.convert("L"))[:HEADER, LABEL:]
+    across = SIDE + MARGIN
+    assert all(header[:, i * across : i * across + SIDE].min() < 100 for i in range(4))  # -2, -1, 0, 1
+    assert picture.size == (LABEL + 4 * (SIDE + MARGIN) - MARGIN, HEADER + 2 * (SIDE + MARGIN) - MARGIN)
     z = torch.zeros(4, 5)
     z[:, 4] = torch.tensor([-2.0, -1, 0, 1])
     with torch.no_grad():
@@ -67,7 +73,7 @@ def test_gif_goes_there_and_back(run, tmp_path):
     with Image.open(out) as gif:
         for i in range(gif.n_frames):
             gif.seek(i)
-            frames.append(cell(gif, 0, 0).astype(int))
+            frames.append(cell(gif, 0, 0, header=0).astype(int))
     assert len(frames) == 8
     assert np.abs(frames[1] - frames[7]).max() <= 1
     assert np.abs(frames[0] - frames[4]).max() > 20
@@ -76,7 +82,7 @@ def test_gif_goes_there_and_back(run, tmp_path):
 def test_the_default_shows_all_that_fit_the_most_visible_first(run):
     assert main([str(run)]) == 0
     picture = Image.open(run / "traverse.png")
-    assert picture.size[1] == 5 * (SIDE + MARGIN) - MARGIN
+    assert picture.size[1] == HEADER + 5 * (SIDE + MARGIN) - MARGIN
     changes = [
         np.ptp([cell(picture, row, step).astype(int) for step in range(11)], 0).mean() for row in range(5)
     ]
@@ -93,6 +99,30 @@ def test_the_walk_starts_at_the_images_code(run, photo, tmp_path):
     assert main([str(run), "--image", str(photo), "--crop", "20", "--latents", "1", "--out", str(out)]) == 0
     expected = ((model.reconstruct(x)[0] + 1) * 127.5).round().permute(1, 2, 0)  # latent 1 does nothing
     assert np.abs(cell(Image.open(out), 0, 0) - expected.numpy()).max() <= 1
+
+
+def test_the_labels_say_the_kl_where_it_is_known(run, photo, tmp_path, monkeypatch):
+    """That of the image, or of the run's last validation."""
+    labels: list[list[str]] = []
+    monkeypatch.setattr(pictures, "save_traversal", lambda images, texts, values, out: labels.append(texts))
+    out = ("--latents", "1", "--out", str(tmp_path / "walk.png"))
+    assert main([str(run), *out]) == 0
+    assert main([str(run), "--image", str(photo), *out]) == 0
+    trained = tmp_path / "trained"
+    shutil.copytree(run, trained)
+    valid = {"split": "valid", "step": 3, "kl_per_dim": [0.5, 1.25, 0.0, 0.0, 0.0]}
+    lines = [valid, {**valid, "kl_per_dim": ["a"]}, {**valid, "split": "train", "kl_per_dim": [9.0] * 5}, 7]
+    (trained / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([str(trained), *out]) == 0
+    model = BetaVAE.from_pretrained(run)
+    with torch.no_grad():
+        mu, log_var = model.encode(read_image(photo, None, model.input_shape, model.pixel_range))
+    kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var)[0, 1].item()
+    assert labels == [
+        ["latent 1\nstarts at 0.00"],
+        [f"latent 1, KL {kl:.2f}\nstarts at {mu[0, 1].item():.2f}"],
+        ["latent 1, KL 1.25\nstarts at 0.00"],
+    ]
 
 
 def test_without_a_crop_the_largest_square(photo):

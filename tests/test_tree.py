@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {"train", "infogan", "evaluate", "traverse", "compare", "sweep", "sample", "data", "doctor"}
+COMMANDS = {
+    "train",
+    "evaluate",
+    "traverse",
+    "explore",
+    "compare",
+    "infogan",
+    "sweep",
+    "sample",
+    "export",
+    "data",
+    "doctor",
+}
 # What every folder may import: it knows nothing of images and models.
 LEAVES = (
     "bvae.disk",

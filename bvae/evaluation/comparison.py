@@ -41,6 +41,7 @@ class LatentWalk(NamedTuple):
     factors: Factors  # [N, K] of all images
     start: int  # the index, among the points, of the image that the walk starts from
     row: Row
+    values: Tensor  # of the latent [steps]
     images: Tensor  # uint8 [steps, 1, H, W, 3]
 
 
@@ -115,7 +116,7 @@ def walk_latent(run: Path, arguments: CompareOptions, start: int | None) -> Late
         statistics["reconstruction_nats"],
         statistics["mse"],
     )
-    return LatentWalk(truth.factors, start, row, images)
+    return LatentWalk(truth.factors, start, row, values, images)
 
 
 def markdown(rows: list[Row], factor: str) -> str:
@@ -155,7 +156,7 @@ def compare(arguments: CompareOptions) -> str:
     images = torch.stack([walk.images for walk in walks])
     files.make_folder(arguments.out.parent)
     for end in (".png", ".gif"):
-        save_traversal(images, labels, arguments.out.with_name(arguments.out.name + end))
+        save_traversal(images, labels, walks[0].values, arguments.out.with_name(arguments.out.name + end))
     table = markdown(rows, arguments.factor)
     files.write_text(arguments.out.with_name(arguments.out.name + ".md"), table)
     return table

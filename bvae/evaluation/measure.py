@@ -16,19 +16,19 @@ from bvae import config, ground_truth, metrics
 from bvae.config import Config, DataConfig
 from bvae.datasets import DRAWN_ROOT
 from bvae.errors import UsageError
-from bvae.evaluation.options import Protocol
+from bvae.evaluation.options import BINS, Protocol
 from bvae.ground_truth import Truth
 from bvae.infogan_model import InfoGAN
 from bvae.metrics import inputs
+from bvae.metrics._score import measure as measure_codes
 from bvae.metrics.information import discretise, entropy, mutual_information
 from bvae.model import ACTIVATIONS, BetaVAE
 from bvae.pipelines import dsprites, sprites
-from bvae.pipelines.cache import default_folder
+from bvae.pipelines.cache_folder import default_folder
+from bvae.training.validation import ACTIVE_KL
 
+Codes = Callable[[NDArray[np.int64]], NDArray[np.float32]]  # numbers of images [n] to codes [n, D]
 BATCH = {"cpu": 64, "cuda": 4096}  # images encoded at a time; on a CPU what a core's cache holds
-# Nats; the code of a latent below this is nearly constant. Stretched over 20 bins it looks informative, but a
-# walk along it changes nothing: latents are chosen and shown among the others.
-ACTIVE_KL = 0.01
 
 
 class Interval(NamedTuple):
@@ -82,18 +82,40 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
     return ground_truth.attributes(root, model, crop)
 
 
+class LazyCodes:
+    """The posterior means of a data set's images, which are encoded when they are first asked for."""
+
+    def __init__(self, model: BetaVAE, truth: Truth, device: torch.device) -> None:
+        self._parts = model, truth, device
+        n = len(truth.factors)
+        self._codes = np.empty((n, model.latent_dim), np.float32)
+        self._encoded = np.zeros(n, np.bool_)
+        self.seconds = 0.0  # of encoding
+
+    def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The codes [n, D] of the images with these numbers. Raises ValueError as `encode`."""
+        new = np.unique(numbers[~self._encoded[numbers]])
+        if len(new):
+            start = time.perf_counter()
+            model, truth, device = self._parts
+            self._codes[new] = encode(model, truth, new, device)
+            self._encoded[new] = True
+            self.seconds += time.perf_counter() - start
+        return self._codes[numbers]
+
+
 @torch.no_grad()
 def encode(
     model: BetaVAE, truth: Truth, numbers: NDArray[np.int64], device: torch.device
 ) -> NDArray[np.float32]:
-    """The posterior means [n, D] of the images with these numbers; shows a progress bar.
+    """The posterior means [n, D] of the images with these numbers; shows a progress bar if it takes long.
 
     Raises:
         ValueError: means that are not finite, or a single latent.
     """
     n, batch = len(numbers), BATCH[device.type]
     codes = np.empty((n, model.latent_dim), np.float32)
-    with tqdm(total=n, desc="encoding", unit=" images", disable=None) as bar:
+    with tqdm(total=n, desc="encoding", unit=" images", disable=None, leave=False, delay=1) as bar:
         for start in range(0, n, batch):
             x = truth.images(numbers[start : start + batch]).to(device)
             codes[start : start + batch] = model.encode(x)[0].cpu().numpy()
@@ -130,9 +152,10 @@ def compute_statistics(
         distances = metrics.reconstruction(mean, x, peak=high - low, variance=spread)
         mus.append(mu.cpu())
         log_vars.append(log_var.cpu())
-        sums.append(tuple(len(x) * value for value in distances))
+        similarity = metrics.ssim(mean, x, peak=high - low)
+        sums.append(tuple(len(x) * value for value in (*distances, similarity)))
     mu, log_var = torch.cat(mus), torch.cat(log_vars)
-    nats, mse, psnr = np.sum(sums, 0) / len(drawn)
+    nats, mse, psnr, ssim = np.sum(sums, 0) / len(drawn)
     kl = model.information(log_var) if isinstance(model, InfoGAN) else metrics.kl_per_latent(mu, log_var)
     return {
         "kl": kl.sum().item(),
@@ -141,26 +164,51 @@ def compute_statistics(
         "reconstruction_nats": float(nats),
         "mse": float(mse),
         "psnr": float(psnr),
+        "ssim": float(ssim),
         "kl_per_latent": kl.tolist(),
         "entropy_per_latent": metrics.entropy_per_latent(log_var).tolist(),
     }
 
 
 def score_codes(
-    codes: NDArray[np.float32], truth: Truth, protocol: Protocol, seconds: dict[str, float]
-) -> dict[str, Interval]:
-    """All metrics over the seeds; adds the seconds of each group of metrics to `seconds`."""
-    sample, sizes = metrics.Table(truth.factors), protocol.sizes
+    codes: Codes,
+    truth: Truth,
+    protocol: Protocol,
+    active: NDArray[np.bool_],
+    seconds: dict[str, float],
+) -> tuple[dict[str, Interval], NDArray[np.float64]]:
+    """All metrics over the seeds, and DCI's importance [D, K] with the first seed.
+
+    Args:
+        codes: gives those of the images with these numbers.
+        active: the latents of mig_active and its like: [D].
+        seconds: gets the seconds of each group of metrics.
+    """
+    sample, sizes, n = metrics.Table(truth.factors), protocol.sizes, len(truth.factors)
+    importances: list[NDArray[np.float64]] = []
+
+    def score(seed: int) -> dict[str, float]:
+        # From as many points as the metrics draw, so that no others are encoded.
+        rows = np.random.default_rng(seed).permutation(n)[: max(protocol.points, sum(sizes.values()))]
+        scores, importance = measure_codes(
+            codes(rows),
+            truth.factors[rows],
+            seed=seed,
+            points=protocol.points,
+            bins=BINS,
+            boosting=protocol.boosting,
+            active=active,
+            **sizes,
+        )
+        importances.append(importance)
+        return scores
+
     groups: dict[str, Callable[[int], Mapping[str, float]]] = {
-        "score": lambda seed: metrics.score(
-            codes, truth.factors, seed=seed, points=protocol.points, boosting=protocol.boosting, **sizes
-        ),
-        "beta_vae": lambda seed: {
-            "beta_vae": metrics.beta_vae(lambda rows: codes[rows], sample, seed=seed, **sizes)
-        },
+        "score": score,
+        "beta_vae": lambda seed: {"beta_vae": metrics.beta_vae(codes, sample, seed=seed, **sizes)},
         "factor_vae": lambda seed: {
             "factor_vae": metrics.factor_vae(
-                lambda rows: codes[rows], sample, seed=seed, variance_points=max(2, protocol.points), **sizes
+                codes, sample, seed=seed, variance_points=max(2, protocol.points), **sizes
             )
         },
     }
@@ -173,7 +221,7 @@ def score_codes(
                     values.setdefault(key, []).append(value)
                 seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
                 bar.update()
-    return {name: interval(each) for name, each in values.items()}
+    return {name: interval(each) for name, each in values.items()}, importances[0]
 
 
 def information_shares(codes: NDArray[np.float32], factors: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -183,19 +231,13 @@ def information_shares(codes: NDArray[np.float32], factors: NDArray[np.int64]) -
 
 
 def active_latents(kl: Sequence[float]) -> NDArray[np.bool_]:
-    """Which latents carry information, from the KL of each in nats: [D]. All, if none does."""
+    """Which latents carry information, from the KL of each in nats: [D]. All, if none does.
+
+    Stretched over 20 bins, the nearly constant code of any other looks informative, but a walk along it
+    changes nothing: latents are chosen and shown among the active ones.
+    """
     active = np.asarray(kl) > ACTIVE_KL
     return active if active.any() else ~active
-
-
-def matrices(codes: NDArray[np.float32], truth: Truth, protocol: Protocol) -> dict[str, NDArray[np.float64]]:
-    """Matrices of latents by factors [D, K]: mutual information over entropy, and DCI's importance."""
-    drawn = sample_numbers(truth, protocol.points)
-    trees = metrics.dci(codes, truth.factors, boosting=protocol.boosting, **protocol.sizes)
-    return {
-        "mutual information / entropy of the factor": information_shares(codes[drawn], truth.factors[drawn]),
-        "importance (DCI)": trees.importance,
-    }
 
 
 def best_latents(

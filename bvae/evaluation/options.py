@@ -30,6 +30,9 @@ class Protocol:
     FactorVAE on. These four are tested on half as many."""
     boosting: Literal["histogram", "exact"] = "histogram"
     """DCI's trees. exact: disentanglement_lib's, twenty times slower."""
+    fid_weights: Path | None = None
+    """Inception's weights, for FID and KID of reconstructions and samples: torch-fidelity's file
+    weights-inception-2015-12-05-6726825d.pth. None: no FID. A CPU takes minutes per 1000 images."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
@@ -38,12 +41,19 @@ class Protocol:
         """Points to train the metrics' classifiers on, and to test them."""
         return {"train": self.points, "test": max(1, self.points // 2)}
 
+    @property
+    def observations(self) -> int:
+        """Images that BetaVAE, with two times 64 for each of its points, and FactorVAE, with 64, draw."""
+        return self.seeds * sum(self.sizes.values()) * 3 * 64
+
 
 @dataclass(frozen=True)
 class CompareOptions:
     """Which models, and which factor of their data."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.arg(name="RUN", metavar="RUN [RUN ...]"), tyro.conf.Positional
+    ]
     """Run folders; all models see the same images."""
     factor: str
     """For sprites: shape, scale, orientation, x or y. For the drawn faces: azimuth, smile and more."""
@@ -76,7 +86,7 @@ class CompareOptions:
 class TraverseOptions:
     """Which latents to change, and where to write the picture."""
 
-    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.arg(name="RUN", metavar="RUN"), tyro.conf.Positional]
     """A run folder, or any folder with model.safetensors and config.json."""
     image: Path | None = None
     """The picture to start from. None: z = 0, the mean of the prior."""
@@ -111,10 +121,27 @@ class TraverseOptions:
 
 
 @dataclass(frozen=True)
+class ExploreOptions:
+    """Which model, or which two, and where to write the page."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="RUN", metavar="RUN [RUN]"), tyro.conf.Positional]
+    """A run folder, or any folder with model.safetensors and config.json; two of them side by side."""
+    out: Path | None = None
+    """The page to write. None: explorer.html in the folder; for two, explorer-<second>.html in the first."""
+
+    def check(self) -> None:
+        """Raise UsageError for the first value that cannot be used."""
+        if not 1 <= len(self.runs) <= 2:
+            raise UsageError(f"name a run folder, or two to see them side by side, got {len(self.runs)}")
+        if self.out and self.out.suffix.lower() not in (".html", ".htm"):
+            raise UsageError(f"--out must end in .html, got {self.out}")
+
+
+@dataclass(frozen=True)
 class SampleOptions:
     """Which model, how many images, and where to write them."""
 
-    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.arg(name="RUN", metavar="RUN"), tyro.conf.Positional]
     """A run folder, or any folder of a saved model."""
     n: int = 64
     """How many images."""
@@ -130,13 +157,32 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """Which model, and what its encoder takes."""
+
+    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    """A run folder, or any folder of a saved model."""
+    images: Literal["uint8", "float"] = "uint8"
+    """What the encoder takes: pixels of 0 to 255, or float32 in the model's range, which the files name."""
+    which: Literal["last", "best"] = "last"
+    """For a run: the newest state, or the best checkpoint by validation ELBO."""
+    module: Annotated[str | None, tyro.conf.arg(name="import")] = None
+    """A Python module to import first: one that calls bvae.register_architecture."""
+    out: Path | None = None
+    """Folder of the files. None: export in the run folder."""
+
+
+@dataclass(frozen=True)
 class SweepOptions:
     """What to train, and with how many points and seeds to measure it."""
 
-    preset: Annotated[str | None, tyro.conf.arg(name="PRESET"), tyro.conf.Positional] = None
+    preset: Annotated[str | None, tyro.conf.arg(name="PRESET", metavar="[PRESET]"), tyro.conf.Positional] = (
+        None
+    )
     """A preset's name or a YAML file, as for --config of bvae.train."""
-    grid: str | None = None
-    """An option of bvae.train and its values: beta=1,4."""
+    grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """An option of bvae.train and its values: beta=1,4. Several options are combined:
+    "loss_type=H beta=1,4". Can be given several times: the sweep has the models of all grids."""
     seeds: int = 5
     """Runs of each value, with training seeds 0, 1, ..."""
     baselines: bool = False
@@ -147,18 +193,28 @@ class SweepOptions:
     """Points that the metrics' estimators are trained on, as for bvae.evaluate."""
     out: Path | None = None
     """Folder of the sweep. None: runs/sweep-<preset>, or runs/baselines."""
+    jobs: int = 1
+    """How many runs at a time. They share the threads, and take the GPUs in turn."""
+    cluster: Literal["slurm", "local"] | None = None
+    """Submit each run as a job with submitit. local: processes of this machine, to try it."""
+    cluster_parameters: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """submitit's, each as NAME=VALUE: slurm_partition=gpu, timeout_min=240, gpus_per_node=1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
     def check(self) -> None:
         """Raise ValueError for the first option that cannot be used."""
-        if not self.baselines and (self.preset is None or self.grid is None):
+        if not self.baselines and (self.preset is None or not self.grid):
             raise UsageError(
                 "name a preset and a grid (locatello_sprites_beta4 --grid beta=1,4), or --baselines"
             )
         if self.baselines and self.grid:
-            raise UsageError(f"--baselines trains nothing: --grid {self.grid} has no effect")
-        for name, least in (("seeds", 1), ("metric_seeds", 1), ("points", BINS)):
+            raise UsageError(f"--baselines trains nothing: --grid {self.grid[0]} has no effect")
+        if self.cluster_parameters and not self.cluster:
+            raise UsageError("--cluster-parameters have no effect without --cluster")
+        if self.cluster and self.jobs > 1:
+            raise UsageError("--jobs has no effect with --cluster, which runs all jobs that it has room for")
+        for name, least in (("seeds", 1), ("metric_seeds", 1), ("points", BINS), ("jobs", 1)):
             if getattr(self, name) < least:
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{option} must be at least {least}, got {getattr(self, name)}")

@@ -9,8 +9,10 @@ from bvae.device import choose_device
 from bvae.errors import UsageError
 from bvae.evaluation.options import SampleOptions, TraverseOptions
 from bvae.images import read_image, to_uint8
+from bvae.metrics.posterior import kl_per_latent
 from bvae.model import BetaVAE
 from bvae.plots import grid, most_visible, save_traversal, traverse
+from bvae.training.log import validated_kl
 
 SHOWN = 10  # latents, unless they are named
 BATCH = 256  # samples decoded at a time
@@ -22,10 +24,12 @@ def draw(arguments: TraverseOptions) -> Path:
     arguments.check(model.latent_dim)
     device = model.head.weight.device
     z = torch.zeros(1, model.latent_dim, device=device)
+    kl = validated_kl(arguments.run, model.latent_dim)
     if arguments.image:
         x = read_image(arguments.image, arguments.crop, model.input_shape, model.pixel_range)
         with torch.no_grad():
-            z = model.encode(x.to(device))[0]
+            z, log_var = model.encode(x.to(device))
+        kl = kl_per_latent(z, log_var).tolist()
     values = torch.linspace(*arguments.range, arguments.steps)
     latents = list(arguments.latents)
     if latents:
@@ -36,7 +40,10 @@ def draw(arguments: TraverseOptions) -> Path:
         images = all_images[latents]
     out = arguments.out or arguments.run / "traverse.png"
     files.make_folder(out.parent)
-    save_traversal(images, [f"latent {i}\nstarts at {z[0, i]:.2f}" for i in latents], out)
+    labels = [
+        f"latent {i}" + (f", KL {kl[i]:.2f}" if kl else "") + f"\nstarts at {z[0, i]:.2f}" for i in latents
+    ]
+    save_traversal(images, labels, values, out)
     return out
 
 

@@ -1,8 +1,8 @@
-"""Evaluate a run folder: measure its model, and write evaluation.md, .json, .png and _traversals.png."""
+"""Evaluate a run folder: measure its model, and write evaluation.md, .json, .png, and codes.npz."""
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from bvae import files
 from bvae.config import Config
 from bvae.device import choose_device
 from bvae.errors import UsageError
+from bvae.evaluation import quality
 from bvae.evaluation.measure import (
+    LazyCodes,
     Protocol,
     active_latents,
     best_latents,
     compute_statistics,
-    encode,
-    matrices,
+    information_shares,
     open_truth,
     sample_numbers,
     score_codes,
@@ -53,6 +54,16 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += [
         f"| {name} | {'infinite' if value is None else f'{value:.4g}'} | |" for name, value in plain.items()
     ]
+    if figures := result["quality"]:
+        for name, value in figures["distances"].items():
+            lines.append(f"| FID of {name} | {value['fid']:.2f} | |")
+            lines.append(f"| KID of {name} | {value['kid']:.5f} | ± {value['kid_std']:.5f} (subsets) |")
+        crop = f"cropped to {figures['crop']}, " if figures["crop"] else ""
+        lines += [
+            f"| FID, KID: number of images | {figures['images']} | |",
+            f"| FID, KID: pixels | {crop}{figures['size']} x {figures['size']}; {figures['resizing']} | |",
+            f"| FID, KID: sha256 of {figures['weights']} | {figures['sha256']} | |",
+        ]
     lines += [f"| seconds: {name} | {value:.1f} | |" for name, value in result["seconds"].items()]
     return "\n".join(lines) + "\n"
 
@@ -71,32 +82,42 @@ def evaluate(run: Path, protocol: Protocol) -> str:
     device = choose_device(protocol.device)
     model = BetaVAE.from_pretrained(run).to(device)
     truth = open_truth(run, protocol, model, device)
+    # First, because a file that cannot be used should not be reported after minutes.
+    extractor = quality.inception(protocol.fid_weights, device) if protocol.fid_weights else None
     trained = trained_config(run)
     variance = (trained or Config()).objective.decoder_variance
     seconds: dict[str, float] = {}
-
-    def timed(name: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        outcome = work()
-        seconds[name] = time.perf_counter() - start
-        return outcome
-
-    codes = timed("encoding", lambda: encode(model, truth, np.arange(len(truth.factors)), device))
+    start = time.perf_counter()
+    codes = LazyCodes(model, truth, device)
+    all_images = np.arange(len(truth.factors))
+    if not truth.independent or protocol.observations >= len(all_images):
+        codes(all_images)  # in large batches, since almost all are needed
     drawn = sample_numbers(truth, protocol.points)
-    statistics = timed(
-        "posterior and reconstruction", lambda: compute_statistics(model, truth, drawn, variance, device)
-    )
+    drawn_codes = codes(drawn)
+    statistics = compute_statistics(model, truth, drawn, variance, device)
+    seconds["posterior and reconstruction"] = time.perf_counter() - start - codes.seconds
     kl = statistics["kl_per_latent"]
     active = active_latents(kl)
     if truth.independent:
-        scores = score_codes(codes, truth, protocol, seconds)
-        pictured = timed("matrices", lambda: matrices(codes, truth, protocol))
+        scores, importance = score_codes(codes, truth, protocol, active, seconds)
         best = {}
+        pictured = {
+            "mutual information / entropy of the factor": information_shares(
+                drawn_codes, truth.factors[drawn]
+            ),
+            "importance (DCI)": importance,
+        }
     else:
-        areas = timed("AUROC", lambda: auroc(codes, truth.factors))
+        areas = auroc(codes(all_images), truth.factors)
         scores, best = {}, best_latents(areas, truth.names, active)
         pictured = {"|2 AUROC - 1|": np.abs(2 * areas - 1)}
-    seconds["in all"] = sum(seconds.values())
+    figures = None
+    if extractor:
+        before = time.perf_counter()
+        figures = quality.measure(model, truth, drawn, extractor, device)
+        seconds["FID and KID"] = time.perf_counter() - before
+    seconds["encoding"] = codes.seconds  # within the others, if few images are encoded
+    seconds["in all"] = time.perf_counter() - start
 
     shown = sorted(np.flatnonzero(active).tolist(), key=lambda i: -kl[i])[:ROWS]
     labels = [f"latent {i}, {kl[i]:.2f} nats" for i in shown]
@@ -110,16 +131,29 @@ def evaluate(run: Path, protocol: Protocol) -> str:
         "scores": {name: value._asdict() for name, value in scores.items()},
         "attributes": best,
         "model": {k: v if np.isfinite(v).all() else None for k, v in statistics.items()},  # JSON has no inf
+        "quality": figures,
         "matrices": {title: matrix.tolist() for title, matrix in pictured.items()},
         "seconds": seconds,
     }
     table = markdown(result)
     files.write_text(run / "evaluation.md", table)
     files.write_image(run / "evaluation.png", picture)
-    typical = torch.from_numpy(codes[[np.linalg.norm(codes, axis=1).argmin()]]).to(device)
-    images = traverse(model, typical, shown, torch.linspace(-3, 3, 11))
+    typical = torch.from_numpy(drawn_codes[[np.linalg.norm(drawn_codes, axis=1).argmin()]]).to(device)
+    values = torch.linspace(-3, 3, 11)
+    images = traverse(model, typical, shown, values)
     labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
-    save_traversal(images, labels, run / "evaluation_traversals.png")
+    save_traversal(images, labels, values, run / "evaluation_traversals.png")
+    files.write(
+        run / "codes.npz",
+        lambda file: np.savez(
+            file,
+            numbers=drawn,
+            mu=drawn_codes,
+            factors=truth.factors[drawn],
+            names=np.array(truth.names),
+        ),
+        drawn_codes.nbytes,
+    )
     # Last: for a sweep, this file means that the evaluation is complete.
     files.write_text(run / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return table

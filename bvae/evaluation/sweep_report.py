@@ -1,13 +1,13 @@
-"""The report of a sweep: scores and reconstructions for each value, as table and plot; the paper's table."""
+"""The report of a sweep: tables of scores and reconstructions for each value of the grid."""
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from bvae.evaluation import baselines
+from bvae.evaluation import baselines, statistics
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # value of the grid: evaluations of its runs
 Baselines = Mapping[str, Mapping[str, Sequence[float]]]  # code: set of factors: one score per seed
@@ -74,30 +74,56 @@ def paper_table(scores: Baselines, by_value: Results) -> str:
     return "\n".join(lines) + f"\n\n{baselines.NOTES}"
 
 
-def draw(key: str, by_value: Results) -> Figure:
-    """Plot scores (left), reconstruction and KL (right) over the grid: a dot per run, a line of means."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, label in SCORES.items():
-        _line(left, by_value, name, label)
-    for name in ("reconstruction_nats", "kl"):
-        _line(right, by_value, name, MODEL[name])
-    left.set(ylabel="score", ylim=(0, 1.02))
-    right.set(ylabel="nats per image", ylim=(0, None))
-    for axes in (left, right):
-        axes.set(xlabel=key, xticks=range(len(by_value)), xticklabels=list(by_value))
-        if axes.lines:
-            axes.legend(fontsize="small")
-    return figure
+def comparisons(by_value: Results) -> str:
+    """Pairwise tests over training seeds, and rank correlations over all runs, as Markdown."""
+    names = {**SCORES, **MODEL}
+    runs = [run for results in by_value.values() for run in results]
+    parts = {
+        "Differences between models, over training seeds": statistics.pairwise(by_value, names, values),
+        "Rank correlation of the scores over all runs (Spearman)": statistics.correlations(
+            runs, names, values
+        ),
+    }
+    written = [f"## {title}\n\n{text}" for title, text in parts.items() if text]
+    return "\n".join(written) or "Too few runs: pairwise tests need two per model, correlations three.\n"
 
 
-def _line(axes: Axes, by_value: Results, name: str, label: str) -> None:
-    columns = [values(results, name) for results in by_value.values()]
-    xs = [x for x, numbers in enumerate(columns) if numbers]
-    if not xs:
-        return
-    ys = [columns[x] for x in xs]
-    line = axes.plot(xs, [np.mean(numbers) for numbers in ys], label=label)[0]
-    colour = line.get_color()
-    axes.fill_between(xs, [min(n) for n in ys], [max(n) for n in ys], color=colour, alpha=0.15, lw=0)
-    axes.scatter(np.repeat(xs, [len(n) for n in ys]), np.concatenate(ys), s=12, color=colour)
+def csv_table(key: str, by_value: Results) -> str:
+    """A row for each run: all its scores and figures."""
+    runs = [(value, run) for value, results in by_value.items() for run in results]
+    scores = sorted({name for _, run in runs for name in run["scores"]})
+    figures = sorted({name for _, run in runs for name in run["model"] if not name.endswith("per_latent")})
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([key, "run", *scores, *figures])
+    for value, run in runs:
+        means = [run["scores"][name]["mean"] if name in run["scores"] else "" for name in scores]
+        table.writerow([value, run["run"], *means, *(run["model"].get(name) for name in figures)])
+    return text.getvalue()
+
+
+def latex(key: str, by_value: Results) -> str:
+    """`table` for a paper, with booktabs."""
+    header, _, *rows = (line.strip("| ").split(" | ") for line in table(key, by_value).splitlines())
+
+    def row(cells: Sequence[str]) -> str:
+        return " & ".join(_escape(cell) for cell in cells) + r" \\"
+
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"\toprule",
+            row(header),
+            r"\midrule",
+            *map(row, rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _escape(cell: str) -> str:
+    for character in "_%&#":
+        cell = cell.replace(character, "\\" + character)
+    return cell.replace("±", r"$\pm$")

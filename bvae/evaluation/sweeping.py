@@ -1,40 +1,42 @@
 """A sweep: train a grid with several seeds, evaluate every model, and report."""
 
 import contextlib
+import dataclasses
 import io
 import json
-import multiprocessing
-import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bvae import config, files
+from bvae.command_line import nearest
 from bvae.config import SHAPES, Config
 from bvae.device import choose_device
-from bvae.errors import UsageError, exit_status
-from bvae.evaluation import baselines, run_folder, sweep_report
-from bvae.evaluation.options import Protocol, SweepOptions
+from bvae.errors import UsageError
+from bvae.evaluation import baselines, cluster, grid, sweep_plots, sweep_report
+from bvae.evaluation.jobs import Job, read_evaluation, run_all
+from bvae.evaluation.options import SweepOptions
 from bvae.opening import TABLE, read_bytes
 from bvae.owner import own
-from bvae.training import checkpoint, completion
-from bvae.training.cli import parse
-from bvae.training.command import execute
+from bvae.training import completion
+from bvae.training.cli import Arguments, parse
 
 BASELINES = "baselines.json"
 SETTINGS = "sweep.yaml"  # the options that all runs share
 
 
-class Job(NamedTuple):
-    """One run of the sweep."""
-
-    value: str  # of the grid
-    out: Path
-    command: list[str]  # of bvae.train, from the beginning
-    config: Config
+def check_options(others: Sequence[str]) -> None:
+    """Raise UsageError for an option that is neither the sweep's nor bvae.train's."""
+    of_train = [*(field.name for field in dataclasses.fields(Arguments)), *config.option_places()]
+    own = [field.name for field in dataclasses.fields(SweepOptions)]
+    of_train.append("import")  # named otherwise in Python
+    known = [f"--{name.replace('_', '-')}" for name in (*own, *of_train)]
+    for word in others:
+        option = word.partition("=")[0]
+        if word.startswith("--") and option.replace("--no-", "--").replace("_", "-") not in known:
+            raise UsageError(f"unknown option {option}{nearest(option, known)}")
 
 
 def plan(arguments: SweepOptions, out: Path, others: Sequence[str]) -> tuple[str, list[Job]]:
@@ -44,29 +46,26 @@ def plan(arguments: SweepOptions, out: Path, others: Sequence[str]) -> tuple[str
         ValueError: a grid without effect, or values that bvae.train does not take.
         SystemExit: options that cannot be read.
     """
-    key, equals, text = (arguments.grid or "").partition("=")
-    values = [value.strip() for value in text.split(",")]
-    if not (key and equals and all(values)) or len(set(values)) < len(values):
-        raise UsageError(
-            f"--grid must be an option and different values, as beta=1,4, got {arguments.grid!r}"
-        )
+    key, cells = grid.parse(arguments.grid)
     jobs = []
-    for value in values:
+    for cell in cells:
         for seed in range(arguments.seeds):
-            run = out / f"{key}-{value}-seed-{seed}"
+            run = out / f"{cell.folder}-seed-{seed}"
             command = [
                 *("--config", str(arguments.preset), "--device", arguments.device, *others),
-                *(f"--{key.replace('_', '-')}", value, "--seed", str(seed), "--out", str(run)),
+                *(*cell.command, "--seed", str(seed), "--out", str(run)),
             ]
-            jobs.append(Job(value, run, command, _settings(command)))
+            jobs.append(Job(cell.label, run, command, _settings(command)))
+    for cell, job in zip(cells, jobs[:: arguments.seeds], strict=True):
+        loss_type = job.config.objective.loss_type
+        if "beta" in cell.options and loss_type != "H":
+            raise UsageError(
+                f"beta has no effect on {arguments.preset}'s loss {loss_type}: add --loss-type H"
+            )
     first = jobs[0].config
-    if key == "beta" and first.objective.loss_type != "H":
-        raise UsageError(
-            f"beta has no effect on {arguments.preset}'s loss {first.objective.loss_type}: add --loss-type H"
-        )
     configs = [job.config for job in jobs[:: arguments.seeds]]
     if any(config in configs[:i] for i, config in enumerate(configs)):
-        raise UsageError(f"--grid {arguments.grid}: two of the values make no difference")
+        raise UsageError(f"--grid {' '.join(arguments.grid)}: two of the values make no difference")
     if first.data.name == "folder":
         raise UsageError("a sweep measures disentanglement, and a folder's images have no known factors")
     return key, jobs
@@ -93,69 +92,10 @@ def check_same(file: Path, wanted: Config) -> None:
                 )
 
 
-# --- One run ----------------------------------------------------------------------------------------------
-def read_evaluation(run: Path, arguments: SweepOptions) -> dict[str, Any] | None:
-    """The result of bvae.evaluate with the same seeds and points, if there is one."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        result = json.loads(read_bytes(run / "evaluation.json", TABLE))
-        if (result["seeds"], result["points"]) == (arguments.metric_seeds, arguments.points):
-            return result
-    return None
-
-
-def train_and_evaluate(job: Job, arguments: SweepOptions) -> int:
-    """Do the unfinished part of a run; return the exit status of the failure, or 0."""
-    if not completion.is_marked(job.out):
-        status = _train(job, arguments)
-        if status or not completion.is_marked(job.out):
-            return status or 130  # stopped, with a checkpoint
-    protocol = Protocol(seeds=arguments.metric_seeds, points=arguments.points, device=arguments.device)
-    return exit_status(lambda: print(run_folder.evaluate(job.out, protocol), end=""))
-
-
-def _train(job: Job, arguments: SweepOptions) -> int:
-    """Continue a run from its checkpoints, or start it; return bvae.train's exit status."""
-    folder = job.out / checkpoint.FOLDER
-    if job.out.is_symlink():
-        raise UsageError(f"{job.out} is a link, and no run of this sweep: remove it")
-    if checkpoint.checkpoints(folder):
-        status = execute(["--resume", str(job.out), "--device", arguments.device], "")
-        if not status or checkpoint.checkpoints(folder):
-            return status
-        print(f"{job.out} has no checkpoint that can be read: it is trained again", flush=True)
-    if job.out.exists():  # stopped before its first checkpoint
-        with own(job.out):
-            shutil.rmtree(job.out)
-    return execute(job.command, "")
-
-
-def _run_process(job: Job, arguments: SweepOptions) -> None:
-    """Run `train_and_evaluate` as a process. Only the sweep gets Ctrl-C, and passes it on."""
-    os.setpgid(0, 0)
-    sys.exit(exit_status(lambda: train_and_evaluate(job, arguments)))
-
-
-def in_its_own_process(job: Job, arguments: SweepOptions) -> int:
-    """Run a job in a process, so that a crash does not end the sweep. Returns its exit status or -signal.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, after the run has written its checkpoint.
-    """
-    process = multiprocessing.get_context("spawn").Process(target=_run_process, args=(job, arguments))
-    process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.join()
-        raise
-    assert process.exitcode is not None
-    return process.exitcode
-
-
 # --- All of them ------------------------------------------------------------------------------------------
 def sweep(arguments: SweepOptions, others: Sequence[str]) -> int:
     """Train and evaluate the unfinished runs, and report; return 1 if a run failed."""
+    check_options(others)
     arguments.check()
     if arguments.baselines:
         if others:
@@ -180,33 +120,51 @@ def sweep(arguments: SweepOptions, others: Sequence[str]) -> int:
 
 def _train_all(arguments: SweepOptions, out: Path, key: str, jobs: Sequence[Job]) -> int:
     """Train and evaluate the unfinished runs, and report; return 1 if a run failed."""
-    failed = []
-    for number, job in enumerate(jobs, 1):
-        if completion.is_marked(job.out) and read_evaluation(job.out, arguments):
-            continue
-        print(f"run {number} of {len(jobs)}: {job.out}", flush=True)
-        if status := in_its_own_process(job, arguments):
-            failed.append(f"{job.out} ({signal.Signals(-status).name if status < 0 else f'status {status}'})")
+    left = [
+        job for job in jobs if not (completion.is_marked(job.out) and read_evaluation(job.out, arguments))
+    ]
+    if arguments.cluster and left:
+        ended = cluster.run_all(left, arguments, out / "cluster")
+    else:
+        ended = run_all(left, arguments)
+    failed = [
+        f"{job.out} ({signal.Signals(-status).name if status < 0 else f'status {status}'})"
+        for job, status in ended
+        if status
+    ]
 
     results: dict[str, list[dict[str, Any]]] = {}
     for job in jobs:
         if result := read_evaluation(job.out, arguments):
-            results.setdefault(job.value, []).append(result)
+            results.setdefault(job.label, []).append({**result, "run": job.out.name})
     text = sweep_report.table(key, results)
     if results and jobs[0].config.data.name in SHAPES:
         text += "\n" + sweep_report.paper_table(
             measure_baselines(arguments, out), results if key == "beta" else {}
         )
     if results:
-        files.write_text(out / "sweep.md", text)
-        picture = io.BytesIO()
-        sweep_report.draw(key, results).savefig(picture, format="png", dpi=120)
-        files.write_bytes(out / "sweep.png", picture.getvalue())
-        print(f"{text}\nresults: {out}/ (see sweep.png, sweep.md)")
+        _write(out, key, results, text)
+        print(f"{text}\nresults: {out}/ (see sweep.png, tradeoffs.png, statistics.md, sweep.csv, sweep.tex)")
     if failed:
         print(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}", file=sys.stderr)
-        print("their messages are above; run the same command to try them again", file=sys.stderr)
+        if arguments.cluster:
+            where = f"in {out / 'cluster'}/"
+        else:
+            where = f"in {out}/*.log" if arguments.jobs > 1 else "above"
+        print(f"their messages are {where}; run the same command to try them again", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _write(out: Path, key: str, results: sweep_report.Results, text: str) -> None:
+    """Write the report into the sweep's folder. Raises OSError."""
+    files.write_text(out / "sweep.md", text)
+    files.write_text(out / "statistics.md", sweep_report.comparisons(results))
+    files.write_text(out / "sweep.csv", sweep_report.csv_table(key, results))
+    files.write_text(out / "sweep.tex", sweep_report.latex(key, results))
+    for name, draw in (("sweep", sweep_plots.draw), ("tradeoffs", sweep_plots.draw_tradeoffs)):
+        picture = io.BytesIO()
+        draw(key, results).savefig(picture, format="png", dpi=120)
+        files.write_bytes(out / f"{name}.png", picture.getvalue())
 
 
 def measure_baselines(arguments: SweepOptions, out: Path) -> sweep_report.Baselines:

@@ -16,6 +16,7 @@ from bvae.metrics._modularity import modularity
 from bvae.metrics._reconstruction import Reconstruction, reconstruction
 from bvae.metrics._sap import sap
 from bvae.metrics._score import score
+from bvae.metrics._ssim import ssim
 from bvae.metrics.posterior import (
     active_units,
     entropy_per_latent,
@@ -44,4 +45,5 @@ __all__ = [
     "reconstruction",
     "sap",
     "score",
+    "ssim",
 ]

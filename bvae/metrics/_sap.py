@@ -1,7 +1,7 @@
 """The separated attribute predictability score (Kumar et al. 2018, section 3)."""
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sklearn.svm import LinearSVC
 
 from bvae.metrics import inputs
@@ -33,11 +33,11 @@ def sap(
     >>> round(sap(factors.astype(float), factors), 1)  # the other bit predicts it half the time
     0.5
     """
-    return sap_of(inputs.split(*inputs.check(codes, factors), train, test, seed))
+    return gap(accuracies(inputs.split(*inputs.check(codes, factors), train, test, seed)))
 
 
-def sap_of(data: inputs.Split) -> float:
-    """`sap` of points that are split already."""
+def accuracies(data: inputs.Split) -> NDArray[np.float64]:
+    """The test accuracy with which each latent alone predicts each factor: [D, K]."""
     accuracy = np.zeros((data.codes.shape[1], data.factors.shape[1]))
     for latent in range(accuracy.shape[0]):
         fitted, tested = data.codes[:, [latent]], data.test_codes[:, [latent]]
@@ -45,5 +45,10 @@ def sap_of(data: inputs.Split) -> float:
             # The primal problem has the same optimum as the dual, and needs no random order.
             machine = LinearSVC(C=0.01, class_weight="balanced", dual=False).fit(fitted, data.factors[:, k])
             accuracy[latent, k] = machine.score(tested, data.test_factors[:, k])
-    accuracy.sort(0)
-    return float((accuracy[-1] - accuracy[-2]).mean())
+    return accuracy
+
+
+def gap(accuracy: NDArray[np.float64]) -> float:
+    """The mean over factors of the difference between the two best latents, from accuracies [D, K]."""
+    best = np.sort(accuracy, 0)
+    return float((best[-1] - best[-2]).mean())

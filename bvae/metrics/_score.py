@@ -1,14 +1,14 @@
 """All metrics that need only codes and factors."""
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from bvae.errors import UsageError
 from bvae.metrics import inputs
 from bvae.metrics._dci import Boosting, dci_of
 from bvae.metrics._mig import mig
 from bvae.metrics._modularity import modularity
-from bvae.metrics._sap import sap_of
+from bvae.metrics._sap import accuracies, gap
 
 
 def score(
@@ -52,18 +52,46 @@ def score(
     {'mig': 1.0, 'dci_disentanglement': 1.0, 'dci_completeness': 1.0, 'dci_informativeness': 1.0,
      'sap': 0.5, 'modularity': 1.0}
     """
+    return measure(codes, factors, seed, points, train, test, bins, boosting)[0]
+
+
+def measure(
+    codes: ArrayLike,
+    factors: ArrayLike,
+    seed: int,
+    points: int,
+    train: int,
+    test: int,
+    bins: int,
+    boosting: Boosting,
+    active: NDArray[np.bool_] | None = None,
+) -> tuple[dict[str, float], NDArray[np.float64]]:
+    """`score`, and the importance matrix [D, K] of its trees.
+
+    Args:
+        active: [D]. If it leaves out some latents and keeps two, mig_active, sap_active and
+            modularity_active are those scores of the others alone. A nearly constant latent, stretched over
+            the bins, looks informative; the trees hardly use it, so DCI needs no such score.
+    """
     if points < 1:
         raise UsageError(f"points must be positive, got {points}")
     codes, factors = inputs.check(codes, factors)
     drawn = np.random.default_rng(seed).permutation(len(codes))[:points]
     data = inputs.split(codes, factors, train, test, seed)
-    gap = mig(codes[drawn], factors[drawn], bins=bins)  # before the slow trees, because it checks bins
+    points_codes, points_factors = codes[drawn], factors[drawn]
+    mig_all = mig(points_codes, points_factors, bins=bins)  # before the slow trees, because it checks bins
     trees = dci_of(data, boosting, seed)
-    return {
-        "mig": gap,
+    accuracy = accuracies(data)
+    scores = {
+        "mig": mig_all,
         "dci_disentanglement": trees.disentanglement,
         "dci_completeness": trees.completeness,
         "dci_informativeness": trees.informativeness,
-        "sap": sap_of(data),
-        "modularity": modularity(codes[drawn], factors[drawn], bins=bins),
+        "sap": gap(accuracy),
+        "modularity": modularity(points_codes, points_factors, bins=bins),
     }
+    if active is not None and 2 <= active.sum() < len(active):
+        scores["mig_active"] = mig(points_codes[:, active], points_factors, bins=bins)
+        scores["sap_active"] = gap(accuracy[active])
+        scores["modularity_active"] = modularity(points_codes[:, active], points_factors, bins=bins)
+    return scores, trees.importance

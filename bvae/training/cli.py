@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -79,7 +77,9 @@ def parse(argv: list[str], description: str) -> Arguments:
     if early.loss_type not in (None, *get_args(LossType)):
         raise UsageError(f"Undefined loss type. --loss-type must be VAE, H or B, got {early.loss_type}")
     if module := getattr(early, "import"):
-        _import(module)
+        from bvae.architectures import import_module
+
+        import_module(module)
     base, out, device = Config(), None, None
     notes: list[str] = []  # printed when the command line has been checked
     resume = expand(early.resume) if early.resume and early.resume != str(AUTO) else None
@@ -122,18 +122,6 @@ def parse(argv: list[str], description: str) -> Arguments:
     for note in notes:
         print(note)
     return arguments
-
-
-def _import(module: str) -> None:
-    """Import a user's module, also from the current folder."""
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise  # the module imports something that is missing
-        raise UsageError(f"--import {module}: no such module, and no {module}.py in this folder") from None
 
 
 def _checkpointed(run: Path) -> Config:

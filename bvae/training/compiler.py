@@ -21,7 +21,7 @@ from typing import TypeVar
 from bvae import disk
 from bvae.errors import FULL, say_once
 from bvae.opening import TABLE, WEIGHTS, open_regular, read_bytes
-from bvae.pipelines.cache import default_folder
+from bvae.pipelines.cache_folder import default_folder
 from bvae.training.cuda_graph import CaptureFailed, causes, is_out_of_memory
 
 if sys.platform != "win32":

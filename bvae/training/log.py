@@ -6,17 +6,20 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from bvae import files
 from bvae.errors import say_once
 from bvae.opening import LOG, read_bytes
-from bvae.training.validation import Validation
+from bvae.training.validation import ACTIVE_KL, Validation
 
 METRICS = "metrics.jsonl"
+Values = Mapping[str, float | list[float]]
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
 
 
@@ -44,9 +47,9 @@ class RunLog:
         self._bar.update()
 
     def log(
-        self, step: int, epoch: int, values: dict[str, float], images_per_s: float, batch_size: int
+        self, step: int, epoch: int, values: Mapping[str, Any], images_per_s: float, batch_size: int
     ) -> None:
-        """Write one record of training."""
+        """Write one record of training; values are numbers, and "kl_per_dim" a list of them."""
         shown = f"loss {values['loss']:.3g} KL {values['kld']:.1f} C {values['capacity']:.1f}"
         self.log_shown(step, epoch, values, shown, images_per_s, batch_size)
 
@@ -54,7 +57,7 @@ class RunLog:
         self,
         step: int,
         epoch: int,
-        values: dict[str, float],
+        values: Mapping[str, Any],
         shown: str,
         images_per_s: float,
         batch_size: int,
@@ -75,8 +78,7 @@ class RunLog:
     def validation(self, step: int, epoch: int, result: Validation) -> None:
         """Write one record of validation, unless there is one."""
         if not (step == self._done and self.is_validated):  # else a finished run is resumed
-            values = {k: v for k, v in result._asdict().items() if k != "kl_per_dim"}
-            self._write("valid", step, epoch, values)
+            self._write("valid", step, epoch, result._asdict())
             self.sync()
         self.line(
             f"epoch {epoch}: validation mse {result.mse:.4f}, KL {result.kld:.2f} nats, "
@@ -99,7 +101,7 @@ class RunLog:
         if self._records:
             self._records.close()
 
-    def _write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
+    def _write(self, split: str, step: int, epoch: int, values: Values) -> None:
         if self._records:
             self._records.write(split, step, epoch, values)
 
@@ -125,15 +127,16 @@ class _Records:
             )
         self._events = set(out.glob(EVENTS)) - events
 
-    def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        record = {"split": split, "step": step, "epoch": epoch, **finite}  # JSON has no NaN
+    def write(self, split: str, step: int, epoch: int, values: Values) -> None:
+        record = {"split": split, "step": step, "epoch": epoch}
+        record.update({name: _for_json(value) for name, value in values.items()})
         try:
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
             if self._tensorboard:
                 for name, value in values.items():
-                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+                    for tag, number in _scalars(f"{split}/{name}", value):
+                        self._tensorboard.add_scalar(tag, number, step)
         except OSError as error:
             raise files.named(error, self._path) from None
 
@@ -205,12 +208,48 @@ def _start(path: Path, done: int) -> bool:
     Returns whether one of them is of a validation of that step.
     """
     lines, validated = [], False
-    text = read_bytes(path, LOG).decode(errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short by a crash
-            record = json.loads(line)
-            if record["step"] <= done:
-                lines.append(line + "\n")
-                validated |= record["step"] == done and record["split"] == "valid"
+    for line, record in read_records(path):
+        if record["step"] <= done:
+            lines.append(line + "\n")
+            validated |= record["step"] == done and record.get("split") == "valid"
     files.write_text(path, "".join(lines))
     return validated
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a log and their records, without lines that a crash has cut short; no log has none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    text = read_bytes(path, LOG).decode(errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line, record
+
+
+def validated_kl(run: Path, latent_dim: int) -> list[float] | None:
+    """The KL per latent of the last validation in a run folder's log, nats; None if the log has none."""
+    last = None
+    for _, record in read_records(run / METRICS):
+        kl = record.get("kl_per_dim") if record.get("split") == "valid" else None
+        if isinstance(kl, list) and len(kl) == latent_dim and all(isinstance(each, float) for each in kl):
+            last = kl
+    return last
+
+
+def _for_json(value: float | list[float]) -> float | list[float | None] | None:
+    """JSON has no NaN and no infinity: None. Four digits of a list's numbers keep the log small."""
+    if isinstance(value, list):
+        return [float(f"{each:.4g}") if math.isfinite(each) else None for each in value]
+    return value if math.isfinite(value) else None
+
+
+def _scalars(tag: str, value: float | list[float]) -> Iterator[tuple[str, float]]:
+    """TensorBoard's curves of a value: of a list, one for each latent, from when it is active."""
+    if isinstance(value, list):
+        yield from ((f"{tag}/{i:03}", each) for i, each in enumerate(value) if each > ACTIVE_KL)
+    else:
+        yield tag, value

@@ -103,9 +103,10 @@ class Monitor:
         run, step = self._run, scalars.step
         self.throughput.reach(step)
         values = run.metrics(scalars)
+        record = {**values, "kl_per_dim": scalars.kl_per_dim}
         speed = self.throughput.images_per_s
-        self._log.log(step, run.epoch(step), values, speed, run.config.training.batch_size)
-        self.history.append({"split": "train", "step": step, **values})
+        self._log.log(step, run.epoch(step), record, speed, run.config.training.batch_size)
+        self.history.append({"split": "train", "step": step, **record})
         self._call("on_log", step, values)
 
     def _call(self, method: str, *arguments: Any) -> None:

@@ -22,10 +22,9 @@ from bvae.training.conditions import conditions
 from bvae.training.distributed import Distributed
 from bvae.training.schedule import lr_factor
 from bvae.training.step import NotFinite, Scalars, TrainingStep
-from bvae.training.validation import Validation, validate
+from bvae.training.validation import ACTIVE_KL, Validation, validate
 
 PAUSE = 10  # seconds between checkpoints: they and validations must take a small part of the time
-ACTIVE = 0.01  # nats; a latent with a higher KL is active
 
 
 @dataclass
@@ -97,7 +96,7 @@ class Run:
             "kld": scalars.kld,
             "capacity": scalars.capacity,
             "mse": scalars.mse,
-            "active_units": sum(kl > ACTIVE for kl in scalars.kl_per_dim),
+            "active_units": sum(kl > ACTIVE_KL for kl in scalars.kl_per_dim),
             "lr": self.optimizer.param_groups[0]["initial_lr"] * self.lr_factor(scalars.step),
         }
         if self.loss_is_given:  # the configuration does not describe it

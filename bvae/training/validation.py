@@ -12,6 +12,8 @@ from bvae.pipelines.loader import Loader
 from bvae.training.distributed import Distributed
 from bvae.training.step import pixel_mse
 
+ACTIVE_KL = 0.01  # nats; a latent with a higher KL is active: below it, its code is nearly constant
+
 
 class Validation(NamedTuple):
     """Averages over all validation images."""

@@ -1,0 +1,1 @@
+"""A model's decoder as one HTML page with sliders."""

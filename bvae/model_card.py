@@ -1,0 +1,143 @@
+"""The page of a shared model: data, objective, training, figures, pictures, and how to load it."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bvae import __version__
+from bvae.architectures import is_ours
+from bvae.opening import LOG, TABLE, read_bytes
+
+if TYPE_CHECKING:
+    from bvae.config import Config
+    from bvae.model import BetaVAE
+
+PICTURES = {
+    "traversals.png": "Each row changes one latent from -3 to 3; the rows are those of the highest KL.",
+    "reconstructions.png": "Held-out images and their reconstructions.",
+    "samples.png": "Samples from the prior.",
+}
+# What a user of the model must know of the images. The licences are those of the data's authors.
+LICENCES = {
+    "faces": "drawn by bvae's own code (Apache-2.0); no photographs",
+    "sprites": "drawn by bvae's own code (Apache-2.0), with dSprites' geometry",
+    "dsprites": "dSprites, Apache-2.0",
+    "celeba": "CelebA, whose agreement allows non-commercial research only",
+}
+NOT_STATED = "not stated: ask the author of this model"
+# Figures of a validation record, in words.
+FIGURES = {
+    "mse": "MSE per pixel, pixels in {range}",
+    "kld": "KL, nats per image",
+    "elbo": "ELBO, nats per image",
+    "explained_variance": "explained variance of the pixels",
+}
+
+
+def write(model: "BetaVAE", repo_id: str, run: Path | None, data_license: str | None) -> str:
+    """The card as Markdown with the Hub's header.
+
+    Args:
+        run: the run folder, from which configuration, figures and pictures come. None: the network alone.
+        data_license: of the training images, in words. None: what is known of the data set.
+    """
+    config = _config(run) if run else None
+    lines = [*_header(), f"# {repo_id.rpartition('/')[2]}", "", *_summary(model, run), ""]
+    lines += [*_loading(model, repo_id), "## Data", "", *_data(config, data_license), ""]
+    if config:
+        lines += ["## Objective", "", *_table(dataclasses.asdict(config.objective)), ""]
+        lines += ["## Training", "", *_table(dataclasses.asdict(config.training)), ""]
+    if run:
+        lines += _figures(model, run)
+        lines += _pictures(run)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _config(run: Path) -> "Config | None":
+    from bvae import config  # needs PyYAML
+
+    file = run / "config.yaml"
+    return config.read(file)[0] if file.is_file() else None
+
+
+def _header() -> list[str]:
+    tags = ["beta-vae", "vae", "disentanglement", "pytorch"]
+    keys = ["library_name: bvae", "pipeline_tag: unconditional-image-generation", "tags:"]
+    return ["---", *keys, *(f"- {tag}" for tag in tags), "---", ""]
+
+
+def _summary(model: "BetaVAE", run: Path | None) -> list[str]:
+    channels, side, _ = model.input_shape
+    colours = "grey" if channels == 1 else "RGB"
+    weights = sum(value.numel() for value in model.parameters())
+    text = (
+        f"A beta-VAE trained with bvae {__version__}: network {model.config['arch']}, {weights:,} "
+        f"parameters, {model.latent_dim} latents, {colours} images of {side} x {side} pixels."
+    )
+    first = next((name for name in PICTURES if run and (run / name).is_file()), None)
+    return [text, "", f"![{PICTURES[first]}]({first})"] if first else [text]
+
+
+def _loading(model: "BetaVAE", repo_id: str) -> list[str]:
+    arch = model.config["arch"]
+    own = [] if is_ours(arch) else [f"Import the module that registers the network {arch} first.", ""]
+    code = [
+        "from bvae import BetaVAE  # pip install 'bvae[hub]'",
+        "",
+        f'model = BetaVAE.from_pretrained("{repo_id}")',
+        "pictures = model.to_images(model.sample(8))",
+        "mu, log_var = model.encode(model.preprocess(pictures))",
+    ]
+    return ["## Load", "", *own, "```python", *code, "```", ""]
+
+
+def _data(config: "Config | None", data_license: str | None) -> list[str]:
+    name = config.data.name if config else None
+    licence = data_license or LICENCES.get(name or "", NOT_STATED)
+    rows: dict[str, Any] = {"images": name or "not stated", "licence of the images": licence}
+    if config:
+        data = config.data
+        rows |= {"crop": data.crop or "default", "image size": data.image_size, "channels": data.channels}
+        rows["mirrored at random"] = data.flip
+    return _table(rows)
+
+
+def _figures(model: "BetaVAE", run: Path) -> list[str]:
+    low, high = model.pixel_range
+    rows: dict[str, Any] = {}
+    for record in _records(run):
+        if record.get("split") == "valid":
+            rows = {"step": record.get("step")}
+            for key, text in FIGURES.items():
+                if isinstance(value := record.get(key), int | float):
+                    rows[text.format(range=f"[{low:g}, {high:g}]")] = f"{value:.4g}"
+    lines = ["## Figures", "", "On the validation images:", "", *_table(rows), ""] if rows else []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        result = json.loads(read_bytes(run / "evaluation.json", TABLE))
+        scores = {name: f"{score['mean']:.3f}" for name, score in result["scores"].items()}
+        if scores:
+            lines += [f"Disentanglement, on {result['images']} images:", "", *_table(scores), ""]
+    return lines
+
+
+def _records(run: Path) -> Iterator[dict[str, Any]]:
+    """The records of metrics.jsonl that can be read."""
+    with contextlib.suppress(OSError):
+        for line in read_bytes(run / "metrics.jsonl", LOG).splitlines():
+            with contextlib.suppress(ValueError, RecursionError):  # cut short by a crash
+                if isinstance(record := json.loads(line), dict):
+                    yield record
+
+
+def _pictures(run: Path) -> list[str]:
+    there = [(name, text) for name, text in PICTURES.items() if (run / name).is_file()]
+    lines = [part for name, text in there[1:] for part in (f"![{text}]({name})", "", text, "")]
+    return ["## Pictures", "", *lines] if lines else []
+
+
+def _table(rows: Mapping[str, Any]) -> list[str]:
+    cells = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    return ["| | |", "|---|---|", *cells]
