@@ -101,6 +101,7 @@ setup(
         # the same files, so that only one of them can be there, and none is a requirement.
         "cuda13": ["nvidia-dali-cuda130>=2.0"],
         "cuda12": ["nvidia-dali-cuda120>=2.0"],
+        "hdf5": ["h5py>=3.10"],  # reads 3dshapes.h5
         "cluster": ["submitit>=1.5"],  # submits the runs of a sweep to SLURM, and waits for them
         "docs": ["pdoc>=15"],  # the pages of `make docs`
         "dev": [
@@ -108,6 +109,7 @@ setup(
             "pytest-xdist>=3.5",  # CI runs the tests on both of its cores
             "hypothesis>=6.100",  # hostile files and options for them, by the thousand
             "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",  # as above
+            "h5py>=3.10",  # 3dshapes.h5
             "submitit>=1.5",  # as above: its local executor
             "datasets>=3",  # Hugging Face's, which `bvae.fit` takes
             "diffusers>=0.35",  # the drop-in's test compares with its posterior

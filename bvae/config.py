@@ -27,6 +27,12 @@ try:
 except ModuleNotFoundError:  # only the command line needs the options' names
     arg = dict
 
+# fmt: off
+DataName = Literal[
+    "faces", "celeba", "folder", "sprites", "dsprites", "rooms", "shapes3d", "mpi3d", "cars3d", "smallnorb",
+    "memory",
+]
+# fmt: on
 LossType = Literal["VAE", "H", "B"]
 PRESETS = Path(__file__).parent / "presets"
 
@@ -35,14 +41,15 @@ PRESETS = Path(__file__).parent / "presets"
 class DataConfig:
     """Which images, and how they become pixels."""
 
-    name: Annotated[
-        Literal["faces", "celeba", "folder", "sprites", "dsprites", "memory"], arg(name="data")
-    ] = "faces"
+    name: Annotated[DataName, arg(name="data")] = "faces"
     """faces: drawn here on first use. celeba: torchvision's or Kaggle's layout, whole or in part.
     folder: any tree of image files, or of tar shards that hold them. sprites: the images of dSprites,
-    drawn here. dsprites: your own dsprites_*.npz. memory: the images passed to bvae.fit in Python."""
+    drawn here. dsprites: your own dsprites_*.npz. rooms: images with 3D Shapes' factors, drawn here.
+    shapes3d, mpi3d, cars3d, smallnorb: your own files of them. memory: the images passed to bvae.fit in
+    Python."""
     root: Annotated[Path | None, arg(name="data-root")] = None
-    """Folder of the images; for dsprites the npz file. None: data/faces, for faces only."""
+    """Folder of the images; for dsprites and mpi3d the npz file, for shapes3d the h5 file. None: data/faces,
+    for faces only."""
     crop: int | None = None
     """Side of the centred square to crop, in pixels. None: 148 for celeba and faces (in proportion for other
     sizes), the largest square for folder."""
@@ -64,6 +71,10 @@ class DataConfig:
 
 
 SHAPES = ("sprites", "dsprites")  # data sets of 2D shapes
+CHANNELS = {  # of the data sets with known factors
+    **{"sprites": 1, "dsprites": 1, "rooms": 3},
+    **{"shapes3d": 3, "mpi3d": 3, "cars3d": 3, "smallnorb": 1},
+}
 SIZES = (32, 256)  # smallest and largest side of the images, in pixels
 
 
@@ -187,10 +198,12 @@ class Config:
         from bvae.architectures import STAGES, check_size  # imports torch
 
         check_size(self.model.arch, data.image_size)
-        if data.name in SHAPES and (data.image_size, data.channels, data.flip) != (64, 1, False):
+        channels = CHANNELS.get(data.name, data.channels)
+        if data.name in CHANNELS and (data.image_size, data.channels, data.flip) != (64, channels, False):
             raise UsageError(
-                f"{data.name} are grey, of 64 x 64 pixels, and must not be mirrored: data.image_size 64, "
-                "data.channels 1, data.flip false (--image-size 64 --channels 1 --no-flip)"
+                f"{data.name} are {'grey' if channels == 1 else 'RGB'}, of 64 x 64 pixels, and must not be "
+                f"mirrored: data.image_size 64, data.channels {channels}, data.flip false (--image-size 64 "
+                f"--channels {channels} --no-flip)"
             )
         widths = self.model.hidden_dims
         if not 1 <= len(widths) <= STAGES or min(widths) < 1:
@@ -277,6 +290,8 @@ def default_preset(data: str, device: str) -> str | None:
     """
     if data in SHAPES:
         return "burgess_sprites"
+    if data in CHANNELS:
+        return "locatello_rooms" if CHANNELS[data] == 3 else "locatello_sprites"
     if device == "cuda" or (device == "auto" and has_gpu()):
         return None
     return "faces_cpu" if data == "faces" else "small"

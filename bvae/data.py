@@ -5,6 +5,7 @@
   python -m bvae.data ls                         list the caches in the cache folder
   python -m bvae.data rm KEY                     remove one of them; `rm --all` removes all
   python -m bvae.data faces OUT --n 12000        draw faces with known factors, in CelebA's layout
+  python -m bvae.data rooms OUT.png              show what each factor of --data rooms changes
 
 Exit status: 0 no error, 1 damaged files or a failed write, 2 input that cannot be used or no good image.
 """
@@ -74,6 +75,10 @@ def _parser() -> Parser:
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to make OUT/celeba in")
     sub.add_argument("--n", type=int, default=12_000, help="how many; default: %(default)s")
     sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+    sub = command("rooms", "rooms.png", "show what each factor of --data rooms changes")
+    sub.add_argument("out", type=Path, metavar="OUT", help="the picture to write, a .png file")
+    sub.add_argument("--seed", type=int, default=0, help="chooses other rooms; default: %(default)s")
     return parser
 
 

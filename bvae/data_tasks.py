@@ -8,14 +8,17 @@ from pathlib import Path
 
 import torch
 
+from bvae import files
 from bvae.config import Config, DataConfig
 from bvae.datasets import bad_files_message, find_files, fitting_batch, ingest, inventory
 from bvae.device import choose_device
 from bvae.errors import UsageError
-from bvae.pipelines import cache, celeba, decoder, faces, sprites
+from bvae.pipelines import cache, celeba, decoder, faces, rooms, sprites
 from bvae.pipelines.picture import Picture
 from bvae.pipelines.webdataset import ImageFile
+from bvae.plots import grid
 
+ROOMS_SHOWN = 8  # per factor
 CHECK_PICTURE = Picture(crop=None, size=32, channels=3)  # small: a check decodes, but uses no pixel
 
 
@@ -127,4 +130,24 @@ def draw_faces(options: argparse.Namespace) -> int:
     return 0
 
 
-TASKS = {"check": check, "ingest": ingest_now, "ls": ls, "rm": rm, "faces": draw_faces}
+def draw_rooms(options: argparse.Namespace) -> int:
+    """Draw a row for each factor of the rooms: other rooms, in which only this factor differs."""
+    if options.out.suffix.lower() != ".png":
+        raise UsageError(f"OUT must end in .png, got {options.out}")
+    painter, generator = rooms.Rooms(), torch.Generator().manual_seed(options.seed)
+    rows = []
+    for factor, size in enumerate(rooms.SIZES):
+        room = rooms.unravel(torch.randint(rooms.COUNT, (1,), generator=generator))
+        indices = room.repeat(ROOMS_SHOWN, 1)
+        indices[:, factor] = torch.linspace(0, size - 1, ROOMS_SHOWN).round()
+        rows.append(painter.paint(rooms.ravel(indices)))
+    files.make_folder(options.out.parent)
+    files.write_image(options.out, grid(rows, [name.replace("_", " ") for name in rooms.FACTORS]))
+    print(f"{options.out}; train on all {rooms.COUNT} rooms: python -m bvae.train --data rooms")
+    return 0
+
+
+TASKS = {
+    **{"check": check, "ingest": ingest_now, "ls": ls, "rm": rm},
+    **{"faces": draw_faces, "rooms": draw_rooms},
+}

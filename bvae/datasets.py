@@ -4,19 +4,34 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bvae.config import SHAPES, DataConfig
+from bvae.config import CHANNELS, SHAPES, DataConfig
 from bvae.errors import UsageError
 from bvae.paths import expand
-from bvae.pipelines import cache, celeba, decoder, dsprites, faces, folder, sprites
+from bvae.pipelines import (
+    cache,
+    cars3d,
+    celeba,
+    decoder,
+    dsprites,
+    faces,
+    folder,
+    mpi3d,
+    rooms,
+    shapes3d,
+    smallnorb,
+    sprites,
+)
 from bvae.pipelines.cache_folder import default_folder
 from bvae.pipelines.inventory import Inventory, masks
+from bvae.pipelines.labelled import Labelled
 from bvae.pipelines.loader import Loader
 from bvae.pipelines.memory_loaders import choose_loader
 from bvae.pipelines.packed_loader import PackedLoader, unpack
@@ -27,8 +42,23 @@ from bvae.pipelines.webdataset import ImageFile
 DRAWN = 12_000  # faces in the default data set
 DRAWN_ROOT = Path("data/faces")
 LABELS = ("training images", "validation images")
-VALIDATED = 10_000  # 2D shapes used for validation; all of them are used for training too
+VALIDATED = 10_000  # images with known factors used for validation; training uses all
 SHOWN = 10  # bad files named on the screen
+
+
+class Reader(NamedTuple):
+    """Reads a user's own data set with known factors."""
+
+    read: Callable[[Path], Labelled]
+    what: str  # it reads
+
+
+READERS = {
+    "shapes3d": Reader(shapes3d.read, "the file 3dshapes.h5"),
+    "mpi3d": Reader(mpi3d.read, "the file mpi3d_*.npz"),
+    "cars3d": Reader(cars3d.read, "the folder of car_*_mesh.mat"),
+    "smallnorb": Reader(smallnorb.read, "the folder of smallnorb-*.mat"),
+}
 
 
 class Data(NamedTuple):
@@ -77,8 +107,8 @@ def open_data(
         OSError: the cache cannot be written.
     """
     ranks = {"rank": rank, "world_size": world_size}
-    if config.name in SHAPES:
-        return _open_shapes(config, batch_size, seed, device, accumulate, **ranks)
+    if config.name in CHANNELS:
+        return _open_with_factors(config, batch_size, seed, device, accumulate, **ranks)
     source = find_files(config)
     print(*source.inventory.lines(source.root), sep="\n", flush=True)
     parts = batch_size, world_size, accumulate
@@ -167,24 +197,36 @@ def fitting_batch(
     return min(batch_size, train // parts * accumulate)
 
 
-def _open_shapes(
-    config: DataConfig, batch_size: int, seed: int, device: torch.device, accumulate: int, **ranks: int
+def _open_with_factors(
+    config: DataConfig, batch_size: int, seed: int, device: torch.device, accumulate: int, **ranks: Any
 ) -> Data:
-    """All shapes for training, as in disentanglement_lib, and a fixed random subset for validation."""
-    packed = shapes(config, device)
-    drawn = _validation_shapes(len(packed))
+    """Images with known factors: all for training, as in disentanglement_lib, some of them for validation."""
+    loader: Callable[..., Loader]
+    if config.name == "rooms":
+        painter = rooms.Rooms(device)
+        kept, stored = torch.arange(rooms.COUNT, device=device), painter.weights
+        how, loader = "of weights of three colours", partial(rooms.RoomsLoader, rooms=painter)
+    elif config.name in READERS:
+        kept = stored = labelled(config.name, config.root).images
+
+        def loader(images: Tensor, batch_size: int, seed: int, **options: Any) -> Loader:
+            return choose_loader(images, batch_size, seed, device, flip=False, **options)[0]
+
+        how = "of pixels"
+    else:
+        kept = stored = shapes(config, device)
+        how, loader = "of one bit per pixel", partial(PackedLoader, side=sprites.SIDE)
+    drawn = _validation_shapes(len(kept))
     batch_size = fitting_batch(
-        config.root or config.name, len(packed), len(drawn), batch_size, ranks["world_size"], accumulate
+        config.root or config.name, len(kept), len(drawn), batch_size, ranks["world_size"], accumulate
     )
-    train = PackedLoader(packed, sprites.SIDE, batch_size, seed, train=True, **ranks)
-    subset = packed[drawn.to(device)]
-    valid = PackedLoader(subset, sprites.SIDE, batch_size, seed, train=False, **ranks)
+    train = loader(kept, batch_size=batch_size, seed=seed, train=True, **ranks)
+    valid = loader(kept[drawn.to(kept.device)], batch_size=batch_size, seed=seed, train=False, **ranks)
     print(
-        f"{LABELS[0]}: {train.count}, {packed.nbytes / 1e6:.0f} MB of one bit per pixel; "
-        f"{LABELS[1]}: {valid.count} of them",
+        f"{LABELS[0]}: {train.count}, {stored.nbytes / 1e6:.0f} MB {how}; {LABELS[1]}: {valid.count} of them",
         flush=True,
     )
-    return Data(train, valid, [], [], f"{zlib.crc32(packed.cpu().numpy().data):08x}")
+    return Data(train, valid, [], [], f"{zlib.crc32(stored.cpu().numpy().data):08x}")
 
 
 def _validation_shapes(count: int) -> Tensor:
@@ -202,6 +244,11 @@ def held_out(config: DataConfig, n: int) -> Tensor:
     if config.name in SHAPES:
         packed = shapes(config, cpu)
         return unpack(packed[_validation_shapes(len(packed))[:n]], sprites.SIDE)
+    if config.name == "rooms":
+        return rooms.Rooms().paint(_validation_shapes(rooms.COUNT)[:n])
+    if config.name in READERS:
+        images = labelled(config.name, config.root).images
+        return images[_validation_shapes(len(images))[:n]]
     source = find_files(config)
     reader = decoder.build("torchvision", source.picture, cpu)
     (decoded,) = reader.decode([source.valid[:n]])
@@ -223,6 +270,17 @@ def shapes(config: DataConfig, device: torch.device) -> Tensor:
     if config.root is None:
         raise UsageError("--data dsprites needs --data-root, the dsprites_*.npz file")
     return dsprites.read(config.root).packed.to(device)
+
+
+def labelled(name: str, root: Path | None) -> Labelled:
+    """A user's own data set with known factors, read into memory.
+
+    Raises:
+        FileNotFoundError, ValueError: no such data.
+    """
+    if root is None:
+        raise UsageError(f"--data {name} needs --data-root, {READERS[name].what}")
+    return READERS[name].read(root)
 
 
 def find_files(config: DataConfig) -> Source:

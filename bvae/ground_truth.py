@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bvae.config import LARGEST
+from bvae.config import CHANNELS, LARGEST
 from bvae.errors import MissingError, UsageError
 from bvae.images import read_image
 from bvae.metrics.inputs import Factors
 from bvae.model import BetaVAE
 from bvae.opening import TABLE, NotRead, read_text
 from bvae.paths import expand
-from bvae.pipelines import celeba, sprites
+from bvae.pipelines import celeba, rooms, sprites
+from bvae.pipelines.labelled import Labelled
 from bvae.pipelines.packed_loader import unpack
 from bvae.reference import scale_pixels
 
@@ -42,7 +43,7 @@ def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
     Raises:
         ValueError: the model does not take grey images of 64 x 64.
     """
-    check_shapes(model)
+    check_input(model, "sprites")
     low, _ = model.pixel_range
 
     def images(numbers: NDArray[np.int64]) -> Tensor:
@@ -52,10 +53,42 @@ def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:
     return Truth(sprites.FACTORS, indices.numpy(), images)
 
 
-def check_shapes(model: BetaVAE) -> None:
-    """Raise ValueError for a model that does not take grey images of 64 x 64."""
-    if model.input_shape != (1, sprites.SIDE, sprites.SIDE):
-        raise UsageError(f"sprites are [1, 64, 64], and this model takes {list(model.input_shape)}")
+def all_rooms(model: BetaVAE, device: torch.device) -> Truth:
+    """All rooms, painted on the device.
+
+    Raises:
+        ValueError: the model does not take RGB images of 64 x 64.
+    """
+    check_input(model, "rooms")
+    painter, (low, _) = rooms.Rooms(device), model.pixel_range
+
+    def images(numbers: NDArray[np.int64]) -> Tensor:
+        painted = painter.paint(torch.from_numpy(numbers).to(device))
+        return scale_pixels(painted.permute(0, 3, 1, 2), low)
+
+    return Truth(rooms.FACTORS, rooms.unravel(torch.arange(rooms.COUNT)).numpy(), images)
+
+
+def labelled(model: BetaVAE, name: str, data: Labelled) -> Truth:
+    """A user's own data set of known factors, read into memory.
+
+    Raises:
+        ValueError: the model does not take images of its shape.
+    """
+    check_input(model, name)
+    low, _ = model.pixel_range
+
+    def images(numbers: NDArray[np.int64]) -> Tensor:
+        return scale_pixels(data.images[torch.from_numpy(numbers)].permute(0, 3, 1, 2), low)
+
+    return Truth(data.names, data.indices.numpy(), images)
+
+
+def check_input(model: BetaVAE, name: str) -> None:
+    """Raise ValueError for a model that does not take the images of a data set of known factors."""
+    expected = (CHANNELS[name], sprites.SIDE, sprites.SIDE)
+    if model.input_shape != expected:
+        raise UsageError(f"{name} are {list(expected)}, and this model takes {list(model.input_shape)}")
 
 
 def attributes(root: Path, model: BetaVAE, crop: int | None = None) -> Truth:

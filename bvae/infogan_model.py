@@ -3,7 +3,7 @@
 import math
 from itertools import pairwise
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +154,10 @@ class InfoGAN(BetaVAE):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n images [n, C, H, W] of codes and noise from their priors."""
         return self.activate(self.generate(*self.draw(n, generator)))
+
+    def push_to_hub(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Raise UsageError: the Hub's model card is a VAE's."""
+        raise UsageError("an InfoGAN cannot be uploaded: the model card describes VAEs")
 
 
 def _gaussian_entropy(log_var: Tensor) -> Tensor:

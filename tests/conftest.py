@@ -99,3 +99,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield torch.device("cpu")
     else:
         yield from _run_kernels(request.param, monkeypatch)
+
+
+@pytest.fixture
+def few_rooms(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rooms of few values per factor, with noise for weights, because drawing them takes seconds."""
+    from bvae.pipelines import rooms
+
+    noise = torch.randint(256, (24, 64, 64, 3), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(rooms, "all_weights", lambda: (noise / 3).to(torch.uint8))
+    for name, value in {"SIZES": (2, 2, 2, 3, 4, 2), "GEOMETRIES": 24, "COUNT": 192}.items():
+        monkeypatch.setattr(rooms, name, value)
+    return 192

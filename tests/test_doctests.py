@@ -12,7 +12,9 @@ from bvae import metrics
 
 PUBLIC = {f"bvae.{name}": (bvae, name) for name in bvae.__all__}
 PUBLIC |= {f"bvae.metrics.{name}": (metrics, name) for name in metrics.__all__}
-TYPES = {"LossTerms", "DCI", "Boosting", "Reconstruction", "Sampler"}  # what functions take and return
+TYPES = {  # what functions take and return
+    *("LossTerms", "DCI", "InfoMEC", "UDR", "Boosting", "Reconstruction", "Sampler"),
+}
 MODULES = {"bvae.ops", "bvae.losses", "bvae.model", "bvae.command_line", "bvae.explorer.layers"} | {
     getattr(module, name).__module__ for module, name in PUBLIC.values() if name != "Boosting"
 }

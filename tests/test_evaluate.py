@@ -29,6 +29,7 @@ N = 60
 FEW = ["--seeds", "2", "--points", "30", "--factor-bins", "2"]
 SCORES = {
     *("mig", "dci_disentanglement", "dci_completeness", "dci_informativeness", "sap", "modularity"),
+    *("explicitness", "infom", "infoc", "infoe", "irs"),
     *("beta_vae", "factor_vae"),
 }
 
@@ -212,7 +213,7 @@ def test_sprites_of_which_a_factor_does_not_vary(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sprites, "COUNT", 100)  # all of them squares of one size
     shapes_run(tmp_path, cache_dir=tmp_path / "cache")
     assert main([str(tmp_path), *FEW]) == 2
-    assert "factor 0 has no variation in 100 points" in capsys.readouterr().err
+    assert "factor 0 has no variation in 30 points" in capsys.readouterr().err
 
 
 def test_attributes_are_told_by_single_latents(data, tmp_path, monkeypatch):
@@ -306,7 +307,7 @@ def test_the_true_factors_rate_best(tmp_path):
     active, protocol = np.ones(3, np.bool_), Protocol(seeds=2, points=480)
     found, importance = measure.score_codes(lambda rows: codes[rows], truth, protocol, active, seconds)
     assert found.keys() == SCORES
-    for name in SCORES - {"sap"}:
+    for name in SCORES - {"sap", "explicitness"}:  # no linear classifier tells a value between two others
         assert found[name].mean > 0.97, name
     assert seconds.keys() == {"score", "beta_vae", "factor_vae"}
     for matrix in (importance, measure.information_shares(codes, factors)):

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from test_hostile_runs import WRITTEN, check_line, in_a_fork, rewrite
 from tiny import NETWORK
 
-from bvae import compare, evaluate, sample, train, traverse
+from bvae import compare, evaluate, explore, export, sample, train, traverse
 from bvae.errors import UsageError
+from bvae.evaluation import measure
 from bvae.evaluation.comparison import categories_by_factor
+from bvae.evaluation.options import Protocol
 from bvae.infogan import main
 from bvae.infogan_model import InfoGAN
 from bvae.model import BetaVAE
@@ -306,7 +308,7 @@ def test_memory_is_not_taken_for_a_strangers_network(out, capsys):
 
 
 def test_links_in_the_place_of_results_are_replaced(out, tmp_path):
-    names = [name for name in (*WRITTEN, "infogan.yaml") if not name.endswith("best.json")]
+    names = {*WRITTEN, "infogan.yaml"} - {"checkpoints/best.json", "explorer.html"}  # only VAEs have these
     for name in names:
         target = tmp_path / name
         target.write_text("precious")
@@ -334,3 +336,30 @@ def test_commands_take_an_infogan(data, out, tmp_path, capsys):
     assert compare.main([str(tmp_path / "vae"), str(out), *options]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[1] for row in rows] == ["B, gamma 10, C 25", "InfoGAN"]
+
+
+def test_its_kl_is_of_its_own_prior_and_no_gap_is_sampled(out):
+    model, device = BetaVAE.from_pretrained(out), torch.device("cpu")
+    truth = measure.open_truth(out, Protocol(factor_bins=2), model, device)
+    numbers = measure.sample_numbers(truth, 20)
+    statistics = measure.compute_statistics(model, truth, numbers, 1.0, device, with_mig=True)
+    assert "mig_sampled" not in statistics
+    log_var = model.encode(truth.images(numbers))[1]
+    assert statistics["kl_per_latent"] == pytest.approx(model.information(log_var).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (explore, "error: an InfoGAN has categories where the page has sliders: use bvae.traverse"),
+        (export, "error: an InfoGAN has no encoder and decoder of its own to export: use bvae.sample"),
+    ],
+)
+def test_commands_that_take_vaes_alone(out, command, message, capsys):
+    assert command.main([str(out)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == message
+
+
+def test_it_is_not_uploaded(out):
+    with pytest.raises(UsageError, match="an InfoGAN cannot be uploaded: the model card describes VAEs"):
+        BetaVAE.from_pretrained(out).push_to_hub("user/repo", run=out)

@@ -57,7 +57,7 @@ def test_torchrun(command, data, tmp_path):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(TRAIN)])
-def test_training_command(command, data, run_folder, tmp_path, monkeypatch):
+def test_training_command(command, data, few_rooms, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bbvae.yaml").write_text(snippet("bbvae.yaml"))
     arguments = command.removeprefix(TRAIN).replace("DIR", str(data)).replace("runs/NAME", str(run_folder))
@@ -71,8 +71,9 @@ def test_training_command(command, data, run_folder, tmp_path, monkeypatch):
         arguments = arguments.replace("FILE", str(tmp_path / "dsprites.npz"))
         archive(tmp_path / "dsprites.npz")
         monkeypatch.setattr(sprites, "COUNT", 50)
-        short = SHORT_SHAPES if "sprites" in arguments else SHORT
-        drawn = [] if "--data" in arguments or "sprites" in arguments else ["--data-root", str(data)]
+        shapes = "sprites" in arguments or "rooms" in arguments
+        short = SHORT_SHAPES if shapes else SHORT
+        drawn = [] if "--data" in arguments or shapes else ["--data-root", str(data)]
         assert main([*shlex.split(arguments, comments=True), *short.split(), *drawn, "--out", "run"]) == 0
         assert (tmp_path / "run" / "traversals.gif").is_file()
 
@@ -107,7 +108,7 @@ def infogan_folder(data, out):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(PYTHON) and not c.startswith(TRAIN)])
-def test_other_command(command, data, run_folder, tmp_path, monkeypatch):
+def test_other_command(command, data, few_rooms, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "bvae.export" in command:
         pytest.importorskip("onnxruntime")

@@ -78,6 +78,8 @@ def test_presets_of_the_papers():
         assert settings.training.steps(sprites.COUNT // 64) == 300_000
     settings = config.read("burgess_sprites")[0].resolve(11_520)
     assert (settings.objective.weight_on_kl, settings.objective.capacity_iters) == (1000, 100_000)
+    settings = config.read("locatello_rooms")[0].resolve(7_500)
+    assert (settings.objective.beta, settings.data.channels, settings.training.max_steps) == (4, 3, 300_000)
     assert config.read("celeba_b")[0].resolve(1130).objective.kl_weight == 128 / 64**2
 
 
@@ -88,7 +90,7 @@ def test_presets_build_their_models(name):
     model = build(settings)
     assert model.config["arch"] == settings.model.arch
     assert model.input_shape == (settings.data.channels, 64, 64)
-    if "sprites" in name:
+    if "sprites" in name or "rooms" in name:
         assert (model.activation, model.latent_dim) == ("sigmoid", 10)
 
 
@@ -96,10 +98,10 @@ def test_presets_build_their_models(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if "_beta" in name else ()) for name in PRESETS]
 )
-def test_presets_train(few, name, tmp_path, monkeypatch):
+def test_presets_train(few, few_rooms, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = []
-    if "sprites" not in name:  # drawn faces stand in for CelebA's
+    if not any(drawn in name for drawn in ("sprites", "rooms")):  # drawn faces stand in for CelebA's
         data = ["--data-root", str(faces.write(tmp_path / "faces", n=200, seed=0, progress=False))]
     assert main(["--config", name, *data, *SHORT, "--out", "run"]) == 0
     model = BetaVAE.from_pretrained("run")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bvae import config, ground_truth, metrics
 from bvae.config import Config, DataConfig
-from bvae.datasets import DRAWN_ROOT
+from bvae.datasets import DRAWN_ROOT, READERS, labelled
 from bvae.errors import UsageError
 from bvae.evaluation.options import BINS, Protocol
 from bvae.ground_truth import Truth
@@ -71,9 +71,13 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
     if name == "faces":
         return ground_truth.folder(root or DRAWN_ROOT, model, protocol.factor_bins, crop)
     if name == "sprites":
-        ground_truth.check_shapes(model)
+        ground_truth.check_input(model, "sprites")
         packed = sprites.all_sprites(data.cache_dir or default_folder(), device)
         return ground_truth.shapes(model, packed, sprites.unravel(torch.arange(len(packed))))
+    if name == "rooms":
+        return ground_truth.all_rooms(model, device)
+    if name in READERS:
+        return ground_truth.labelled(model, name, labelled(name, root))
     if root is None:
         raise UsageError(f"--data {name} needs --data-root")
     if name == "dsprites":
@@ -129,13 +133,25 @@ def sample_numbers(truth: Truth, points: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).permutation(len(truth.factors))[:points]
 
 
+def kl_per_latent(model: BetaVAE, mu: Tensor, log_var: Tensor) -> Tensor:
+    """KL(posterior, prior) of each latent, float64 [D], nats; an InfoGAN's prior is not N(0, 1)."""
+    return model.information(log_var) if isinstance(model, InfoGAN) else metrics.kl_per_latent(mu, log_var)
+
+
 @torch.no_grad()
 def compute_statistics(
-    model: BetaVAE, truth: Truth, drawn: NDArray[np.int64], variance: float, device: torch.device
+    model: BetaVAE,
+    truth: Truth,
+    drawn: NDArray[np.int64],
+    variance: float,
+    device: torch.device,
+    with_mig: bool = False,
 ) -> dict[str, Any]:
     """Statistics of the posteriors and reconstructions of the images with these numbers.
 
     Args:
+        with_mig: include mig_sampled; if one of the factors is a shape, once more without it, because it has
+            no order. An InfoGAN has none: the posterior of its codes is not Gaussian.
         variance: of the Gaussian likelihood; not used if the model has a Bernoulli likelihood.
     """
     mus: list[Tensor] = []
@@ -156,8 +172,16 @@ def compute_statistics(
         sums.append(tuple(len(x) * value for value in (*distances, similarity)))
     mu, log_var = torch.cat(mus), torch.cat(log_vars)
     nats, mse, psnr, ssim = np.sum(sums, 0) / len(drawn)
-    kl = model.information(log_var) if isinstance(model, InfoGAN) else metrics.kl_per_latent(mu, log_var)
+    kl = kl_per_latent(model, mu, log_var)
+    sampled = {}
+    if with_mig and not isinstance(model, InfoGAN):
+        factors = truth.factors[drawn]
+        sampled["mig_sampled"] = metrics.mig_sampled(mu, log_var, factors)
+        if "shape" in truth.names:
+            others = np.delete(factors, truth.names.index("shape"), 1)
+            sampled["mig_sampled_without_shape"] = metrics.mig_sampled(mu, log_var, others)
     return {
+        **sampled,
         "kl": kl.sum().item(),
         "active_units": metrics.active_units(mu),
         "total_correlation": metrics.gaussian_total_correlation(mu),

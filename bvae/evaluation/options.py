@@ -9,6 +9,11 @@ import tyro
 
 from bvae.errors import UsageError
 
+# fmt: off
+WithFactors = Literal[
+    "auto", "faces", "celeba", "sprites", "dsprites", "rooms", "shapes3d", "mpi3d", "cars3d", "smallnorb"
+]
+# fmt: on
 BINS = 20  # of the metrics, which need at least as many points
 
 
@@ -16,11 +21,11 @@ BINS = 20  # of the metrics, which need at least as many points
 class Protocol:
     """The data, and the sizes for disentanglement_lib's protocols."""
 
-    data: Literal["auto", "faces", "celeba", "sprites", "dsprites"] = "auto"
+    data: WithFactors = "auto"
     """The data on which the model is measured. auto: those of the run's config.yaml."""
     data_root: Path | None = None
-    """Folder of the faces and their factors.csv, or of CelebA and its list_attr_celeba; or dSprites' npz.
-    None: the one in config.yaml, or data/faces."""
+    """Folder of the faces and their factors.csv, or of CelebA and its list_attr_celeba; or the file or folder
+    of dSprites or another data set. None: the one in config.yaml, or data/faces."""
     factor_bins: int = 10
     """A factor with more values than this is divided into this many bins of equal width (faces)."""
     seeds: int = 5
@@ -56,8 +61,9 @@ class CompareOptions:
     ]
     """Run folders; all models see the same images."""
     factor: str
-    """For sprites: shape, scale, orientation, x or y. For the drawn faces: azimuth, smile and more."""
-    data: Literal["auto", "faces", "celeba", "sprites", "dsprites"] = "auto"
+    """For sprites: shape, scale, orientation, x or y. For rooms: floor_hue, wall_hue, object_hue, scale,
+    shape or orientation. For the drawn faces: azimuth, smile and more."""
+    data: WithFactors = "auto"
     """The images. auto: what each run's config.yaml names."""
     data_root: Path | None = None
     """Folder or file of the images, as for bvae.evaluate. None: the one in config.yaml."""

@@ -94,7 +94,7 @@ def evaluate(run: Path, protocol: Protocol) -> str:
         codes(all_images)  # in large batches, since almost all are needed
     drawn = sample_numbers(truth, protocol.points)
     drawn_codes = codes(drawn)
-    statistics = compute_statistics(model, truth, drawn, variance, device)
+    statistics = compute_statistics(model, truth, drawn, variance, device, with_mig=truth.independent)
     seconds["posterior and reconstruction"] = time.perf_counter() - start - codes.seconds
     kl = statistics["kl_per_latent"]
     active = active_latents(kl)

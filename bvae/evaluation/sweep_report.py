@@ -19,6 +19,10 @@ SCORES = {
     "dci_disentanglement": "DCI",
     "sap": "SAP",
     "modularity": "modularity",
+    "infom": "InfoM",
+    "infoc": "InfoC",
+    "infoe": "InfoE",
+    "udr": "UDR",
 }
 MODEL = {"reconstruction_nats": "reconstruction, nats", "kl": "KL, nats", "active_units": "active units"}
 

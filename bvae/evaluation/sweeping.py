@@ -16,8 +16,9 @@ from bvae.config import SHAPES, Config
 from bvae.device import choose_device
 from bvae.errors import UsageError
 from bvae.evaluation import baselines, cluster, grid, sweep_plots, sweep_report
+from bvae.evaluation.agreement import add_udr
 from bvae.evaluation.jobs import Job, read_evaluation, run_all
-from bvae.evaluation.options import SweepOptions
+from bvae.evaluation.options import Protocol, SweepOptions
 from bvae.opening import TABLE, read_bytes
 from bvae.owner import own
 from bvae.training import completion
@@ -134,9 +135,15 @@ def _train_all(arguments: SweepOptions, out: Path, key: str, jobs: Sequence[Job]
     ]
 
     results: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, list[Path]] = {}
     for job in jobs:
         if result := read_evaluation(job.out, arguments):
             results.setdefault(job.label, []).append({**result, "run": job.out.name})
+            runs.setdefault(job.label, []).append(job.out)
+    for label, alike in runs.items():
+        if len(alike) > 1:
+            protocol = Protocol(points=arguments.points)
+            add_udr(alike, results[label], protocol, choose_device(arguments.device))
     text = sweep_report.table(key, results)
     if results and jobs[0].config.data.name in SHAPES:
         text += "\n" + sweep_report.paper_table(

@@ -6,6 +6,9 @@ from numpy.typing import ArrayLike, NDArray
 from bvae.errors import UsageError
 from bvae.metrics import inputs
 from bvae.metrics._dci import Boosting, dci_of
+from bvae.metrics._explicitness import explicitness_of
+from bvae.metrics._infomec import infomec
+from bvae.metrics._irs import irs
 from bvae.metrics._mig import mig
 from bvae.metrics._modularity import modularity
 from bvae.metrics._sap import accuracies, gap
@@ -25,20 +28,22 @@ def score(
     """Measure codes against the factors of their images, with all metrics that need no encoder.
 
     Sizes are those of Locatello et al. 2019, "Challenging common assumptions in the unsupervised learning of
-    disentangled representations". DCI and SAP use the same points, which are also those of `dci` and `sap`
+    disentangled representations". DCI, SAP and explicitness use the same points, which are also those of each
     called alone with the same seed.
 
     Args:
         codes: [N, D] floats, one row per image: the posterior means.
         factors: [N, K] integers, the same rows.
         seed: of the draw of points and of the trees.
-        points: drawn for MIG and modularity; all, if there are fewer.
-        train, test: drawn for DCI and SAP; if there are fewer points, two thirds and one third of them.
+        points: drawn for MIG, modularity, InfoMEC and IRS; all, if there are fewer.
+        train, test: drawn for DCI, SAP and explicitness; if there are fewer points, two thirds and one third
+            of them.
         bins: per latent, for MIG and modularity.
         boosting: of DCI; see `dci`.
 
     Returns:
-        mig, dci_disentanglement, dci_completeness, dci_informativeness, sap and modularity, each 0 to 1.
+        mig, dci_disentanglement, dci_completeness, dci_informativeness, sap, modularity, explicitness, infom,
+        infoc, infoe and irs, each at most 1.
 
     Raises:
         ValueError: other shapes or types, codes that are not finite, a factor without variation, fewer
@@ -50,7 +55,7 @@ def score(
     >>> {name: round(value, 1) for name, value in score(factors.astype(float), factors).items()}
     ... # doctest: +NORMALIZE_WHITESPACE
     {'mig': 1.0, 'dci_disentanglement': 1.0, 'dci_completeness': 1.0, 'dci_informativeness': 1.0,
-     'sap': 0.5, 'modularity': 1.0}
+     'sap': 0.5, 'modularity': 1.0, 'explicitness': 1.0, 'infom': 1.0, 'infoc': 1.0, 'infoe': 1.0, 'irs': 1.0}
     """
     return measure(codes, factors, seed, points, train, test, bins, boosting)[0]
 
@@ -82,6 +87,7 @@ def measure(
     mig_all = mig(points_codes, points_factors, bins=bins)  # before the slow trees, because it checks bins
     trees = dci_of(data, boosting, seed)
     accuracy = accuracies(data)
+    info = infomec(points_codes, points_factors, seed=seed)
     scores = {
         "mig": mig_all,
         "dci_disentanglement": trees.disentanglement,
@@ -89,6 +95,11 @@ def measure(
         "dci_informativeness": trees.informativeness,
         "sap": gap(accuracy),
         "modularity": modularity(points_codes, points_factors, bins=bins),
+        "explicitness": explicitness_of(data),
+        "infom": info.modularity,
+        "infoc": info.compactness,
+        "infoe": info.explicitness,
+        "irs": irs(points_codes, points_factors),
     }
     if active is not None and 2 <= active.sum() < len(active):
         scores["mig_active"] = mig(points_codes[:, active], points_factors, bins=bins)
