@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from bvae import __version__, files, hub, weights
@@ -286,7 +285,7 @@ class BetaVAE(nn.Module):
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
         # "format" is what other libraries look for.
         metadata = {"format": "pt", "bvae": __version__, "config": json.dumps(self.config)}
-        files.write_bytes(folder / "model.safetensors", save(state, metadata))
+        files.write_bytes(folder / "model.safetensors", weights.write(state, metadata))
 
     def push_to_hub(
         self,

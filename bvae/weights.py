@@ -1,4 +1,4 @@
-"""Weights from files of others: compared with a model's before memory is taken for them."""
+"""Weights in safetensors files: compared with a model's before memory is taken for them, and written."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from bvae.errors import UsageError
@@ -132,3 +132,16 @@ def _is_dense(value: Tensor) -> bool:
             return False
         size *= max(length, 1)
     return True
+
+
+def write(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file, the same for the same tensors and texts.
+
+    safetensors itself writes the metadata in another order in each process.
+    """
+    data = save(dict(state))
+    (length,) = struct.unpack("<Q", data[:8])
+    header = {"__metadata__": dict(metadata), **json.loads(data[8 : 8 + length])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at multiples of 8
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]

@@ -205,7 +205,11 @@ def test_weights_with_and_without_metadata(run, tmp_path):
         metadata = file.metadata()
     assert metadata.pop("config") == json.dumps(model.config)
     assert metadata == {"format": "pt", "bvae": bvae.__version__}
-    model.save_pretrained(tmp_path)
+    contents = set()
+    for _ in range(8):  # safetensors itself writes metadata in a random order
+        model.save_pretrained(tmp_path)
+        contents.add((tmp_path / "model.safetensors").read_bytes())
+    assert contents == {(run / "model.safetensors").read_bytes()}
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     again = BetaVAE.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
