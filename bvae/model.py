@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bvae.config import Config  # needs PyYAML; a model does not
 
 ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
-INFOGAN = "infogan"  # the arch of `InfoGAN`, which is no VAE
+INFOGAN: Final = "infogan"  # the arch of `InfoGAN`, which is no VAE
 
 
 class VAEOutput(NamedTuple):

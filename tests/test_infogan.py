@@ -351,7 +351,7 @@ def test_its_kl_is_of_its_own_prior_and_no_gap_is_sampled(out):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (explore, "error: an InfoGAN has categories where the page has sliders: use bvae.traverse"),
+        (explore, "error: run: an InfoGAN has categories where the page has sliders: use bvae.traverse"),
         (export, "error: an InfoGAN has no encoder and decoder of its own to export: use bvae.sample"),
     ],
 )
