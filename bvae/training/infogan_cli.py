@@ -44,7 +44,7 @@ class InfoGANConfig:
     """Learning rate of Q's own layers."""
     code_weight: float = 1.0
     """Lambda, the weight of the codes' cross-entropy."""
-    max_steps: int = 2000
+    max_steps: int = 3000
     """Steps in the whole run."""
     seed: int = 1265
     """Everything random is a function of it."""
