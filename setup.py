@@ -97,6 +97,10 @@ setup(
             "torchmetrics>=1.9",  # FID and KID
             "torch-fidelity>=0.4",  # Inception as the published figures used it
         ],
+        "wandb": ["wandb>=0.20"],  # bvae.train --log wandb; several runs in one process need 0.20
+        "mlflow": [
+            "mlflow>=2.14"
+        ],  # bvae.train --log mlflow; asynchronous logging into a given run needs 2.14
         # NVIDIA DALI decodes JPEGs, on a GPU if there is one; without it torchvision does. Its builds install
         # the same files, so that only one of them can be there, and none is a requirement.
         "cuda13": ["nvidia-dali-cuda130>=2.0"],
@@ -117,6 +121,7 @@ setup(
             "kernels>=0.5",  # this package, whose name is our folder's
             *("huggingface_hub>=1.0", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"),  # hub, export
             *("torchmetrics>=1.9", "torch-fidelity>=0.4"),  # quality
+            "wandb>=0.20",  # as above: its offline mode
             "scikit-image>=0.22",  # our SSIM is compared with its
             "ruff>=0.6",  # lint and format
             "mypy>=1.11",  # types of the public API

@@ -36,7 +36,7 @@ from torch._inductor import compile_fx, config, graph
 from torch._subclasses import fake_tensor
 
 from bvae.config import TrainingConfig
-from bvae.kernels import launch
+from bvae.kernels import batch_norm, last_block, launch
 from bvae.losses import CapacityLoss
 from bvae.model import BetaVAE
 from bvae.pipelines.memory_loaders import DeviceLoader
@@ -92,8 +92,35 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-def _library_bytes(nodes: fx.graph._node_list) -> int:
-    """The bytes that convolutions move, without weights, and all bytes that bvae's operations move."""
+# The plans of the operations of several launches: an operation's arguments are those of its plan
+_PLANS: dict[str, Callable[..., tuple[list[launch.Launch], Any]]] = {
+    "batch_norm_leaky_relu": batch_norm.plan_forward,
+    "batch_norm_leaky_relu_backward": batch_norm.plan_backward,
+    "last_block": last_block.plan_forward,
+    "last_block_backward": last_block.plan_backward,
+}
+
+
+def _planned(node: fx.Node) -> list[launch.Launch]:
+    """The launches of a node's operation; none if it has no plan of several."""
+    plan = _PLANS.get(getattr(node.target, "_opname", ""))
+    if plan is None or getattr(node.target, "namespace", "") != "bvae":
+        return []
+
+    def on_meta(argument: Any) -> Any:
+        if not isinstance(argument, fx.Node):
+            return argument
+        (tensor,) = _tensors(argument)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    return plan(*(on_meta(argument) for argument in node.args))[0]
+
+
+def _count_library(count: Count, part: str, nodes: fx.graph._node_list) -> None:
+    """Add to `count` the bytes that convolutions move, without weights, and all that bvae's operations move.
+
+    An operation of several launches moves what each of them moves, and counts as often as it launches.
+    """
     moved: list[Tensor] = []
     for node in nodes:
         inputs, outputs = _tensors(node.args), _tensors(node)
@@ -104,9 +131,14 @@ def _library_bytes(nodes: fx.graph._node_list) -> int:
             moved += [gradient, image]  # for the weights' gradient
             if node.args[-1][0]:
                 moved += [gradient, outputs[0]]
+        elif launches := _planned(node):
+            count.library[part, node.target._opname] += len(launches) - 1
+            moved += [
+                tensor for each in launches for tensor in each.args.values() if isinstance(tensor, Tensor)
+            ]
         elif getattr(node.target, "namespace", "") == "bvae":
             moved += inputs + outputs
-    return sum(tensor.nbytes for tensor in moved)
+    count.library_bytes += sum(tensor.nbytes for tensor in moved)
 
 
 # --- Compiling without running ----------------------------------------------------------------------------
@@ -160,7 +192,7 @@ def _lowering(count: Count, step: _FakeStep) -> Iterator[None]:
             if not cause:
                 raise
         _read(count, part, code[-1])
-        count.library_bytes += _library_bytes(module.graph.nodes)
+        _count_library(count, part, module.graph.nodes)
 
         def run(arguments: list[Any]) -> Any:
             step.compiled = True
@@ -318,9 +350,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.lowered", description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=144)
     parser.add_argument("--optimizer", choices=("adam", "muon"), default="adam")
+    parser.add_argument("--network", action="store_true", help="with the kernels of the network's layers")
     parser.add_argument("--top", type=int, default=8, help="how many of the largest kernels to list")
     arguments = parser.parse_args(argv)
     if INSIDE in os.environ:
+        launch.NETWORK = arguments.network
         training = TrainingConfig(optimizer=arguments.optimizer)
         show(count_step(arguments.batch, training), arguments.batch, arguments.top)
         return 0

@@ -4,6 +4,7 @@ Each case is a launch of the training, planned on meta tensors by the launcher i
 first call on the device would compile it. Prints a Markdown table.
 """
 
+import math
 import re
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -19,7 +22,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bvae.kernels import capacity_loss, image_errors, reparam_kl
+from bvae.kernels import batch_norm, capacity_loss, image_errors, last_block, reparam_kl, total_correlation
+from bvae.kernels import launch as kernel_launch
 from bvae.kernels.launch import Launch
 
 TARGETS = {
@@ -80,6 +84,60 @@ def _image_errors_backward() -> Launch:
     return image_errors.plan_backward(_images(BF16), torch.empty(144, device="meta"), 2.0)[0]
 
 
+def _correlation(batch: int, latents: int) -> Launch:
+    mu, log_var = _latents(batch, latents)
+    return total_correlation.plan_forward(torch.empty_like(mu), mu, log_var, -5.0, -1.0)[0]
+
+
+def _correlation_backward(batch: int, latents: int, which: int) -> Launch:
+    mu, log_var = _latents(batch, latents)
+    log2_joint, log2_marginals = (torch.empty(s, device="meta") for s in ((batch,), (batch, latents)))
+    inputs = torch.empty_like(mu), mu, log_var, log2_joint, log2_marginals
+    return total_correlation.plan_backward(*inputs, log2_joint, log2_joint, -5.0, -1.0)[0][which]
+
+
+def _features(channels: int, size: int, dtype: torch.dtype, batch: int) -> Tensor:
+    x = torch.empty(batch, channels, size, size, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last)
+
+
+def _norm(
+    channels: int, size: int, number: int, dtype: torch.dtype = torch.bfloat16, batch: int = 144
+) -> Launch:
+    """A forward launch of BatchNorm and LeakyReLU: 0 has the statistics, 1 applies them."""
+    x, vector = _features(channels, size, dtype, batch), torch.empty(channels, device="meta")
+    return batch_norm.plan_forward(x, vector, vector, 1e-5, 0.01)[0][number]
+
+
+def _norm_backward(channels: int, size: int, number: int, batch: int = 144) -> Launch:
+    """A backward launch: 0 reduces, 1 has the gradient of the input."""
+    x, vector = _features(channels, size, BF16, batch), torch.empty(channels, device="meta")
+    return batch_norm.plan_backward(x, x, *[vector] * 4, 0.01)[0][number]
+
+
+def _block(
+    channels: int = 32,
+    size: int = 64,
+    likelihood: str = "gaussian",
+    activation: str | None = "tanh",
+    batch: int = 144,
+) -> Launch:
+    """The last block's forward launch, after the statistics."""
+    vector, bias = torch.empty(channels, device="meta"), torch.empty(3, device="meta")
+    weight = torch.empty(3, channels, 3, 3, device="meta").to(memory_format=torch.channels_last)
+    tensors = _features(channels, size, BF16, batch), vector, vector, weight, bias, _images(U8, batch=batch)
+    return last_block.plan_forward(*tensors, True, 1e-5, 0.01, likelihood, activation, 0.1, -1.0)[0][1]
+
+
+def _block_backward(number: int, batch: int = 144) -> Launch:
+    """A backward launch: 0 reduces, 1 adds the programs' sums, 2 has the gradient of the input."""
+    vector, errors = torch.empty(32, device="meta"), torch.empty(batch, device="meta")
+    weight = torch.empty(3, 32, 3, 3, device="meta").to(memory_format=torch.channels_last)
+    x, grad = _features(32, 64, BF16, batch), torch.empty(batch, 64, 64, 3, dtype=BF16, device="meta")
+    saved = x, vector, vector, weight, grad, torch.empty(batch, 3, device="meta"), vector, vector
+    return last_block.plan_backward(*saved, errors, 2.0, 0.01)[0][number]
+
+
 BF16, U8 = torch.bfloat16, torch.uint8
 CASES: dict[str, Callable[[], Launch]] = {
     "sample, [144, 128]": lambda: _sample(_latents(144, 128)),
@@ -103,6 +161,28 @@ CASES: dict[str, Callable[[], Launch]] = {
     "errors per image, bernoulli": lambda: _image_errors("bernoulli", None),
     "errors per image, probabilities": lambda: _image_errors("probabilities", None),
     "errors per image, backward": _image_errors_backward,
+    **{
+        f"total correlation, [144, {latents}]{suffix}": case
+        for latents in (10, 128, 512)
+        for suffix, case in (
+            ("", partial(_correlation, 144, latents)),
+            (", backward, samples", partial(_correlation_backward, 144, latents, 0)),
+            (", backward, posteriors", partial(_correlation_backward, 144, latents, 1)),
+        )
+    },
+    "BatchNorm, 32 at 64 x 64, statistics": lambda: _norm(32, 64, 0),
+    "BatchNorm, 32 at 64 x 64, apply": lambda: _norm(32, 64, 1),
+    "BatchNorm, 32 at 64 x 64, reduce": lambda: _norm_backward(32, 64, 0),
+    "BatchNorm, 32 at 64 x 64, gradient": lambda: _norm_backward(32, 64, 1),
+    "BatchNorm, 32 at 64 x 64, statistics, float32": lambda: _norm(32, 64, 0, torch.float32),
+    "BatchNorm, 256 at 4 x 4": lambda: _norm(256, 4, 0),
+    "BatchNorm, 256 at 4 x 4, backward": lambda: _norm_backward(256, 4, 0),
+    "last block": _block,
+    "last block, logistic": lambda: _block(likelihood="logistic"),
+    "last block, bernoulli": lambda: _block(likelihood="bernoulli", activation=None),
+    "last block, reduce": lambda: _block_backward(0),
+    "last block, sums": lambda: _block_backward(1),
+    "last block, gradient": lambda: _block_backward(2),
 }
 
 
@@ -118,6 +198,19 @@ def batch_variants(batch: int) -> dict[str, Launch]:
         "sample, [., 128], per dimension": _sample(_latents(batch, 128), per_dim=True),
         "sample, [., 4, 64, 64], per dimension": _sample(_latents(batch, 4, 64, 64), per_dim=True),
         "sample, [., 128], backward": _sample_backward(_latents(batch, 128)),
+        "total correlation, [., 128]": _correlation(batch, 128),
+        "total correlation, [., 128], backward, samples": _correlation_backward(batch, 128, 0),
+        "total correlation, [., 128], backward, posteriors": _correlation_backward(batch, 128, 1),
+        "BatchNorm, statistics": _norm(32, 64, 0, batch=batch),
+        "BatchNorm, apply": _norm(32, 64, 1, batch=batch),
+        "BatchNorm, reduce": _norm_backward(32, 64, 0, batch),
+        "BatchNorm, gradient": _norm_backward(32, 64, 1, batch),
+        "last block": _block(batch=batch),
+        "last block, reduce": _block_backward(0, batch),
+        "last block, sums": _block_backward(1, batch),
+        "last block, gradient": _block_backward(2, batch),
+        "BatchNorm, few rows": _norm(512, 2, 0, batch=batch),
+        "BatchNorm, few rows, backward": _norm_backward(512, 2, 0, batch),
     }
 
 
@@ -185,6 +278,7 @@ class MachineCode:
     stores: dict[int, int]
     bytes_per_element: float | None  # loaded and stored by the main loop
     exact_divisions: int  # correctly rounded, on NVIDIA
+    products: list[str]  # the kinds of instructions that multiply matrices
 
 
 # Patterns for an access to global memory, a label and a jump: SASS, and AMD's assembly
@@ -198,6 +292,7 @@ _AMDGCN = {
     "label": re.compile(r"^(\.LBB\d+_\d+):"),
     "jump": re.compile(r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)"),
 }
+_PRODUCTS = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|v_mfma)")  # of a warp group, a warp, an SM; of AMD
 _AMD_WIDTHS = {
     "dwordx4": 16,
     "dwordx3": 12,
@@ -265,26 +360,29 @@ def _amd(kernel: triton.compiler.CompiledKernel) -> tuple[list[str], int, int]:
     return assembly.splitlines(), int(numbers["vgpr_count"]), int(numbers["vgpr_spill_count"])
 
 
+# the arguments whose product is the number of elements that a program's main loop visits at a time
+_TILES = ("BLOCK",), ("ROWS", "COLUMNS"), ("PARTS", "COLUMNS"), ("PLACES", "CHANNELS_PADDED")
+
+
 def inspect(case: str, target: str) -> MachineCode:
     """Compile one of CASES for one of TARGETS and read the result."""
-    launch = CASES[case]()
-    kernel = compile_launch(launch, TARGETS[target])
     amd = TARGETS[target].backend == "hip"
+    with mock.patch.object(kernel_launch, "ON_AMD", amd):
+        launch = CASES[case]()
+    kernel = compile_launch(launch, TARGETS[target])
     lines, registers, spilled = _amd(kernel) if amd else _nvidia(kernel)
     syntax = _AMDGCN if amd else _SASS
     loop = _main_loop(lines, syntax) if "scf.for" in kernel.asm["ttgir"] else None
     loads, stores = _accesses(lines if loop is None else loop, syntax)
     per_element = None
     if loop is not None:
-        tile = (
-            launch.args["BLOCK"] if "BLOCK" in launch.args else launch.args["ROWS"] * launch.args["COLUMNS"]
-        )
+        sides = next(sides for sides in _TILES if set(sides) <= launch.args.keys())
+        tile = math.prod(launch.args[side] for side in sides)
         threads = launch.num_warps * TARGETS[target].warp_size
         per_element = sum(w * n for w, n in (loads + stores).items()) * threads / tile
     exact = kernel.asm.get("ptx", "").count("div.rn.f32")
-    return MachineCode(
-        registers, spilled, kernel.metadata.shared, dict(loads), dict(stores), per_element, exact
-    )
+    shared, products = kernel.metadata.shared, sorted(set(_PRODUCTS.findall("\n".join(lines))))
+    return MachineCode(registers, spilled, shared, dict(loads), dict(stores), per_element, exact, products)
 
 
 def _widths(counts: dict[int, int]) -> str:

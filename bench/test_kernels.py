@@ -25,8 +25,8 @@ from bvae import ops, reference
 
 GPU = torch.cuda.is_available()
 PASSES = ("forward", "backward", "both")
-N_LEAVES = 2
 HEADLINE_CASE = (144, 128), torch.bfloat16  # shown in the docs
+DATASET_SIZE = 162_770  # CelebA's
 KL_WEIGHT, MAX_CAPACITY, CAPACITY_ITERS = 0.03, 25.0, 10_000
 INPUT_BYTES, MAX_SETS = (256 << 20, 32) if GPU else (64 << 20, 4)
 
@@ -35,7 +35,7 @@ Operation = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """An operation and its inputs: `make` returns one set, whose first two tensors get gradients."""
+    """An operation and its inputs: `make` returns one set; those that require gradients get them."""
 
     name: str
     make: Callable[[torch.device], tuple[Tensor, ...]]
@@ -52,11 +52,15 @@ def _short(dtype: torch.dtype) -> str:
     return {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
 
 
+def _leaves(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t for t in inputs if t.requires_grad)
+
+
 def _run(operation: Operation, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Outputs, and the gradients of their sum with respect to the leaves."""
     outputs = operation(*inputs)
     total = torch.stack([output.float().sum() for output in outputs]).sum()
-    return *outputs, *torch.autograd.grad(total, inputs[:N_LEAVES])
+    return *outputs, *torch.autograd.grad(total, _leaves(inputs))
 
 
 def _close(name: str, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
@@ -164,12 +168,49 @@ def _loss_case(label: str, shape: tuple[int, ...], dtype: torch.dtype, **options
     specified, ours = _loss(_reference_loss, options), _loss(ops.vae_loss, options)
 
     def check(name: str, operation: Operation, inputs: tuple[Tensor, ...]) -> None:
-        leaves = (t.detach().float().requires_grad_() for t in inputs[:N_LEAVES])
-        _close(name, _run(operation, inputs), _run(specified, (*leaves, *inputs[N_LEAVES:])), dtype)
+        recon, kl = (t.detach().float().requires_grad_() for t in _leaves(inputs))
+        _close(name, _run(operation, inputs), _run(specified, (recon, kl, *inputs[2:])), dtype)
 
     is_headline = dtype == HEADLINE_CASE[1] and batch == HEADLINE_CASE[0][0]
     headline = name.replace("loss", "Loss", 1) if is_headline else None
     return Case(name, make, eager, ours, check, (forward, backward, backward), headline)
+
+
+# The total correlation. Arithmetic bounds it, with 3 B^2 D exponentials: the bytes only show that none of the
+# contenders needs to move a [B, B, D] tensor.
+
+
+def _eager_correlation(z: Tensor, mu: Tensor, log_var: Tensor) -> tuple[Tensor]:
+    z, mu, log_var = z.float(), mu.float(), log_var.float()
+    own, other = reference.log_importance_weights(len(z), DATASET_SIZE, "stratified")
+    weight = torch.where(torch.eye(len(z), dtype=torch.bool, device=z.device), own, other)
+    distance = (z[:, None] - mu).square() * torch.exp(-log_var)
+    density = -0.5 * (distance + log_var + math.log(2 * math.pi))
+    joint = torch.logsumexp(weight + density.sum(2), 1)
+    return ((joint - torch.logsumexp(weight[..., None] + density, 1).sum(1)).mean(),)
+
+
+def _correlation_case(shape: tuple[int, int], dtype: torch.dtype) -> Case:
+    batch, latents = shape
+
+    def make(device: torch.device) -> tuple[Tensor, ...]:
+        mu, log_var = torch.randn(batch, 2 * latents, device=device).chunk(2, 1)
+        z = mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
+        return tuple(t.to(dtype).requires_grad_() for t in (z, mu, log_var))
+
+    def ours(z: Tensor, mu: Tensor, log_var: Tensor) -> tuple[Tensor]:
+        return (ops.total_correlation(z, mu, log_var, DATASET_SIZE),)
+
+    def check(name: str, operation: Operation, inputs: tuple[Tensor, ...]) -> None:
+        exact = tuple(t.detach().double().requires_grad_() for t in inputs)
+        _close(name, _run(operation, inputs), _run(ours, exact), dtype)
+
+    n, size = batch * latents, dtype.itemsize
+    # Forward reads three tensors and stores the marginals; each launch backward reads these; three gradients.
+    forward = n * (3 * size + 4) + 12 * batch
+    backward = 2 * (n * (3 * size + 4) + 12 * batch) + 3 * n * size
+    name = f"total correlation {batch} x {latents}, {_short(dtype)}"
+    return Case(name, make, _eager_correlation, ours, check, (forward, backward, forward + backward), None)
 
 
 GAUSSIAN = {"likelihood": "gaussian", "activation": "tanh"}  # with the capacity objective
@@ -178,11 +219,14 @@ FLOATS = (torch.float32, torch.bfloat16)
 if GPU:
     LATENTS = ((144, 128), (1024, 128), (8192, 128), (65536, 128), (16, 4, 64, 64))
     IMAGES = ((144, 3, 64, 64), (1024, 3, 64, 64))
+    CORRELATED = ((144, 10), (144, 128), (1024, 128))  # 1024 x 128 in float32: 537 MB of densities
 else:
     LATENTS = ((144, 128), (16, 4, 64, 64))
     IMAGES = ((144, 3, 64, 64),)
+    CORRELATED = ((144, 10),)
 CASES = [
     *itertools.starmap(_sample_case, itertools.product(LATENTS, FLOATS)),
+    *itertools.starmap(_correlation_case, itertools.product(CORRELATED, FLOATS)),
     *(_loss_case("loss B", *shape, **GAUSSIAN) for shape in itertools.product(IMAGES, FLOATS)),
     *(_loss_case("loss Bernoulli", *shape, **BERNOULLI) for shape in itertools.product(IMAGES, FLOATS[1:])),
 ]
@@ -221,7 +265,7 @@ def _pass(which: str, operation: Operation, sets: list[tuple[Tensor, ...]]) -> C
         return lambda: operation(*next(turns))
     outputs = [operation(*inputs) for inputs in sets]
     grads = [[torch.randn_like(output) for output in each] for each in outputs]
-    leaves = [inputs[:N_LEAVES] for inputs in sets]
+    leaves = [_leaves(inputs) for inputs in sets]
     if which == "backward":
         saved = itertools.cycle(zip(outputs, leaves, grads, strict=True))
         return lambda: torch.autograd.grad(*next(saved), retain_graph=True)

@@ -18,6 +18,7 @@ __all__ = [
     "gaussian_kl",
     "register_architecture",
     "reparam_kl",
+    "total_correlation",
     "vae_loss",
 ]
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from bvae.losses import AnnealedBeta, BetaLoss, CapacityLoss
     from bvae.model import BetaVAE
     from bvae.objective import LossTerms
-    from bvae.ops import gaussian_kl, reparam_kl, vae_loss
+    from bvae.ops import gaussian_kl, reparam_kl, total_correlation, vae_loss
 else:  # hidden from type checkers, which would accept any name
     _MODULES = {
         "AnnealedBeta": "losses",
@@ -45,6 +46,7 @@ else:  # hidden from type checkers, which would accept any name
         "gaussian_kl": "ops",
         "register_architecture": "architectures",
         "reparam_kl": "ops",
+        "total_correlation": "ops",
         "vae_loss": "ops",
     }
 

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from bvae.kernels import launch
-from bvae.objective import Objective
+from bvae.objective import Objective, Weights
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_DIMS = 5  # the batch and up to four more
+
+LEAST_BATCH = 3  # for the total correlation: each image needs others that stand for the whole data set
 
 Pair = tuple[Tensor, Tensor]
 
@@ -185,6 +187,37 @@ def counter(name: str, value: Tensor | int, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.int64, device=device)
 
 
+# the total correlation
+
+
+def latents(
+    z: Tensor, mu: Tensor, log_var: Tensor, dataset_size: int, weights: Weights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z, mu and log_var as `[B, D]`, and the checks of the options."""
+    mu, log_var = posterior(mu, log_var, None)
+    _check_float("z", z)
+    if z.shape != mu.shape:
+        raise ValueError(f"z must have mu's shape {list(mu.shape)}, got {describe(z)}")
+    _check_device("z", z, mu.device, "mu's")
+    if weights not in ("stratified", "weighted"):
+        raise ValueError(f"weights must be 'stratified' or 'weighted', got {weights!r}")
+    batch = mu.shape[0]
+    if batch < LEAST_BATCH:
+        raise ValueError(
+            f"the total correlation of {batch} images cannot be estimated, at least {LEAST_BATCH} are "
+            "needed: each image's density comes from the other posteriors of the batch"
+        )
+    if isinstance(dataset_size, bool) or not isinstance(dataset_size, int):
+        got = describe(dataset_size) if isinstance(dataset_size, Tensor) else repr(dataset_size)
+        raise TypeError(f"dataset_size must be a Python int, the number of training images, got {got}")
+    if dataset_size < batch:
+        raise ValueError(
+            f"dataset_size must be the number of training images, of which the batch is a part: got "
+            f"{dataset_size} for a batch of {batch}"
+        )
+    return z.flatten(1), mu.flatten(1), log_var.flatten(1)
+
+
 # the loss
 
 
@@ -301,3 +334,41 @@ def check_weight_and_mask(weight: Tensor | None, mask: Tensor | None, recon: Ten
                 f"{describe(mask)}"
             )
         _check_device("mask", mask, recon.device, "recon's")
+
+
+def check_batch_norm(x: Tensor, vectors: dict[str, Tensor]) -> None:
+    """Raise unless x is a batch of images with a variance, and each of the vectors is `[C]` on its device."""
+    for name, tensor in {"x": x, **vectors}.items():
+        _check_tensor(name, tensor)
+        _check_float(name, tensor)
+        _check_device(name, tensor, x.device, "x's")
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {describe(x)}")
+    for name, vector in vectors.items():
+        if vector.shape != x.shape[1:2]:
+            raise ValueError(f"{name} must be [{x.shape[1]}], one per channel of x, got {describe(vector)}")
+    if x.numel() // max(x.shape[1], 1) < 2:
+        raise ValueError(
+            f"BatchNorm in training needs more than one number per channel, got x {describe(x)}: use larger "
+            "batches, or evaluate"
+        )
+
+
+def check_last_block(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, objective: Objective) -> Tensor:
+    """Raise for wrong arguments of `bvae.ops.last_block`; the target as [B, channels, H, W]."""
+    for name, tensor in {"weight": weight, "bias": bias}.items():
+        _check_float(name, tensor)
+    _check_tensor("target", target)
+    if target.dtype != torch.uint8 and target.dtype not in _FLOATS:
+        raise TypeError(f"target must be uint8 or floating point, got {describe(target)}")
+    for name, tensor in {"weight": weight, "bias": bias, "target": target}.items():
+        _check_device(name, tensor, x.device, "x's")
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
+        raise ValueError(f"weight must be [channels, {x.shape[1]}, 3, 3], got {describe(weight)}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], one per channel, got {describe(bias)}")
+    spread = objective.spread
+    if isinstance(spread, Tensor) and spread.numel() > 1:
+        raise ValueError(f"a variance or scale must be one number for the last block, got {describe(spread)}")
+    batch, _, height, width = x.shape
+    return _as_recon(target, torch.empty((batch, weight.shape[0], height, width), device="meta"))

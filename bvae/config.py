@@ -33,7 +33,7 @@ DataName = Literal[
     "memory",
 ]
 # fmt: on
-LossType = Literal["VAE", "H", "B"]
+LossType = Literal["VAE", "H", "B", "TC", "Factor", "DIP-I", "DIP-II"]
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -94,18 +94,24 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The loss. VAE: recon + kl_weight KL. H: recon + beta kl_weight KL (Higgins et al. 2017).
-    B: recon + gamma kl_weight |KL - C|, C rising to max_capacity (Burgess et al. 2018)."""
+    B: recon + gamma kl_weight |KL - C|, C rising to max_capacity (Burgess et al. 2018). The others are
+    recon + kl_weight (KL + penalty): docs/objectives.md."""
 
     loss_type: LossType = "B"
-    """VAE, H (beta) or B (capacity)."""
+    """VAE, H (beta), B (capacity), TC (beta-TCVAE), Factor (FactorVAE), DIP-I or DIP-II."""
     beta: float = 4.0
-    """Weight of the KL in H."""
+    """Weight of the KL in H, of the total correlation in TC."""
     gamma: float = 10.0
-    """Weight of |KL - C| in B."""
+    """Weight of |KL - C| in B, of the total correlation in Factor."""
     max_capacity: float = 25.0
     """Highest C in B, in nats."""
     capacity_iters: int | Literal["auto"] = "auto"
     """Training steps until C is max_capacity. auto: half the run."""
+    lambda_od: float = 10.0
+    """Weight of the squared covariances of the latents in DIP-I and DIP-II."""
+    lambda_d: float | None = None
+    """Weight of their variances' squared distances from 1. None: 10 lambda_od in DIP-I, lambda_od in
+    DIP-II."""
     recon: Literal["mean", "sum"] = "mean"
     """mean: over pixels (PyTorch-VAE's mean-squared error). sum: over pixels, as in the papers."""
     kl_weight: float | Literal["m_over_n"] | None = None
@@ -120,7 +126,7 @@ class ObjectiveConfig:
     @property
     def weight_on_kl(self) -> float:
         """The factor on the KL, or on |KL - C|, of a resolved objective."""
-        factor = {"VAE": 1.0, "H": self.beta, "B": self.gamma}[self.loss_type]
+        factor = {"H": self.beta, "B": self.gamma}.get(self.loss_type, 1.0)
         return factor * float(self.kl_weight)  # type: ignore[arg-type]  # resolve() made it a number
 
 
@@ -144,6 +150,8 @@ class TrainingConfig:
     the end."""
     lr_gamma: float = 0.95
     """Factor on the learning rates after each epoch of the schedule exponential."""
+    discriminator_lr: float = 1e-4
+    """Learning rate of the discriminator of the loss Factor, throughout the run."""
     warmup: int = 0
     """Steps in which the learning rates first rise from 0, on a line."""
     weight_decay: float = 0.0
@@ -237,7 +245,10 @@ class Config:
             weight = "m_over_n" if objective.recon == "mean" else 1.0
         if weight == "m_over_n":
             weight = self.model.latent_dim / self.data.image_size**2
-        objective = dataclasses.replace(objective, capacity_iters=iters, kl_weight=weight)
+        lambda_d = objective.lambda_d
+        if lambda_d is None:
+            lambda_d = objective.lambda_od * (10 if objective.loss_type == "DIP-I" else 1)
+        objective = dataclasses.replace(objective, capacity_iters=iters, kl_weight=weight, lambda_d=lambda_d)
         return dataclasses.replace(self, objective=objective)
 
     def to_yaml(self) -> str:
@@ -252,6 +263,7 @@ _POSITIVE = (
     "objective.decoder_variance",
     "training.lr",
     "training.muon_lr",
+    "training.discriminator_lr",
     "training.lr_gamma",
     "training.epochs",
     "training.max_steps",
@@ -265,6 +277,8 @@ _NOT_NEGATIVE = (
     "objective.gamma",
     "objective.max_capacity",
     "objective.kl_weight",
+    "objective.lambda_od",
+    "objective.lambda_d",
     "training.warmup",
     "training.weight_decay",
     "training.muon_weight_decay",

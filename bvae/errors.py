@@ -13,6 +13,8 @@ EXTRA = {
     **dict.fromkeys(("PIL", "matplotlib", "scipy", "sklearn", "tensorboard"), "train"),
     **dict.fromkeys(("threadpoolctl", "torchvision", "tqdm", "tyro", "yaml"), "train"),
     "huggingface_hub": "hub",
+    "mlflow": "mlflow",
+    "wandb": "wandb",
     **dict.fromkeys(("torch_fidelity", "torchmetrics"), "quality"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
 }

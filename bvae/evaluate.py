@@ -2,10 +2,10 @@
 
 Prints a table and writes it to the run folder as evaluation.md and evaluation.json. evaluation.png holds the
 matrices of latents by factors, evaluation_traversals.png shows what the latents do. codes.npz holds mu, the
-factors and the numbers of the points, for scores of your own. The factors of the data must be known: sprites,
-rooms, the drawn faces' factors.csv, or your own dSprites, 3D Shapes, MPI3D, Cars3D or SmallNORB. CelebA's
-attributes are not independent factors: for them the command gives the area under the ROC curve of each
-latent.
+factors and the numbers of the points, for scores of your own. Scores need known factors: sprites, rooms, the
+drawn faces' factors.csv, or your own dSprites, 3D Shapes, MPI3D, Cars3D or SmallNORB. CelebA's attributes are
+not independent factors: for them the command gives the area under the ROC curve of each latent. Of other
+images it measures what the posteriors and reconstructions are.
 """
 
 import sys

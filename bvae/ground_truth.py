@@ -30,11 +30,30 @@ MOST = 1000  # factors
 class Truth(NamedTuple):
     """Images by number, and the factors from which they were made."""
 
-    names: tuple[str, ...]  # of the factors
+    names: tuple[str, ...]  # of the factors; empty if they are not known
     factors: Factors  # [N, K]
     images: Callable[[NDArray[np.int64]], Tensor]  # numbers [n] to float32 [n, C, H, W], in the model's range
     independent: bool = True  # factors of variation; False: attributes that are correlated, each -1 or 1
     crop: int | None = None  # side of the centred square that is read from an image file, in pixels
+
+
+def unlabelled(model: BetaVAE, pixels: Tensor, crop: int | None) -> Truth:
+    """Images whose factors are not known: uint8 [N, H, W, C].
+
+    Raises:
+        ValueError: the model takes other images.
+    """
+    pixels = pixels.permute(0, 3, 1, 2)
+    if pixels.shape[1:] != model.input_shape:
+        raise UsageError(
+            f"the images are {list(pixels.shape[1:])}, and this model takes {list(model.input_shape)}"
+        )
+    low, _ = model.pixel_range
+
+    def images(numbers: NDArray[np.int64]) -> Tensor:
+        return scale_pixels(pixels[torch.from_numpy(numbers)], low)
+
+    return Truth((), np.empty((len(pixels), 0), np.int64), images, independent=False, crop=crop)
 
 
 def shapes(model: BetaVAE, packed: Tensor, indices: Tensor) -> Truth:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bvae import ops
+from bvae.kernels import launch
 from bvae.kernels.cpu import batch_norm, convolution
 
 
@@ -91,6 +93,17 @@ class BatchNormLeakyReLU(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W], normalised over N, H and W by the batch's (training) or the running statistics."""
+        if self.training and launch.NETWORK and ops.has_batch_norm_kernel(x):
+            return ops.batch_norm_leaky_relu(
+                x,
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                momentum=self.momentum,
+                eps=self.eps,
+                negative_slope=self.negative_slope,
+            )
         if self.training and batch_norm.takes(x):
             assert self.running_mean is not None
             assert self.running_var is not None

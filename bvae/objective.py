@@ -10,6 +10,7 @@ Likelihood = Literal["gaussian", "laplace", "logistic", "bernoulli"]
 Activation = Literal["tanh", "sigmoid"] | None
 Reduction = Literal["mean", "sum", "none"]
 Variance = float | Tensor | Literal["optimal"]
+Weights = Literal["stratified", "weighted"]  # of the posteriors of a batch, for the total correlation
 
 
 class LossTerms(NamedTuple):

@@ -11,12 +11,15 @@ from bvae import arguments, reference
 from bvae.kernels import launch, noise
 from bvae.kernels.cpu import image_errors as closed_errors
 from bvae.kernels.cpu import reparam_kl as closed_sample
-from bvae.objective import Activation, Likelihood, LossTerms, Objective, Reduction, Variance
+from bvae.objective import Activation, Likelihood, LossTerms, Objective, Reduction, Variance, Weights
 
 if launch.AVAILABLE:
+    import bvae.kernels.batch_norm
     import bvae.kernels.capacity_loss
     import bvae.kernels.image_errors
+    import bvae.kernels.last_block
     import bvae.kernels.reparam_kl
+    import bvae.kernels.total_correlation
 
 Prior = tuple[Tensor, Tensor] | Distribution | None
 
@@ -157,6 +160,70 @@ def gaussian_kl(
         return bvae.kernels.reparam_kl.reparam_kl(mu, log_var, None, None, bounds, False)[1]
     options: dict[str, Any] = {"clamp": clamp, "prior": prior, "free_bits": free_bits, "reduction": reduction}
     return reference.reparam_kl(mu, log_var, None, per_dim=False, **options)[1]
+
+
+def total_correlation(
+    z: Tensor, mu: Tensor, log_var: Tensor, dataset_size: int, *, weights: Weights = "stratified"
+) -> Tensor:
+    """The total correlation of the latents under the aggregate posterior q(z), estimated from a batch.
+
+        TC = E[log q(z) - sum_d log q(z_d)]        KL = MI + TC + sum_d KL(q(z_d), p(z_d))
+
+    Chen et al. (2018), equation 2. beta-TCVAE is recon + KL + (beta - 1) TC. It is the mean of
+    `log_aggregate_posterior`'s difference, whose arguments it has.
+
+    Returns:
+        0-d float32 (float64 gives float64), nats.
+
+    Raises:
+        TypeError, ValueError: as `log_aggregate_posterior`.
+
+    >>> import torch
+    >>> from bvae import total_correlation
+    >>> mu = torch.tensor([[-3.0, -3.0], [3.0, 3.0], [0.0, 0.0]])  # the two latents agree
+    >>> log_var = torch.full((3, 2), -4.0)
+    >>> total_correlation(mu, mu, log_var, dataset_size=3)  # log 3: three images, one position each
+    tensor(1.0986)
+    """
+    joint, product = log_aggregate_posterior(z, mu, log_var, dataset_size, weights=weights)
+    return (joint - product).mean()
+
+
+def log_aggregate_posterior(
+    z: Tensor, mu: Tensor, log_var: Tensor, dataset_size: int, *, weights: Weights = "stratified"
+) -> tuple[Tensor, Tensor]:
+    """log q(z_i) and sum_d log q(z_id) at the samples of a batch; q is the mixture of all images' posteriors.
+
+    With log q(z_i | x_i) and log p(z_i) the parts of the KL in Chen et al. (2018) follow, index-code mutual
+    information, total correlation and dimension-wise KL: their sum is log q(z_i | x_i) - log p(z_i).
+
+    Args:
+        z: a sample of each posterior, `[B, ...]` with one to four more dimensions, all of which are latents;
+            any strides; float32, bfloat16, float16, or float64, which runs the reference.
+        mu, log_var: the posteriors, as in `reparam_kl`. At least 3, drawn at random from the data set.
+        dataset_size: N, the number of images that the batch is drawn from.
+        weights: of the batch's posteriors in the mixture. "stratified": 1/N for z's own, and
+            (N - 1)/(N (B - 1)) for each other, so that the mean density over all batches is the exact one.
+            "weighted": 1/(N B) for all, the first estimator of Chen et al. (2018), whose total correlation is
+            too high by about (D - 1) log N; its gradient is that of the plain batch mean.
+
+    The densities of B x B pairs in D dimensions take part, and the kernel keeps none of them: it reads the
+    inputs, stores `[B, D]`, and computes the densities again in its backward pass, one launch forward and two
+    backward. More than 512 latents run the reference, which stores `[B, B, D]`.
+
+    Returns:
+        two tensors `[B]` float32 (float64 gives float64), nats.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its shape and what was expected; fewer than 3 images, or a
+            dataset_size below B.
+    """
+    z, mu, log_var = arguments.latents(z, mu, log_var, dataset_size, weights)
+    if launch.runs_triton(z, mu, log_var) and z.shape[1] <= bvae.kernels.total_correlation.MOST_LATENTS:
+        log_weights = reference.log_importance_weights(z.shape[0], dataset_size, weights)
+        op = bvae.kernels.total_correlation.log_aggregate_posterior
+        return op(z, mu, log_var, *log_weights)[:2]
+    return reference.log_aggregate_posterior(z, mu, log_var, dataset_size, weights)
 
 
 def vae_loss(
@@ -353,3 +420,148 @@ def _has_kernel(objective: Objective, recon: Tensor, target: Tensor, kl: Tensor)
         return False
     # the gradient at a probability near 0 is beyond float16, and the kernel stores it
     return objective.from_logits or recon.dtype != torch.float16
+
+
+def batch_norm_leaky_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """BatchNorm of a training batch and the LeakyReLU after it: `F.leaky_relu(F.batch_norm(...))`.
+
+        y = leaky_relu((x - mean) / sqrt(var + eps) * weight + bias)      Ioffe and Szegedy (2015)
+
+    The kernels take x in channels_last, in two launches forward and two backward, and one each for at most
+    2304 pixels. They keep x for the backward pass, and not y. Other layouts run the reference.
+
+    Args:
+        x: `[N, C, H, W]`, floating point, with more than one pixel per channel in the batch.
+        weight, bias: `[C]`, floating point.
+        running_mean, running_var: `[C]`, or None. They are moved by `momentum` towards the batch's mean and
+            unbiased variance, in place.
+
+    Returns:
+        y, like x. Equal inputs give equal bits.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its shape and what was expected.
+
+    >>> import torch
+    >>> from bvae.ops import batch_norm_leaky_relu
+    >>> x = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    >>> batch_norm_leaky_relu(x, torch.ones(1), torch.zeros(1), negative_slope=0.5).flatten()
+    tensor([-0.5000,  1.0000])
+    """
+    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    arguments.check_batch_norm(x, {name: vector for name, vector in named.items() if vector is not None})
+    if has_batch_norm_kernel(x) and launch.runs_triton(x, weight, bias):
+        y, mean, _rstd, var = bvae.kernels.batch_norm.batch_norm_leaky_relu(
+            x, weight.contiguous(), bias.contiguous(), eps, negative_slope
+        )
+    else:
+        y, mean, var = reference.batch_norm_leaky_relu(x, weight, bias, eps, negative_slope)
+    _move_running(running_mean, running_var, mean, var, momentum)
+    return y
+
+
+def has_batch_norm_kernel(x: Tensor) -> bool:
+    """Whether `batch_norm_leaky_relu` runs a kernel for x: where kernels run, in a layout that they take."""
+    return launch.runs_triton(x) and bvae.kernels.batch_norm.takes(x)
+
+
+@torch.no_grad()
+def _move_running(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, momentum: float
+) -> None:
+    if running_mean is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    if running_var is not None:
+        running_var.lerp_(var.to(running_var.dtype), momentum)
+
+
+def last_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    objective: Objective,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    """BatchNorm, LeakyReLU, a 3 x 3 convolution to pixels and the reconstruction's error of each image.
+
+        a      = batch_norm_leaky_relu(x, norm_weight, norm_bias)
+        recon  = conv2d(a, weight, bias, padding=1)
+        errors = the summed error of each image, which `bvae.reference.terms_of` makes a loss of
+
+    The kernels store neither a nor recon: x is read twice forward and twice backward, and its gradient is
+    written once. They take bfloat16 and float16 in channels_last of up to 64 channels and 128 columns, with 1
+    or 3 output channels; everything else runs the reference.
+
+    Args:
+        x: `[B, C, H, W]`, floating point, with more than one pixel per channel in the batch.
+        norm_weight, norm_bias, running_mean, running_var, momentum, eps, negative_slope: as in
+            `batch_norm_leaky_relu`.
+        weight, bias: `[channels, C, 3, 3]` and `[channels]`; used in x's dtype.
+        target: `[B, channels, H, W]` or `[B, H, W, channels]`, as in `vae_loss`. It gets no gradient.
+        objective: its likelihood, activation and, for logistic, scale; a variance or scale of several numbers
+            is refused.
+
+    Returns:
+        errors `[B]`, float32, to be divided by the variance or scale; and the squared errors of the activated
+        outputs `[B]`, without a gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its shape and what was expected.
+
+    >>> import torch
+    >>> from bvae.objective import Objective
+    >>> from bvae.ops import last_block
+    >>> x, one, zero = torch.zeros(2, 1, 4, 4), torch.ones(1), torch.zeros(1)
+    >>> weight, target = torch.ones(1, 1, 3, 3), torch.ones(2, 1, 4, 4)
+    >>> last_block(x, one, zero, weight, zero, target, Objective())[0]
+    tensor([16., 16.])
+    """
+    vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    running = {"running_mean": running_mean, "running_var": running_var}
+    given = {**vectors, **{name: each for name, each in running.items() if each is not None}}
+    arguments.check_batch_norm(x, given)
+    target = arguments.check_last_block(x, weight, bias, target, objective)
+    scale = objective.spread if objective.likelihood == "logistic" else 1.0
+    tensors = x, norm_weight, norm_bias, weight, bias, target
+    takes = launch.runs_triton(*tensors) and bvae.kernels.last_block.takes(x, weight)
+    if takes and not isinstance(scale, Tensor):
+        likelihood = objective.likelihood if objective.from_logits else "probabilities"
+        errors, squares, _grad, _sums, mean, _rstd, var = bvae.kernels.last_block.last_block(
+            x,
+            norm_weight.contiguous(),
+            norm_bias.contiguous(),
+            weight,
+            bias.contiguous(),
+            target,
+            torch.is_grad_enabled() and any(t.requires_grad for t in tensors[:5]),
+            eps,
+            negative_slope,
+            likelihood,
+            objective.activation,
+            scale,
+            objective.pixel_range[0],
+        )
+    else:
+        errors, squares, mean, var = reference.last_block(
+            *tensors[:5], target.detach(), objective, eps, negative_slope
+        )
+    _move_running(running_mean, running_var, mean, var, momentum)
+    return errors, squares

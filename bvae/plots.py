@@ -86,6 +86,42 @@ def save_traversal(images: Tensor, labels: Sequence[str], values: Tensor, path: 
     files.write_image(path, frames[0], save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
+def by_kl(kl_per_dim: Sequence[float], count: int) -> tuple[list[int], list[str]]:
+    """The `count` latents with the highest KL, highest first, and a label with the nats of each."""
+    latents = sorted(range(len(kl_per_dim)), key=lambda i: -kl_per_dim[i])[:count]
+    return latents, [f"latent {i}\nKL {kl_per_dim[i]:.2f} nats" for i in latents]
+
+
+def most_typical(mu: Tensor) -> Tensor:
+    """Of posterior means [N, latent_dim] the one with the smallest norm: [1, latent_dim]."""
+    return mu[mu.norm(dim=1).argmin()].unsqueeze(0)
+
+
+@torch.no_grad()
+def progress_pictures(
+    model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], rows: int = 5, steps: int = 7
+) -> dict[str, Image.Image]:
+    """What a model in training has learned so far, for its log: "reconstructions" and "traversals".
+
+    Keeps the model in its mode.
+
+    Args:
+        x: validation images [N, C, H, W] in the decoder's range. The traversals start from the most typical.
+        kl_per_dim: nats per latent; the `rows` latents with the highest KL are traversed, highest first.
+        steps: values of each latent, from -3 to 3.
+    """
+    training = model.training
+    model.eval()
+    pairs = [to_uint8(part, model.pixel_range) for part in (x, model.reconstruct(x))]
+    latents, labels = by_kl(kl_per_dim, rows)
+    walks = traverse(model, most_typical(model.encode(x)[0]), latents, torch.linspace(-3, 3, steps))
+    model.train(training)
+    return {
+        "reconstructions": grid(pairs, ["input", "reconstruction"]),
+        "traversals": grid(list(walks[:, :, 0]), labels),
+    }
+
+
 @torch.no_grad()
 def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: Path, rows: int = 8) -> None:
     """Write reconstructions.png, samples.png, traversals.png and traversals.gif.
@@ -106,11 +142,12 @@ def save_pictures(model: BetaVAE, x: Tensor, kl_per_dim: Sequence[float], out: P
     samples = to_uint8(model.sample(64, generator), model.pixel_range)
     files.write_image(out / "samples.png", grid(samples.split(8)))
 
-    latents = sorted(range(model.latent_dim), key=lambda i: -kl_per_dim[i])[:rows]
-    labels = [f"latent {i}\nKL {kl_per_dim[i]:.2f} nats" for i in latents]
+    latents, labels = by_kl(kl_per_dim, rows)
     mu = model.encode(x)[0]
-    typical = mu[mu.norm(dim=1).argmin()].unsqueeze(0)
-    for start, steps, name in ((typical, 11, "traversals.png"), (mu[:FACES], FRAMES, "traversals.gif")):
+    for start, steps, name in (
+        (most_typical(mu), 11, "traversals.png"),
+        (mu[:FACES], FRAMES, "traversals.gif"),
+    ):
         values = torch.linspace(-3, 3, steps)
         save_traversal(traverse(model, start, latents, values), labels, values, out / name)
 

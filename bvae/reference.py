@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bvae.objective import LossTerms, Objective
+from bvae.objective import LossTerms, Objective, Weights
 
 _SMALLEST = 1e-6  # a variance or scale that is a tensor counts as at least this, as in F.gaussian_nll_loss
 
@@ -84,6 +84,61 @@ def reparam_kl(
     if reduction == "sum":
         kl = kl.flatten(1).sum(1)
     return z, kl, kl_per_dim
+
+
+def batch_norm_leaky_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, negative_slope: float = 0.01
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm of a training batch, Ioffe and Szegedy (2015), and LeakyReLU.
+
+    Args:
+        x: `[N, C, H, W]`, more than one number per channel.
+        weight, bias: `[C]`.
+
+    Returns:
+        y in x's dtype; the mean and the unbiased variance of each channel, `[C]`.
+    """
+    dtype = compute_dtype(x, weight, bias)
+    values, scale, shift = (t.to(dtype) for t in (x, weight, bias))
+    mean = values.mean((0, 2, 3), keepdim=True)
+    distance = values - mean
+    variance = distance.square().mean((0, 2, 3), keepdim=True)
+    before = distance * torch.rsqrt(variance + eps) * scale[:, None, None] + shift[:, None, None]
+    y = F.leaky_relu(before, negative_slope).to(x.dtype)
+    rows = x.numel() // x.shape[1]
+    return y, mean.flatten(), variance.flatten() * (rows / (rows - 1))
+
+
+def last_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    objective: Objective,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A decoder's last block and its errors; `bvae.ops.last_block` documents the arguments.
+
+    Returns:
+        the errors and squared errors per image, `[B]`; BatchNorm's mean and unbiased variance, `[C]`.
+    """
+    dtype = compute_dtype(x, target)
+    a, mean, variance = batch_norm_leaky_relu(x, norm_weight, norm_bias, eps, negative_slope)
+    recon = F.conv2d(a, weight.to(a.dtype), bias.to(a.dtype), padding=1).to(dtype)
+    y = scale_pixels(target, objective.pixel_range[0]) if target.dtype == torch.uint8 else target
+    y = y.to(dtype)
+    if objective.likelihood == "bernoulli":
+        y = torch.where((y < 0) | (y > 1), torch.nan, y)
+    output = recon
+    if objective.activation == "tanh":
+        output = torch.tanh(recon)
+    elif objective.activation == "sigmoid" or (objective.likelihood == "bernoulli" and objective.from_logits):
+        output = torch.sigmoid(recon)
+    squares = (output.detach() - y).square().flatten(1).sum(1)
+    return pixel_errors(recon, y, objective).flatten(1).sum(1), squares, mean, variance
 
 
 def capacity_at(step: Tensor, max_capacity: float | Tensor, capacity_iters: int) -> Tensor:
@@ -243,3 +298,65 @@ def terms_of(
     if objective.reduction == "none" and weight is not None:
         excess = weight * excess
     return LossTerms(recon_term + kl_weight * excess, recon_term, kld, capacity)
+
+
+def log_importance_weights(batch: int, dataset_size: int, weights: Weights) -> tuple[float, float]:
+    """log w_ii and log w_ij of `log_aggregate_posterior`.
+
+    stratified: 1/N for an image's own posterior and (N - 1)/(N (B - 1)) for each other of the batch, because
+    the others stand for the N - 1 images that are not this one. The mean density over all batches is then the
+    exact one. Minibatch stratified sampling in the appendix of Chen et al. (2018) gives one of the others
+    another weight; averaged over which one, it is this. weighted: 1/(N B) for all, as their first estimator.
+    """
+    if weights == "weighted":
+        return (-math.log(dataset_size * batch),) * 2
+    others = (dataset_size - 1) / (dataset_size * (batch - 1))
+    return -math.log(dataset_size), math.log(others)
+
+
+def log_aggregate_posterior(
+    z: Tensor, mu: Tensor, log_var: Tensor, dataset_size: int, weights: Weights = "stratified"
+) -> tuple[Tensor, Tensor]:
+    """The log density of the aggregate posterior and of the product of its marginals, from a batch.
+
+        log q(z_i)         = log sum_j w_ij prod_d N(z_id; mu_jd, sigma_jd)
+        sum_d log q(z_id)  = sum_d log sum_j w_ij N(z_id; mu_jd, sigma_jd)
+
+    q is the mixture of the posteriors of all N images of the data set, of which the batch is a random part.
+    Their mean difference estimates the total correlation: Chen et al. (2018), "Isolating Sources of
+    Disentanglement in Variational Autoencoders". The `[B, B, D]` densities are stored; the kernel does not.
+
+    Args:
+        z: `[B, D]`, a sample of each posterior.
+        mu, log_var: the posteriors, `[B, D]`.
+        dataset_size: N, at least B. weights: see `log_importance_weights`.
+
+    Returns:
+        two tensors `[B]`, nats.
+    """
+    dtype = compute_dtype(z, mu, log_var)
+    z, mu, log_var = z.to(dtype), mu.to(dtype), log_var.to(dtype)
+    own, other = log_importance_weights(len(z), dataset_size, weights)
+    log_weight = torch.where(torch.eye(len(z), dtype=torch.bool, device=z.device), own, other).to(dtype)
+    distance = (z[:, None] - mu).square() * torch.exp(-log_var)
+    log_density = -0.5 * (distance + log_var + math.log(2 * math.pi))  # [B, B, D]
+    joint = torch.logsumexp(log_weight + log_density.sum(2), 1)
+    marginals = torch.logsumexp(log_weight[..., None] + log_density, 1)
+    return joint, marginals.sum(1)
+
+
+def covariance_penalty(mu: Tensor, log_var: Tensor | None, off_diagonal: float, diagonal: float) -> Tensor:
+    """DIP-VAE's penalty, 0-d: off_diagonal sum_{i != j} C_ij^2 + diagonal sum_i (C_ii - 1)^2.
+
+    Kumar et al. (2018), equations 6 and 7. C is the covariance of mu over the batch, divided by B; with
+    log_var (DIP-VAE-II) the mean posterior variance is added to its diagonal, which makes it the covariance
+    of z.
+    """
+    dtype = compute_dtype(mu)
+    centred = mu.to(dtype) - mu.to(dtype).mean(0)
+    covariance = centred.T @ centred / len(mu)
+    variances = covariance.diagonal()
+    others = covariance - torch.diag(variances)
+    if log_var is not None:
+        variances = variances + log_var.to(dtype).exp().mean(0)
+    return off_diagonal * others.square().sum() + diagonal * (variances - 1).square().sum()

@@ -17,7 +17,9 @@ try:
 except ImportError:  # no build for this platform, or a broken one: the reference runs
     AVAILABLE = False
 
+ON_AMD = torch.version.hip is not None  # there only a program of one warp may announce a block: see tile.py
 ENABLED = True  # False: always the reference, for debugging and to measure the kernels' gain
+NETWORK = False  # True: the layers of PyTorch-VAE's network use `batch_norm` too, where it can take them
 
 
 def runs_triton(*tensors: Tensor) -> bool:

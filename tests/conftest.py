@@ -35,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # no device has this number, for CUDA and for ROCm
         os.environ["TRITON_INTERPRET"] = "1"  # for the import; whether a test uses them, `kernels` decides
+        import interpreter
+
+        interpreter.repair()
     import noise_kernels  # noqa: F401
 
     import bvae.ops  # noqa: F401

@@ -13,8 +13,9 @@ import torch
 from deadlines import in_time
 from PIL import Image
 
-from bvae import ground_truth
+from bvae import compare, ground_truth
 from bvae.config import Config, DataConfig
+from bvae.datasets import held_out
 from bvae.evaluate import main
 from bvae.evaluation import measure, run_folder
 from bvae.evaluation.measure import interval
@@ -24,6 +25,7 @@ from bvae.model import BetaVAE
 from bvae.pipelines import faces, sprites
 from bvae.pipelines.packed_loader import pack
 from bvae.plots import CELL, HEADER, LABEL, LEFT, MARGIN, TOP, heat_map
+from bvae.reference import scale_pixels
 
 N = 60
 FEW = ["--seeds", "2", "--points", "30", "--factor-bins", "2"]
@@ -119,9 +121,36 @@ def test_runs_whose_factors_are_not_known(tmp_path, capsys):
     small_model().save_pretrained(tmp_path)
     assert main([str(tmp_path)]) == 2
     assert "does not say which data it was trained on: name them with --data" in capsys.readouterr().err
-    (tmp_path / "config.yaml").write_text(Config(data=DataConfig(name="folder", root=tmp_path)).to_yaml())
+    (tmp_path / "config.yaml").write_text(Config(data=DataConfig(name="memory")).to_yaml())
     assert main([str(tmp_path)]) == 2
+    assert "images in memory: name others with --data" in capsys.readouterr().err
+
+
+def test_images_without_factors(data, tmp_path, capsys):
+    """One's own photos: what the posteriors and reconstructions are, and no scores."""
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    folder = DataConfig(name="folder", root=data / "celeba" / "img_align_celeba", image_size=32)
+    (tmp_path / "config.yaml").write_text(Config(data=folder).to_yaml())
+    assert main([str(tmp_path), *FEW]) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    pixels = held_out(folder, 30)
+    assert result["images"] == len(pixels) > 0
+    x = scale_pixels(pixels.permute(0, 3, 1, 2), -1)
+    with torch.no_grad():
+        mse = (model.decode(model.encode(x)[0]) - x).square().mean().item()
+    assert result["model"]["mse"] == pytest.approx(mse, rel=1e-4)
+    assert result["model"].keys() >= {"psnr", "ssim", "kl"}
+    assert result["scores"] == result["attributes"] == result["matrices"] == {}
+    assert not (tmp_path / "evaluation.png").exists()
+    with Image.open(tmp_path / "evaluation_traversals.png") as picture:
+        assert picture.width > 11 * 32
+    capsys.readouterr()
+    assert compare.main([str(tmp_path), "--factor", "smile", "--out", str(tmp_path / "c")]) == 2
     assert "images without known factors" in capsys.readouterr().err
+    BetaVAE(3, 4, (4, 8), 64).save_pretrained(tmp_path)
+    assert main([str(tmp_path), *FEW]) == 2
+    assert "the images are [3, 32, 32], and this model takes [3, 64, 64]" in capsys.readouterr().err
 
 
 def test_what_is_infinite_is_said_so(tmp_path, monkeypatch):

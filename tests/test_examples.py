@@ -9,6 +9,30 @@ from documents import ROOT
 from pictures import write_folder
 
 
+def run_example(name, folder, *options):
+    """Run a script of the gallery in a folder; return the lines that it prints."""
+    command = [sys.executable, str(ROOT / "examples" / name), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_fused_loss(tmp_path):
+    lines = run_example("fused_loss.py", tmp_path, "--epochs", "3")
+    nats = [float(line.split()[2]) for line in lines]
+    assert nats == sorted(nats, reverse=True)
+    assert nats[2] < 30
+
+
+@pytest.mark.slow
+def test_own_network(tmp_path):
+    lines = run_example("own_network.py", tmp_path, "--n", "60", "--max-steps", "2")
+    assert lines[-1].endswith("parameters; see runs/gelu/traversals.gif")
+    assert (tmp_path / "runs" / "gelu" / "traversals.gif").is_file()
+
+
 @pytest.mark.slow
 def test_own_photos_to_explorer(tmp_path):
     photos = write_folder(tmp_path / "photos", 40)

@@ -378,7 +378,7 @@ def test_images_that_cannot_be_used(given, message):
         ({"loss": BetaLoss(kl_weight=1.0)}, "loss must have likelihood='gaussian' and activation='tanh'"),
         ({"loss": print}, "loss must be a torch module that returns LossTerms"),
         ({"loss": Pair()}, r"the loss must return LossTerms\(loss, recon, kld, capacity\)"),
-        ({"callbacks": [print]}, "must be an object with some of on_log, on_validation"),
+        ({"callbacks": [print]}, "must be an object with some of on_start, on_log, on_validation"),
         ({"callbacks": Recorder()}, r"callbacks must be a list of objects, got Recorder: give \[callback\]"),
         ({"callbacks": [Recorder]}, "must be an object with some of"),
         ({"out": "."}, "out: . exists, and fit starts a new run"),

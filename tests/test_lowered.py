@@ -42,6 +42,17 @@ def test_the_step_keeps_to_its_budget(said):
 
 
 @pytest.mark.slow
+def test_the_networks_kernels_need_fewer_launches(tmp_path):
+    """7 layers of 2 + 2 launches and 3 of 1 + 1. The bytes are the compiler's: each pass is still one."""
+    _, forward, backward, *_, last = lines(tmp_path, "--top", "0", "--network")
+    assert "17 batch_norm_leaky_relu," in forward
+    assert "17 batch_norm_leaky_relu_backward," in backward
+    total = last.split()
+    assert 5 < float(total[1]) <= 7.9
+    assert 60 < int(total[-2]) <= 110
+
+
+@pytest.mark.slow
 def test_muon_needs_three_products_per_round_and_shape(tmp_path):
     """Six lengths of matrices: 3 x 5 x 6 products. All else that is not Adam's is 55 launches."""
     *_, eager, _, total = lines(tmp_path, "--top", "0", "--optimizer", "muon")

@@ -67,6 +67,14 @@ def test_the_last_batch_of_an_epoch_compiles_nothing():
         ("loss, logistic", {"16": 1, "8": 1}, {"16": 1}, 5),
         ("loss, probabilities", {"16": 1, "8": 1}, {"16": 1}, 5),
         ("loss, tanh, evaluation", {"16": 1, "8": 1}, {}, 3),
+        ("total correlation, [144, 128]", {"8": 2}, {}, 4),  # mu and log_var: no densities
+        ("BatchNorm, 32 at 64 x 64, statistics", {"16": 2}, {}, 2),
+        ("BatchNorm, 32 at 64 x 64, statistics, float32", {"16": 4}, {}, 4),
+        ("BatchNorm, 32 at 64 x 64, reduce", {"16": 4}, {}, 4),
+        ("BatchNorm, 256 at 4 x 4", {"16": 2}, {}, 2),
+        ("BatchNorm, 256 at 4 x 4, backward", {"16": 4}, {}, 4),
+        # 16 tiles of 3 x 3 x 3 gradients around each place, from the cache, and the image's factor
+        ("last block, reduce", {"16": 2, "2": 16, "4": 1}, {}, 4.25),
     ],
 )
 def test_the_main_loop_moves_what_the_model_says(sm_90, case, loads, stores, bytes_per_element):
@@ -87,6 +95,28 @@ def test_the_main_loop_moves_what_the_model_says(sm_90, case, loads, stores, byt
 def test_the_backward_passes_are_16_bytes_wide(sm_90, case, loads, stores):
     assert sm_90[case]["loads"]["16"] == loads
     assert sm_90[case]["stores"]["16"] >= stores
+
+
+@pytest.mark.parametrize(("case", "vectors", "tiles"), [("apply", 4, 1), ("gradient", 6, 2)])
+def test_what_applies_batch_norm_is_16_bytes_wide(sm_90, case, vectors, tiles):
+    """Two loads for each tile in bfloat16, and for each vector of 8 channels in float32."""
+    code = sm_90[f"BatchNorm, 32 at 64 x 64, {case}"]
+    assert (code["loads"], code["stores"]) == ({"16": 2 * (vectors + tiles)}, {"16": 2})
+
+
+@pytest.mark.parametrize("case", ["", ", logistic", ", bernoulli", ", reduce", ", gradient"])
+def test_the_last_block_multiplies_on_tensor_cores(sm_90, case):
+    """HGMMA is wgmma: the four warps of a group multiply together, from shared memory."""
+    assert sm_90[f"last block{case}"]["products"] == ["HGMMA"]
+
+
+def test_the_last_block_is_read_and_written_in_16_bytes(sm_90):
+    """32 channels of 512 pixels are 4 loads for each of 512 threads; the rest are vectors of 8 channels."""
+    forward, gradient = sm_90["last block"], sm_90["last block, gradient"]
+    assert forward["loads"]["16"] == 4 + 4 * 2
+    assert gradient["loads"]["16"] >= 2
+    assert gradient["stores"] == {"16": 2}
+    assert {int(width) for width in forward["stores"]} == {2, 4}  # three gradients per pixel, and sums
 
 
 @pytest.mark.parametrize("likelihood", ["tanh", "laplace", "logistic", "bernoulli", "probabilities"])

@@ -144,8 +144,9 @@ def test_every_command_is_run_by_a_test():
 
 
 def test_every_snippet_is_run_by_a_test():
-    """Here, or in test_dropin.py."""
-    code = "".join((ROOT / "tests" / name).read_text() for name in ("test_readme.py", "test_dropin.py"))
+    """Here, in test_dropin.py or in test_trackers.py."""
+    names = "test_readme.py", "test_dropin.py", "test_trackers.py"
+    code = "".join((ROOT / "tests" / name).read_text() for name in names)
     for name, language, text in SNIPPETS:
         assert name, f"no <!-- test: name --> before this {language} snippet:\n{text}"
         assert f'snippet("{name}")' in code, f"no test runs the snippet {name}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import NETWORK
+from tiny import MEASURED, NETWORK
 
 from bvae import fit
 from bvae.pipelines import faces
@@ -49,7 +49,7 @@ def stop_in_validation(monkeypatch, number, what):
 
 def records(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def scalars(out):
@@ -62,7 +62,7 @@ def scalars(out):
     return {
         tag: [(each.step, each.value) for each in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if tag != "train/images_per_s"
+        if tag.partition("/")[2] not in MEASURED
     }
 
 

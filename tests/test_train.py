@@ -22,7 +22,7 @@ import yaml
 from pictures import write_folder
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import NETWORK
+from tiny import MEASURED, NETWORK
 
 from bvae import files
 from bvae.errors import UsageError
@@ -53,7 +53,7 @@ def run(data, out, *options):
 def metrics(out, split="train"):
     lines = (out / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    return [{k: v for k, v in r.items() if k != "images_per_s"} for r in records if r["split"] == split]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in records if r["split"] == split]
 
 
 def weights(out):

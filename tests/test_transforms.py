@@ -41,6 +41,8 @@ def functions(device: torch.device) -> dict:
         "optimal variance": lambda x: ops.vae_loss(x, target, kl, decoder_variance="optimal").loss,
         "target": lambda x: ops.vae_loss(target, x.sigmoid(), kl, likelihood="bernoulli").loss,
         "KL to a prior": lambda x: ops.gaussian_kl(x, log_var, prior=(target, x), free_bits=0.1).sum(),
+        "total correlation": lambda x: ops.total_correlation(x, target, log_var, 9),
+        "total correlation by mu": lambda x: ops.total_correlation(target, x, x.cos(), 9),
         "module": lambda x: CapacityLoss(kl_weight=0.5).eval().to(device)(x, target, kl).loss,
     }
 

@@ -69,6 +69,10 @@ def loss_name(objective: ObjectiveConfig | None) -> str:
         "VAE": "",
         "H": f", beta {objective.beta:g}",
         "B": f", gamma {objective.gamma:g}, C {objective.max_capacity:g}",
+        "TC": f", beta {objective.beta:g}",
+        "Factor": f", gamma {objective.gamma:g}",
+        "DIP-I": f", lambda_od {objective.lambda_od:g}",
+        "DIP-II": f", lambda_od {objective.lambda_od:g}",
     }
     return objective.loss_type + weights[objective.loss_type]
 
@@ -82,6 +86,8 @@ def walk_latent(run: Path, arguments: CompareOptions, start: int | None) -> Late
     model = BetaVAE.from_pretrained(run).to(device)
     protocol = Protocol(arguments.data, arguments.data_root, arguments.factor_bins)
     truth = measure.open_truth(run, protocol, model, device)
+    if not truth.names:
+        raise UsageError(f"{run} was trained on images without known factors: name others with --data")
     if arguments.factor not in truth.names:
         raise UsageError(f"--factor must be one of {', '.join(truth.names)}, got {arguments.factor!r}")
     factor = truth.names.index(arguments.factor)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bvae import config, ground_truth, metrics
 from bvae.config import Config, DataConfig
-from bvae.datasets import DRAWN_ROOT, READERS, labelled
+from bvae.datasets import DRAWN_ROOT, READERS, held_out, labelled
 from bvae.errors import UsageError
 from bvae.evaluation.options import BINS, Protocol
 from bvae.ground_truth import Truth
@@ -56,7 +56,7 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
     """The data that the model is measured on.
 
     Raises:
-        ValueError, FileNotFoundError: no data with factors or attributes are named or found.
+        ValueError, FileNotFoundError: no data are named or found.
     """
     trained = trained_config(run)
     data = trained.data if trained else DataConfig()
@@ -64,8 +64,10 @@ def open_truth(run: Path, protocol: Protocol, model: BetaVAE, device: torch.devi
     if name == "auto":
         if trained is None:
             raise UsageError(f"{run} does not say which data it was trained on: name them with --data")
-        if data.name == "folder" or data.name == "memory":
-            raise UsageError(f"{run} was trained on images without known factors: name others with --data")
+        if data.name == "memory":
+            raise UsageError(f"{run} was trained on images in memory: name others with --data")
+        if data.name == "folder":
+            return ground_truth.unlabelled(model, held_out(data, protocol.points), data.crop)
         name = data.name
     root, crop = protocol.data_root or data.root, data.crop
     if name == "faces":

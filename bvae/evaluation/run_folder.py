@@ -2,12 +2,13 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bvae import files
 from bvae.config import Config
@@ -26,6 +27,7 @@ from bvae.evaluation.measure import (
     score_codes,
     trained_config,
 )
+from bvae.ground_truth import Truth
 from bvae.metrics import auroc
 from bvae.model import BetaVAE
 from bvae.paths import expand
@@ -107,10 +109,12 @@ def evaluate(run: Path, protocol: Protocol) -> str:
             ),
             "importance (DCI)": importance,
         }
-    else:
+    elif truth.names:
         areas = auroc(codes(all_images), truth.factors)
         scores, best = {}, best_latents(areas, truth.names, active)
         pictured = {"|2 AUROC - 1|": np.abs(2 * areas - 1)}
+    else:
+        scores, best, pictured = {}, {}, {}
     figures = None
     if extractor:
         before = time.perf_counter()
@@ -119,9 +123,6 @@ def evaluate(run: Path, protocol: Protocol) -> str:
     seconds["encoding"] = codes.seconds  # within the others, if few images are encoded
     seconds["in all"] = time.perf_counter() - start
 
-    shown = sorted(np.flatnonzero(active).tolist(), key=lambda i: -kl[i])[:ROWS]
-    labels = [f"latent {i}, {kl[i]:.2f} nats" for i in shown]
-    picture = heat_map({title: matrix[shown] for title, matrix in pictured.items()}, labels, truth.names)
     result = {
         "images": len(truth.factors),
         "factors": truth.names,
@@ -137,23 +138,38 @@ def evaluate(run: Path, protocol: Protocol) -> str:
     }
     table = markdown(result)
     files.write_text(run / "evaluation.md", table)
-    files.write_image(run / "evaluation.png", picture)
-    typical = torch.from_numpy(drawn_codes[[np.linalg.norm(drawn_codes, axis=1).argmin()]]).to(device)
-    values = torch.linspace(-3, 3, 11)
-    images = traverse(model, typical, shown, values)
-    labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
-    save_traversal(images, labels, values, run / "evaluation_traversals.png")
-    files.write(
-        run / "codes.npz",
-        lambda file: np.savez(
-            file,
-            numbers=drawn,
-            mu=drawn_codes,
-            factors=truth.factors[drawn],
-            names=np.array(truth.names),
-        ),
-        drawn_codes.nbytes,
-    )
+    _write_pictures(run, model, drawn_codes, kl, active, pictured, truth.names)
+    _write_codes(run / "codes.npz", drawn, drawn_codes, truth)
     # Last: for a sweep, this file means that the evaluation is complete.
     files.write_text(run / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return table
+
+
+def _write_pictures(
+    run: Path,
+    model: BetaVAE,
+    codes: NDArray[np.float32],
+    kl: Sequence[float],
+    active: NDArray[np.bool_],
+    matrices: Mapping[str, NDArray[np.float64]],
+    factors: Sequence[str],
+) -> None:
+    """The active latents' rows of the matrices, if the factors are known, and their traversals."""
+    shown = sorted(np.flatnonzero(active).tolist(), key=lambda i: -kl[i])[:ROWS]
+    labels = [f"latent {i}, {kl[i]:.2f} nats" for i in shown]
+    if matrices:
+        picture = heat_map({title: matrix[shown] for title, matrix in matrices.items()}, labels, factors)
+        files.write_image(run / "evaluation.png", picture)
+    typical = torch.from_numpy(codes[[np.linalg.norm(codes, axis=1).argmin()]]).to(model.head.weight.device)
+    values = torch.linspace(-3, 3, 11)
+    labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
+    images = traverse(model, typical, shown, values)
+    save_traversal(images, labels, values, run / "evaluation_traversals.png")
+
+
+def _write_codes(path: Path, numbers: NDArray[np.int64], codes: NDArray[np.float32], truth: Truth) -> None:
+    def write(file: IO[bytes]) -> None:
+        factors, names = truth.factors[numbers], np.array(truth.names)
+        np.savez(file, numbers=numbers, mu=codes, factors=factors, names=names)
+
+    files.write(path, write, codes.nbytes)

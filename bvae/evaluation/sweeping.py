@@ -59,7 +59,7 @@ def plan(arguments: SweepOptions, out: Path, others: Sequence[str]) -> tuple[str
             jobs.append(Job(cell.label, run, command, _settings(command)))
     for cell, job in zip(cells, jobs[:: arguments.seeds], strict=True):
         loss_type = job.config.objective.loss_type
-        if "beta" in cell.options and loss_type != "H":
+        if "beta" in cell.options and loss_type not in ("H", "TC"):
             raise UsageError(
                 f"beta has no effect on {arguments.preset}'s loss {loss_type}: add --loss-type H"
             )

@@ -46,6 +46,8 @@ class Arguments:
     """A Python module to import first: one that calls bvae.register_architecture."""
     accept_changed_images: bool = False
     """With --resume: continue although images have other pixels than at the checkpoint, under their names."""
+    log: Literal["wandb", "mlflow"] | None = None
+    """Log to Weights & Biases or MLflow too. A resumed run continues there in its old run."""
     profile: bool = False
     """Record 20 of the first steps: a Chrome trace in the run folder, and a table of each part's share."""
     debug_nan: bool = False
@@ -75,7 +77,8 @@ def parse(argv: list[str], description: str) -> Arguments:
         early_parser.add_argument(name, nargs="?")
     early, _ = early_parser.parse_known_args(argv)
     if early.loss_type not in (None, *get_args(LossType)):
-        raise UsageError(f"Undefined loss type. --loss-type must be VAE, H or B, got {early.loss_type}")
+        known = ", ".join(get_args(LossType))
+        raise UsageError(f"Undefined loss type. --loss-type must be one of {known}, got {early.loss_type}")
     if module := getattr(early, "import"):
         from bvae.architectures import import_module
 

@@ -11,6 +11,7 @@ from bvae.training.profiler import Profile, name_kernels
 from bvae.training.run import Run
 from bvae.training.setup import open_run
 from bvae.training.signals import StopRequest
+from bvae.training.trackers import TRACKERS
 
 
 def execute(argv: list[str], description: str) -> int:
@@ -23,19 +24,21 @@ def execute(argv: list[str], description: str) -> int:
             arguments = parse(argv, description)
             if arguments.profile:
                 name_kernels()
+            trackers = [TRACKERS[arguments.log]()] if arguments.log else []
             with open_run(arguments) as run:
                 if arguments.debug_nan:
                     print(nan_debug.find_not_finite(run) or f"every number up to step {run.done} is finite")
                     return 0
                 profiled = arguments.profile and run.distributed.is_main
                 profile = Profile(run.out, run.step.device) if profiled and run.out else None
-                with Monitor(run, profile=profile) as monitor:
+                with Monitor(run, trackers, profile) as monitor:
                     result = train(run, monitor, stop)
                 if not result:
                     print(f"stopped at step {run.done} of {run.steps}. {continue_with(run.out)}")
                 elif run.distributed.is_main:
                     results.write(run, result)
                     results.show(run, result, monitor.throughput.images_per_s)
+                monitor.end(result)
                 run.close()
                 return 0
         except (Exception, KeyboardInterrupt) as error:

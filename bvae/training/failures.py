@@ -13,7 +13,7 @@ from bvae.training.cli import Arguments
 from bvae.training.cuda_graph import is_out_of_memory
 from bvae.training.distributed import lost_connection, rank_suffix
 from bvae.training.run import Run
-from bvae.training.step import NotFinite
+from bvae.training.step import DiscriminatorDiverged, NotFinite
 
 SHOWN = 3  # images of a batch that are named on the screen
 
@@ -31,7 +31,8 @@ def explain(error: BaseException, run: Run | None, arguments: Arguments | None) 
         print(f"stopped. {continue_with(folder)}", flush=True)
         return 0 if folder and checkpoint.checkpoints(folder / checkpoint.FOLDER) else 130
     if isinstance(error, NotFinite) and run:
-        _print_error(f"{error}{_batch(run, error.step)}. A lower --lr may help. {continue_with(out)}")
+        option = "--discriminator-lr" if isinstance(error, DiscriminatorDiverged) else "--lr"
+        _print_error(f"{error}{_batch(run, error.step)}. A lower {option} may help. {continue_with(out)}")
         return 1
     if isinstance(error, UsageError):
         _print_error(f"{error}. {continue_with(out)}" if run else str(error))

@@ -254,9 +254,8 @@ def train(run: InfoGANRun, stop: StopRequest) -> bool:
                 losses = run.receive()
                 speed.reach(run.done)
                 shown = f"D {losses.discriminator:.2f} G {losses.generator:.2f} read {losses.codes_read:.0%}"
-                numbers = losses._asdict()
-                epoch, per_s = run.epoch(run.done), speed.images_per_s
-                log.log_shown(run.done, epoch, numbers, shown, per_s, config.batch_size)
+                numbers = {**losses._asdict(), "images_per_s": round(speed.images_per_s, 1)}
+                log.log_shown(run.done, run.epoch(run.done), numbers, shown, config.batch_size)
             if saves:
                 log.sync()
                 run.save()

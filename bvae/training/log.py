@@ -6,11 +6,12 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from bvae import files
@@ -18,9 +19,13 @@ from bvae.errors import say_once
 from bvae.opening import LOG, read_bytes
 from bvae.training.validation import ACTIVE_KL, Validation
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 METRICS = "metrics.jsonl"
 Values = Mapping[str, float | list[float]]
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
+Pictures = Callable[[], Mapping[str, "Image"]]  # by name, drawn when they are asked for
 
 
 class RunLog:
@@ -46,24 +51,17 @@ class RunLog:
         """Count one step."""
         self._bar.update()
 
-    def log(
-        self, step: int, epoch: int, values: Mapping[str, Any], images_per_s: float, batch_size: int
-    ) -> None:
+    def log(self, step: int, epoch: int, values: Mapping[str, Any], batch_size: int) -> None:
         """Write one record of training; values are numbers, and "kl_per_dim" a list of them."""
         shown = f"loss {values['loss']:.3g} KL {values['kld']:.1f} C {values['capacity']:.1f}"
-        self.log_shown(step, epoch, values, shown, images_per_s, batch_size)
+        self.log_shown(step, epoch, values, shown, batch_size)
 
     def log_shown(
-        self,
-        step: int,
-        epoch: int,
-        values: Mapping[str, Any],
-        shown: str,
-        images_per_s: float,
-        batch_size: int,
+        self, step: int, epoch: int, values: Mapping[str, Any], shown: str, batch_size: int
     ) -> None:
-        """As `log`, with the text of the line: for values of another kind."""
-        self._write("train", step, epoch, {**values, "images_per_s": round(images_per_s, 1)})
+        """As `log`, with the text of the line: for values of another kind, with "images_per_s" among them."""
+        self._write("train", step, epoch, values)
+        images_per_s = values["images_per_s"]
         shown = f"epoch {epoch} {shown} {images_per_s:.0f} images/s"
         self._bar.set_postfix_str(shown)
         if self._bar.disable:
@@ -75,10 +73,17 @@ class RunLog:
         """Whether there was a record of a validation of the step `done` at the start."""
         return self._records is not None and self._records.validated
 
-    def validation(self, step: int, epoch: int, result: Validation) -> None:
-        """Write one record of validation, unless there is one."""
+    @property
+    def logged(self) -> Mapping[str, int]:
+        """The last step of each split that the log had at the start; a killed run's may be after `done`."""
+        return self._records.logged if self._records else {}
+
+    def validation(self, step: int, epoch: int, result: Validation, pictures: Pictures) -> None:
+        """Write one record of validation, and pictures for TensorBoard, unless there is one."""
         if not (step == self._done and self.is_validated):  # else a finished run is resumed
-            self._write("valid", step, epoch, result._asdict())
+            self._write("valid", step, epoch, result.values)
+            if self._records:
+                self._records.add_images("valid", step, pictures)
             self.sync()
         self.line(
             f"epoch {epoch}: validation mse {result.mse:.4f}, KL {result.kld:.2f} nats, "
@@ -113,7 +118,7 @@ class _Records:
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
         self._path = out / METRICS
-        self.validated = _start(self._path, done)
+        self.validated, self.logged = _start(self._path, done)
         self._metrics = files.append_text(self._path)
         events = set(out.glob(EVENTS))
         # TensorBoard's thread passes its error to the next writer, so it should not print it too.
@@ -135,8 +140,17 @@ class _Records:
             self._metrics.flush()
             if self._tensorboard:
                 for name, value in values.items():
-                    for tag, number in _scalars(f"{split}/{name}", value):
+                    for tag, number in scalars(f"{split}/{name}", value):
                         self._tensorboard.add_scalar(tag, number, step)
+        except OSError as error:
+            raise files.named(error, self._path) from None
+
+    def add_images(self, split: str, step: int, pictures: Pictures) -> None:
+        if not self._tensorboard:
+            return
+        try:
+            for name, picture in pictures().items():
+                self._tensorboard.add_image(f"{split}/{name}", np.asarray(picture), step, dataformats="HWC")
         except OSError as error:
             raise files.named(error, self._path) from None
 
@@ -190,6 +204,7 @@ class NullLog:
     """A `RunLog` that writes nothing, for all ranks but 0."""
 
     is_validated = False
+    logged: Mapping[str, int] = {}
 
     def advance(self) -> None: ...
 
@@ -202,18 +217,21 @@ class NullLog:
     def close(self) -> None: ...
 
 
-def _start(path: Path, done: int) -> bool:
+def _start(path: Path, done: int) -> tuple[bool, dict[str, int]]:
     """Keep the records up to the checkpoint's step, because a resumed run writes the later ones again.
 
-    Returns whether one of them is of a validation of that step.
+    Returns whether one of them is of a validation of that step, and the last step of each split, kept or not.
     """
-    lines, validated = [], False
+    lines, validated, last = [], False, {"train": 0, "valid": 0}
     for line, record in read_records(path):
+        split = record.get("split")
+        if split in last:
+            last[split] = max(last[split], record["step"])
         if record["step"] <= done:
             lines.append(line + "\n")
-            validated |= record["step"] == done and record.get("split") == "valid"
+            validated |= record["step"] == done and split == "valid"
     files.write_text(path, "".join(lines))
-    return validated
+    return validated, last
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -247,8 +265,8 @@ def _for_json(value: float | list[float]) -> float | list[float | None] | None:
     return value if math.isfinite(value) else None
 
 
-def _scalars(tag: str, value: float | list[float]) -> Iterator[tuple[str, float]]:
-    """TensorBoard's curves of a value: of a list, one for each latent, from when it is active."""
+def scalars(tag: str, value: float | list[float]) -> Iterator[tuple[str, float]]:
+    """The curves of a value: of a list, one for each latent, from when it is active."""
     if isinstance(value, list):
         yield from ((f"{tag}/{i:03}", each) for i, each in enumerate(value) if each > ACTIVE_KL)
     else:

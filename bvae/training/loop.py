@@ -18,6 +18,7 @@ def train(run: Run, monitor: Monitor, stop: StopRequest) -> Validation | None:
         OSError: the run folder cannot be written.
     """
     result: Validation | None = None
+    monitor.start()
     if run.due and not run.distributed.broadcast(monitor.is_validated):
         result = _validate(run, monitor, stop)
         if result is None:

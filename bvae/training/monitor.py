@@ -1,15 +1,23 @@
 """Monitor a run: pass its numbers from the device to the log and to callbacks, and measure its speed."""
 
-from collections.abc import Callable, Sequence
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
+
+from bvae.config import Config
+from bvae.plots import progress_pictures
 from bvae.training.log import NullLog, RunLog, Throughput
 from bvae.training.profiler import Profile
 from bvae.training.run import Run
 from bvae.training.step import Scalars
 from bvae.training.validation import Validation
+
+SHOWN = 8  # held-out images of the log's pictures, always the same
 
 
 class Callback(Protocol):
@@ -17,6 +25,15 @@ class Callback(Protocol):
 
     Each method is optional. If one returns True, the run stops after the step, with a checkpoint.
     """
+
+    def on_start(self, config: Config, folder: Path | None, logged: Mapping[str, int]) -> bool | None:
+        """Before the first step.
+
+        Args:
+            config: everything that the run depends on, resolved to numbers.
+            folder: the run folder, or None if nothing is written.
+            logged: of a resumed run, the last step logged so far of "train" and of "valid"; else 0, or empty.
+        """
 
     def on_log(self, step: int, values: dict[str, float]) -> bool | None:
         """Every `log_every` steps: a step's losses, as in metrics.jsonl; on a GPU some steps later."""
@@ -51,6 +68,10 @@ class Monitor:
         if self._profile:
             self._profile.close()
 
+    def start(self) -> None:
+        """Report the start of the run."""
+        self._call("on_start", self._run.config, self._run.out, self._log.logged)
+
     def step_done(self) -> None:
         """Count a step; log what has arrived from the device."""
         run, training = self._run, self._run.config.training
@@ -84,7 +105,8 @@ class Monitor:
     def validation(self, result: Validation) -> None:
         """Log a validation."""
         run = self._run
-        self._log.validation(run.done, run.epoch(run.done), result)
+        pictures = partial(_pictures, run, result)
+        self._log.validation(run.done, run.epoch(run.done), result, pictures)
         self.history.append({"split": "valid", "step": run.done, **result._asdict()})
         self._call("on_validation", run.done, result)
 
@@ -102,11 +124,11 @@ class Monitor:
             return
         run, step = self._run, scalars.step
         self.throughput.reach(step)
-        values = run.metrics(scalars)
-        record = {**values, "kl_per_dim": scalars.kl_per_dim}
-        speed = self.throughput.images_per_s
-        self._log.log(step, run.epoch(step), record, speed, run.config.training.batch_size)
-        self.history.append({"split": "train", "step": step, **record})
+        values, kl = run.metrics(scalars), {"kl_per_dim": scalars.kl_per_dim}
+        self.history.append({"split": "train", "step": step, **values, **kl})
+        values["images_per_s"] = round(self.throughput.images_per_s, 1)
+        values["peak_memory_gib"] = round(peak_memory(run.step.device) / 2**30, 3)
+        self._log.log(step, run.epoch(step), {**values, **kl}, run.config.training.batch_size)
         self._call("on_log", step, values)
 
     def _call(self, method: str, *arguments: Any) -> None:
@@ -117,6 +139,20 @@ class Monitor:
             try:
                 self.stop |= bool(call(*arguments))
             except BaseException:
-                if self._run.distributed.world_size == 1:  # the other ranks would not join this save
+                alone = self._run.distributed.world_size == 1
+                if alone and self._run.done > self._first:  # the other ranks would not join this save
                     self._run.save(due=False)  # the callback failed, but the steps so far are kept
                 raise
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that was in use at once so far, bytes: tensors on a GPU; on a CPU the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)  # the host's own count: nothing waits for the device
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _pictures(run: Run, result: Validation) -> Mapping[str, Any]:
+    """Reconstructions and traversals of the first held-out images."""
+    x = run.model.scale(run.valid.head(SHOWN).permute(0, 3, 1, 2))
+    return progress_pictures(run.model, x, result.kl_per_dim)

@@ -45,11 +45,13 @@ class _Watch:
     def __init__(self, run: Run, backward: bool) -> None:
         self.run, self.backward = run, backward
         self._last = ""  # the module whose output's gradient was seen last
-        named = [*((name, m) for name, m in run.model.named_modules() if name), ("the loss", run.loss)]
-        for name, module in named:
-            text = name if module is run.loss else f"{name} ({type(module).__name__})"
-            module.register_forward_pre_hook(self._before(text))
-            module.register_forward_hook(self._after(text, module is not run.loss))
+        named = [(f"{name} ({type(m).__name__})", m) for name, m in run.model.named_modules() if name]
+        objective = [("the loss", run.loss)]
+        if run.step.penalty is not None:
+            objective.append(("the penalty", run.step.penalty))
+        for name, module in [*named, *objective]:
+            module.register_forward_pre_hook(self._before(name))
+            module.register_forward_hook(self._after(name, (name, module) not in objective))
 
     @property
     def backward_of(self) -> str:

@@ -35,16 +35,24 @@ def build_optimizer(training: TrainingConfig, parameters: Iterable[nn.Parameter]
             adam_weight_decay=training.weight_decay,
         )
     else:
-        optimizer = torch.optim.Adam(
-            parameters,
-            torch.tensor(training.lr, device=device),
-            weight_decay=training.weight_decay,
-            fused=True,
-            capturable=device.type == "cuda",
-        )
+        optimizer = _adam(parameters, training.lr, weight_decay=training.weight_decay)
     for group in optimizer.param_groups:
         group["initial_lr"] = training.muon_lr if "momentum" in group else training.lr
     return optimizer
+
+
+def build_discriminator_optimizer(
+    training: TrainingConfig, parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """FactorVAE's Adam for its discriminator: betas 0.5 and 0.9, a constant learning rate."""
+    return _adam(list(parameters), training.discriminator_lr, betas=(0.5, 0.9))
+
+
+def _adam(parameters: list[nn.Parameter], lr: float, **options: Any) -> torch.optim.Adam:
+    device = parameters[0].device
+    capturable = device.type == "cuda"
+    rate = torch.tensor(lr, device=device)
+    return torch.optim.Adam(parameters, rate, fused=True, capturable=capturable, **options)
 
 
 @torch.no_grad()

@@ -89,9 +89,19 @@ def _load(run: Run, state: dict[str, Any]) -> None:
             raise UsageError(f"it holds no {name}")
         if reason := difference(state[name], module.state_dict()):
             raise UsageError(f"the {name}: {reason}")
+    if run.step.penalty is not None:
+        discriminator = state.get("discriminator")
+        if not isinstance(discriminator, dict):
+            raise UsageError("it holds no discriminator")
+        if reason := difference(discriminator, run.step.penalty.state_dict()):
+            raise UsageError(f"the discriminator: {reason}")
     load_state(run.optimizer, state.get("optimizer"), state["step"])
+    if optimizer := run.step.discriminator_optimizer:
+        load_state(optimizer, state.get("discriminator_optimizer"), state["step"])
     run.model.load_state_dict(state["model"])
     run.loss.load_state_dict(state["loss"])
+    if run.step.penalty is not None:
+        run.step.penalty.load_state_dict(state.get("discriminator", {}))
     _load_scaler(run.step.scaler, state.get("scaler"))
     run.done = state["step"]
     run.due = state.get("due", False)

@@ -21,7 +21,7 @@ from bvae.training import checkpoint
 from bvae.training.conditions import conditions
 from bvae.training.distributed import Distributed
 from bvae.training.schedule import lr_factor
-from bvae.training.step import NotFinite, Scalars, TrainingStep
+from bvae.training.step import DiscriminatorDiverged, NotFinite, Scalars, TrainingStep
 from bvae.training.validation import ACTIVE_KL, Validation, validate
 
 PAUSE = 10  # seconds between checkpoints: they and validations must take a small part of the time
@@ -99,6 +99,10 @@ class Run:
             "active_units": sum(kl > ACTIVE_KL for kl in scalars.kl_per_dim),
             "lr": self.optimizer.param_groups[0]["initial_lr"] * self.lr_factor(scalars.step),
         }
+        if self.step.penalty is not None:
+            values["penalty"] = scalars.penalty
+        if self.step.discriminator_optimizer is not None:
+            values["discriminator"] = scalars.discriminator
         if self.loss_is_given:  # the configuration does not describe it
             return values
         n_pixels = math.prod(self.model.input_shape)
@@ -139,9 +143,14 @@ class Run:
         """
         statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         self.distributed.all_reduce_mean(statistics)  # each rank has its own; only gradients are averaged
+        penalty, optimizer = self.step.penalty, self.step.discriminator_optimizer
+        discriminator = penalty.state_dict() if penalty else {}  # other penalties have no state
         for name, value in self.model.state_dict().items():
             if not value.isfinite().all():
                 raise NotFinite(f"{name} is not finite", self.done)
+        for name, value in discriminator.items():
+            if not value.isfinite().all():
+                raise DiscriminatorDiverged(f"{name} is not finite", self.done)
         self._saved_at = time.monotonic()
         if self.out is None or not self.distributed.is_main:
             return
@@ -149,6 +158,8 @@ class Run:
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "discriminator": discriminator,
+            "discriminator_optimizer": optimizer.state_dict() if optimizer else {},
             "scaler": self.step.scaler.state_dict(),
             "step": self.done,
             "due": due,
@@ -163,7 +174,8 @@ class Run:
     def validate(self) -> Validation:
         """Run the model over the validation images."""
         seed = self.config.training.seed
-        return validate(self.model, self.loss, self.valid, seed, self.step.dtype, self.distributed)
+        places = self.step.dtype, self.distributed, self.step.penalty
+        return validate(self.model, self.loss, self.valid, seed, *places)
 
     def mark_best(self, result: Validation) -> None:
         """Mark the checkpoint of this step if it is the best, on rank 0. Raises OSError."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bvae import files
+from bvae.arguments import LEAST_BATCH
 from bvae.config import Config, ObjectiveConfig, TrainingConfig
 from bvae.datasets import Data, find_files, open_data
 from bvae.device import choose_device
@@ -20,12 +21,13 @@ from bvae.kernels import launch
 from bvae.kernels.cpu import library
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE, build
+from bvae.penalties import Covariance, Discriminator, Penalty, TotalCorrelation
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.training import compiler, completion, malloc
 from bvae.training.claim import claim
 from bvae.training.cli import AUTO, Arguments
 from bvae.training.distributed import Distributed, init_distributed
-from bvae.training.optimizer import build_optimizer
+from bvae.training.optimizer import build_discriminator_optimizer, build_optimizer
 from bvae.training.restore import restore
 from bvae.training.run import Run
 from bvae.training.step import TrainingStep, autocast_dtype, captures, compiles, load_cpu_layers
@@ -159,7 +161,17 @@ def _open(config: Config, device: torch.device, distributed: Distributed, data: 
             f"--batch-size {training.batch_size} cannot be cut into {parts} equal parts of at least 2 images "
             f"({distributed.world_size} processes x --accumulate {training.accumulate})"
         )
+    _check_batch(config, training.batch_size // parts)
     return data(config, training.batch_size // distributed.world_size, device, distributed)
+
+
+def _check_batch(config: Config, images: int) -> None:
+    """Raise UsageError if one part of a rank's batch has too few images for the objective."""
+    if config.objective.loss_type == "TC" and images < LEAST_BATCH:
+        raise UsageError(
+            "--loss-type TC estimates the total correlation from the images of each process and each part "
+            f"of --accumulate, at least {LEAST_BATCH} of them, got {images}: raise --batch-size"
+        )
 
 
 def _configured(config: Config, batch_size: int, device: torch.device, distributed: Distributed) -> Data:
@@ -183,6 +195,7 @@ def _build(
     loss: nn.Module | None,
 ) -> Run:
     """All parts, untrained, on the device."""
+    _check_batch(config, data.train.batch_size // config.training.accumulate)
     batch_size = data.train.batch_size * distributed.world_size
     if batch_size != config.training.batch_size:
         print(f"{data.train.count} training images: the batch size is {batch_size}", flush=True)
@@ -194,6 +207,10 @@ def _build(
     # channels_last suits tensor cores, and is faster on a CPU too.
     model = (model or build(config)).to(device).to(memory_format=torch.channels_last).train()
     module = (loss or build_loss(config.objective)).to(device)
+    penalty = None if loss else build_penalty(config, data.train.count)
+    adversary = None
+    if isinstance(penalty, Discriminator):
+        adversary = build_discriminator_optimizer(training, penalty.to(device).parameters())
     step = TrainingStep(
         model,
         module,
@@ -202,6 +219,8 @@ def _build(
         dtype=autocast_dtype(device, training.amp)[0],
         compile=compiles(device, training.compile)[0],
         buffer_steps=min(training.log_every, training.steps(len(data.train))),
+        penalty=penalty,
+        discriminator_optimizer=adversary,
         clip_grad=training.clip_grad,
         accumulate=training.accumulate,
         distributed=distributed,
@@ -222,7 +241,27 @@ def build_loss(objective: ObjectiveConfig) -> BetaLoss | CapacityLoss:
     if objective.loss_type == "B":
         assert objective.capacity_iters != "auto"
         return CapacityLoss(objective.gamma, objective.max_capacity, objective.capacity_iters, **options)
-    return BetaLoss(1.0 if objective.loss_type == "VAE" else objective.beta, **options)
+    return BetaLoss(objective.beta if objective.loss_type == "H" else 1.0, **options)
+
+
+def build_penalty(config: Config, dataset_size: int) -> Penalty | None:
+    """What the objective of a resolved configuration adds to recon + KL.
+
+    Args:
+        dataset_size: training images.
+    """
+    objective = config.objective
+    assert objective.kl_weight not in (None, "m_over_n")
+    kl_weight = float(objective.kl_weight)
+    if objective.loss_type == "TC":
+        return TotalCorrelation(dataset_size, weight=kl_weight * (objective.beta - 1))
+    if objective.loss_type == "Factor":
+        return Discriminator(config.model.latent_dim, weight=kl_weight * objective.gamma)
+    if objective.loss_type in ("DIP-I", "DIP-II"):
+        assert objective.lambda_d is not None
+        weights = objective.lambda_od, objective.lambda_d
+        return Covariance(*weights, of_samples=objective.loss_type == "DIP-II", weight=kl_weight)
+    return None
 
 
 def _compile_and_capture(run: Run) -> str:

@@ -17,6 +17,7 @@ from bvae.kernels.cpu import library
 from bvae.losses import AnnealedBeta, BetaLoss, CapacityLoss, LossTerms
 from bvae.model import BetaVAE
 from bvae.ops import reparam_kl
+from bvae.penalties import Discriminator, Penalty
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.training.cuda_graph import capture, preserved
 from bvae.training.distributed import Distributed
@@ -31,6 +32,13 @@ class NotFinite(FloatingPointError):
         self.step = step
 
 
+class DiscriminatorDiverged(NotFinite):
+    """A discriminator whose output or weights are NaN or infinite, where reconstruction and KL are finite."""
+
+    def __init__(self, text: str, step: int) -> None:
+        super().__init__(f"the discriminator has diverged: {text}", step)
+
+
 class Scalars(NamedTuple):
     """The numbers in a step's row of `TrainingStep.metrics_buffer`."""
 
@@ -40,6 +48,8 @@ class Scalars(NamedTuple):
     kld: float  # nats per image
     capacity: float  # nats
     mse: float  # per pixel and channel, in the decoder's range
+    penalty: float  # without its weight; 0 if the objective has none
+    discriminator: float  # its cross-entropy, nats; 0 without one
     kl_per_dim: list[float]  # nats per latent
 
 
@@ -140,9 +150,11 @@ class TrainingStep:
     """Turns uint8 images [B, H, W, C] into one update of the model; the host never waits for the device.
 
     Args:
-        model, loss, optimizer: on one device. An optimizer whose learning rate is a tensor reads it there.
+        model, loss, optimizer, penalty: on one device. An optimizer whose learning rate is a tensor reads it
+            there.
         seed: of the noise, with the step and the image's number in the whole batch.
         dtype: of autocast; None is float32. float16 gets a gradient scaler.
+        discriminator_optimizer: of a penalty that is a `Discriminator`.
         compile: run the forward and backward pass under torch.compile.
         buffer_steps: steps whose scalars the buffer holds; call `send` at least that often.
         clip_grad: the gradient's largest norm, or None.
@@ -161,12 +173,15 @@ class TrainingStep:
         dtype: torch.dtype | None,
         compile: bool,
         buffer_steps: int,
+        penalty: Penalty | None = None,
+        discriminator_optimizer: torch.optim.Optimizer | None = None,
         clip_grad: float | None = None,
         accumulate: int = 1,
         distributed: Distributed = Distributed(),  # noqa: B008 (frozen)
     ) -> None:
         self.device = next(model.parameters()).device
         self.model, self.loss, self.optimizer, self.dtype = model, loss, optimizer, dtype
+        self.penalty, self.discriminator_optimizer = penalty, discriminator_optimizer
         self.clip_grad, self.accumulate, self.distributed = clip_grad, accumulate, distributed
         for group in optimizer.param_groups:  # as torch's schedulers do
             group.setdefault("initial_lr", float(group["lr"]))
@@ -183,6 +198,7 @@ class TrainingStep:
             self.scaler.scale(torch.zeros((), device=self.device))  # creates its tensors before a capture
         self.recompile(compile)
         self._parameters = [p for m in (model, loss) for p in m.parameters() if p.requires_grad]
+        self._adversary = list(penalty.parameters()) if penalty else []
         self._call = _Call(model, self._reconstruct)
         self._cast = {  # the weights that autocast casts
             f"{name}.weight": module.weight
@@ -278,19 +294,24 @@ class TrainingStep:
         received = self.metrics_buffer.receive(wait)
         for step, row in received:
             if not math.isfinite(row[0]):
+                recon, kld, penalty = row[1], row[2], row[5]
+                if self.discriminator_optimizer and math.isfinite(recon + kld):
+                    raise DiscriminatorDiverged(f"its estimate is {penalty}", step)
                 raise NotFinite(f"the loss is {row[0]}", step)
             if not math.isfinite(row[-1]) and not self.scaler.is_enabled():  # a scaler skips such steps
                 raise NotFinite(f"the gradient is {row[-1]}", step)
         if not received:
             return None
         step, row = received[-1]
-        loss, recon, kld, capacity, mse, *kl_per_dim, _ = row
-        return Scalars(step, loss, recon, kld, capacity, mse, kl_per_dim)
+        loss, recon, kld, capacity, mse, penalty, discriminator, *kl_per_dim, _ = row
+        return Scalars(step, loss, recon, kld, capacity, mse, penalty, discriminator, kl_per_dim)
 
     def objective(self, images: Tensor, first: int, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of uint8 images [B, H, W, C], numbered from `first`; adds `counts` to the step counter.
 
-        The metrics are computed here too, because compiled together they cost hardly any extra launch.
+        A discriminator's loss is added. The two share no parameter, so one backward pass of the sum gives
+        both gradients, before either update. The metrics are computed here too, because compiled together
+        they cost hardly any extra launch.
 
         Returns:
             the loss, 0-d; the row [1, width] of the metrics buffer, whose last number is later set to the
@@ -303,36 +324,53 @@ class TrainingStep:
         if torch.compiler.is_compiling() and self.dtype is not None:
             cast = _Cast.apply(self.dtype, *self._cast.values())
             weights = dict(zip(self._cast, cast, strict=True))
-            raw, kl, kl_per_dim = torch.func.functional_call(self._call, weights, (target, first))
+            raw, kl, kl_per_dim, latents = torch.func.functional_call(self._call, weights, (target, first))
         else:
-            raw, kl, kl_per_dim = self._reconstruct(target, first)
+            raw, kl, kl_per_dim, latents = self._reconstruct(target, first)
         terms = self.loss(raw, target, kl)
         if not (isinstance(terms, LossTerms) and all(isinstance(term, Tensor) for term in terms)):
             raise UsageError("the loss must return LossTerms(loss, recon, kld, capacity), four 0-d tensors")
         mse = pixel_mse(self.model, self.loss, terms, raw, target)
-        row = F.pad(torch.cat([torch.stack([*terms, mse]), kl_per_dim]), (0, 1))
-        return terms.loss, row.detach().float().view(1, -1), self.metrics_buffer.row_index(self.step)
+        extra = []  # the penalty and the discriminator's loss, of the objectives that have them
+        if self.penalty is not None:
+            extra.append(self.penalty(*latents).to(terms.kld.dtype))
+            terms = terms._replace(loss=terms.loss + self.penalty.weight * extra[0])
+        loss = terms.loss
+        if isinstance(self.penalty, Discriminator):
+            extra.append(self.penalty.loss(latents[0], self.seed, self.step, first).to(loss.dtype))
+            loss = loss + extra[1]
+        head = F.pad(torch.stack([*terms, mse, *extra]), (0, 2 - len(extra)))
+        row = F.pad(torch.cat([head, kl_per_dim]), (0, 1))
+        return loss, row.detach().float().view(1, -1), self.metrics_buffer.row_index(self.step)
 
-    def _reconstruct(self, target: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The decoder's raw output for uint8 images [B, C, H, W], their KL [B] and its mean per latent."""
+    def _reconstruct(
+        self, target: Tensor, first: int
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The decoder's raw output for uint8 images [B, C, H, W], their KL [B], its mean per latent, and the
+        latents z, mu, log_var."""
         with torch.autocast(target.device.type, self.dtype, enabled=self.dtype is not None):
             x = self.model.scale(target).to(self._parameters[0].dtype)
             mu, log_var = self.model.encode_scaled(x)
             z, kl, kl_per_dim = reparam_kl(
                 mu, log_var, seed=self.seed, step=self.step, first_sample=first, per_dim=True
             )
-            return self.model.decode_raw(z), kl, kl_per_dim
+            return self.model.decode_raw(z), kl, kl_per_dim, (z, mu, log_var)
 
     def _update(self, images: Tensor) -> None:
         """The whole step, on the device only."""
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizers = [self.optimizer]
+        if self.discriminator_optimizer:
+            optimizers.append(self.discriminator_optimizer)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         row, index = self._backward(images)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in [*self._parameters, *self._adversary] if p.grad is not None]
         self.distributed.all_reduce_mean([*gradients, row])
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
-        self.scaler.step(self.optimizer)
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         self.metrics_buffer.write(index, row)
 
@@ -357,11 +395,13 @@ class TrainingStep:
     def _state(self) -> Iterator[Tensor]:
         """Every tensor that a step changes."""
         yield from (self.step, self.metrics_buffer.rows)
-        for module in (self.model, self.loss):
-            yield from module.parameters()
-            yield from module.buffers()
-        for moments in self.optimizer.state.values():
-            yield from (value for value in moments.values() if isinstance(value, Tensor))
+        for module in (self.model, self.loss, self.penalty):
+            if module is not None:
+                yield from module.parameters()
+                yield from module.buffers()
+        for optimizer in (self.optimizer, self.discriminator_optimizer):
+            for moments in optimizer.state.values() if optimizer else ():
+                yield from (value for value in moments.values() if isinstance(value, Tensor))
         if self.scaler.is_enabled():
             state = (self.scaler._scale, self.scaler._growth_tracker)
             yield from (tensor for tensor in state if tensor is not None)
