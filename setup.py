@@ -115,6 +115,7 @@ setup(
             "nvidia-dali-cuda130>=2.0; sys_platform == 'linux' and platform_machine == 'x86_64'",  # as above
             "h5py>=3.10",  # 3dshapes.h5
             "submitit>=1.5",  # as above: its local executor
+            *("nbclient>=0.10", "ipykernel>=6.29"),  # run the notebook of examples/
             "datasets>=3",  # Hugging Face's, which `bvae.fit` takes
             "diffusers>=0.35",  # the drop-in's test compares with its posterior
             "transformers>=4.50",  # must still import beside us, and so must

@@ -34,6 +34,21 @@ def test_own_network(tmp_path):
 
 
 @pytest.mark.slow
+def test_fit_notebook(monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    path = ROOT / "examples" / "fit.ipynb"
+    assert path.stat().st_size < 400_000
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("n=1500", "n=60").replace("STEPS = 1200", "STEPS = 12")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 2
+
+
+@pytest.mark.slow
 def test_own_photos_to_explorer(tmp_path):
     photos = write_folder(tmp_path / "photos", 40)
     script = ROOT / "examples" / "own_photos_to_explorer" / "run.py"
