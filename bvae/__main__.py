@@ -13,6 +13,7 @@ COMMANDS = {
     "traverse": "walk along a model's latents and show what each does",
     "explore": "write a page with a slider for each latent",
     "compare": "show one factor on several models, side by side",
+    "infogan": "train an InfoGAN, to compare a VAE with",
     "export": "write a model's encoder and decoder as ONNX and .pt2",
     "sweep": "train a grid with several seeds, and evaluate all of it",
     "data": "check, decode, list and remove data sets",

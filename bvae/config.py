@@ -253,7 +253,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """YAML that `read` turns into this configuration again."""
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+        return yaml.safe_dump(plain(dataclasses.asdict(self)), sort_keys=False)
 
 
 _POSITIVE = (
@@ -288,9 +288,9 @@ _NOT_NEGATIVE = (
 LARGEST = 3e38  # in float32
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return list(value)
     return str(value) if isinstance(value, Path) else value
@@ -340,7 +340,7 @@ def override(config: Config, options: Mapping[str, Any]) -> Config:
         section, key = places[name]
         sections.setdefault(section, {})[key] = value
     for section, values in sections.items():
-        converted = from_mapping(type(getattr(config, section)), _plain(values), f"{section}.")
+        converted = from_mapping(type(getattr(config, section)), plain(values), f"{section}.")
         changes = {key: getattr(converted, key) for key in values}
         config = dataclasses.replace(
             config, **{section: dataclasses.replace(getattr(config, section), **changes)}

@@ -17,6 +17,7 @@ from bvae import __version__, files
 from bvae.architectures import import_module, is_ours
 from bvae.errors import UsageError
 from bvae.evaluation.options import ExportOptions
+from bvae.infogan_model import InfoGAN
 from bvae.model import ACTIVATIONS, BetaVAE
 from bvae.reference import scale_pixels
 
@@ -85,10 +86,12 @@ def export(model: BetaVAE, out: Path, images: Literal["uint8", "float"] = "uint8
         images: the dtype that the encoder takes. uint8, or float32 in the model's `pixel_range`.
 
     Raises:
-        UsageError: a network that torch cannot export, or whose exported outputs differ.
+        UsageError: an InfoGAN, a network that torch cannot export, or one whose exported outputs differ.
         ModuleNotFoundError: onnxscript or onnxruntime is missing.
         OSError: a file cannot be written.
     """
+    if isinstance(model, InfoGAN):
+        raise UsageError("an InfoGAN has no encoder and decoder of its own to export: use bvae.sample")
     import onnxruntime  # noqa: F401 (before the work, of which it is the last part)
     import onnxscript  # noqa: F401
 

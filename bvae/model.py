@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bvae.config import Config  # needs PyYAML; a model does not
 
 ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
+INFOGAN: Final = "infogan"  # the arch of `InfoGAN`, which is no VAE
 
 
 class VAEOutput(NamedTuple):
@@ -366,11 +367,15 @@ class BetaVAE(nn.Module):
             raise MissingError(f"{folder} holds no config.json: it is not a folder of a saved model or a run")
         try:
             config = json.loads(read_text(folder / "config.json", CONFIG))
-            expected = _expected(cls, config)
+            if cls is BetaVAE and isinstance(config, dict) and config.get("arch") == INFOGAN:
+                from bvae.infogan_model import InfoGAN as cls
+            expected = expected_state(cls, config)
         except NotRead:
             raise
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise UsageError(f"{folder / 'config.json'} does not describe a BetaVAE: {error}") from None
+            raise UsageError(
+                f"{folder / 'config.json'} does not describe a {cls.__name__}: {error}"
+            ) from None
         state = _read_weights(folder, which, expected)
         model = cls(**config)
         model.load_state_dict(state)
@@ -388,7 +393,7 @@ class BetaVAE(nn.Module):
             ValueError: the file is not such a checkpoint.
         """
         config, state = pytorch_vae_weights.load(path)
-        if reason := weights.difference(state, _expected(cls, config)):
+        if reason := weights.difference(state, expected_state(cls, config)):
             raise UsageError(f"{path} is not a PyTorch-VAE BetaVAE checkpoint: {reason}")
         model = cls(**config)
         model.load_state_dict(state)
@@ -402,7 +407,7 @@ def build(config: "Config") -> BetaVAE:
 
 def expected_weights(config: "Config") -> dict[str, Tensor]:
     """The state dict of a configuration's model, on `meta`: names, shapes and dtypes. Raises UsageError."""
-    return _expected(BetaVAE, _arguments(config))
+    return expected_state(BetaVAE, _arguments(config))
 
 
 def _arguments(config: "Config") -> dict[str, Any]:
@@ -416,14 +421,15 @@ def _arguments(config: "Config") -> dict[str, Any]:
     }
 
 
-def _expected(cls: type[BetaVAE], arguments: dict[str, Any]) -> dict[str, Tensor]:
+def expected_state(cls: type[BetaVAE], arguments: dict[str, Any]) -> dict[str, Tensor]:
     """The state dict of `cls(**arguments)`, without memory for it.
 
     A network of your own is built as usual, because it may compute with its weights when it is built.
     """
     if not isinstance(arguments, dict):
         raise UsageError(f"not a mapping of arguments, but {reprlib.repr(arguments)}")
-    ours = cls is BetaVAE and is_ours(arguments.get("arch", "pytorch-vae"))
+    arch = arguments.get("arch", "pytorch-vae")
+    ours = arch == INFOGAN or (cls is BetaVAE and is_ours(arch))
     try:
         with torch.device("meta" if ours else "cpu"), torch.random.fork_rng([]):
             return cls(**arguments).state_dict()

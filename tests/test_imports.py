@@ -131,6 +131,7 @@ TYPOS = {
     "explore RUN --uot page.html": "--out",
     "export RUN --imags float": "--images",
     "compare RUN --factor x --stesp 3": "--steps",
+    "infogan --max-stesp 3": "--max-steps",
     "sweep small --gird beta=1": "--grid",
     "sweep small --grid beta=1 --sedes 2": "--seeds",
     "sweep small --grid beta=1 --max-stesp 2": "--max-steps",

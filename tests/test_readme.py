@@ -15,7 +15,7 @@ from test_dsprites import archive
 from torch import nn
 
 import bvae
-from bvae import exporting, hub
+from bvae import exporting, hub, infogan
 from bvae.compat.pytorch_vae_weights import export_state
 from bvae.evaluation import jobs, sweeping
 from bvae.evaluation.options import Protocol
@@ -99,13 +99,23 @@ def test_make_target(command, data, tmp_path):
         assert [name for name in bvae.__all__ if f'<section id="{name}">' not in page] == []
 
 
+TINY_INFOGAN = "--max-steps 2 --image-size 32 --width 2 --codes 2 --categories 3 --batch-size 8"
+
+
+def infogan_folder(data, out):
+    assert infogan.main(["--data-root", str(data), "--out", str(out), *TINY_INFOGAN.split()]) == 0
+    return out
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(PYTHON) and not c.startswith(TRAIN)])
 def test_other_command(command, data, few_rooms, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "bvae.export" in command:
         pytest.importorskip("onnxruntime")
     line = command.removeprefix(PYTHON).replace("DIR", str(data))
-    line = line.replace("runs/NAME", str(run_folder)).replace("runs/OTHER", str(run_folder))
+    if "infogan --resume" in line:
+        run_folder = infogan_folder(data, tmp_path / "infogan")
+    line = re.sub(r"runs/(NAME|OTHER|faces-\w+-1)", str(run_folder), line)
     module, *arguments = shlex.split(line, comments=True)
     few = ["--points", "50", "--factor-bins", "2"]
     tiny = f"--data faces --data-root {data} --channels 3 --arch pytorch-vae {SHORT} --points 50 --seeds 1"
@@ -113,6 +123,7 @@ def test_other_command(command, data, few_rooms, run_folder, tmp_path, monkeypat
         "faces": ["--n", "9"],
         "bvae.evaluate": [*few, "--seeds", "1"],
         "bvae.compare": few,
+        "bvae.infogan": [] if "--resume" in line else [*TINY_INFOGAN.split(), "--data-root", str(data)],
         "bvae.sweep": ["--points", "50"] if "--baselines" in line else tiny.split(),
     }
     if module == "bvae.sweep":
@@ -123,7 +134,7 @@ def test_other_command(command, data, few_rooms, run_folder, tmp_path, monkeypat
             lambda left, arguments: [(job, jobs.train_and_evaluate(job, arguments)) for job in left],
         )
         monkeypatch.setattr(jobs, "Protocol", partial(Protocol, factor_bins=2))
-    arguments += short.get(module, []) + short.get(arguments[0], [])
+    arguments += short.get(module, []) + short.get("".join(arguments[:1]), [])
     assert importlib.import_module(module).main(arguments) == 0
 
 

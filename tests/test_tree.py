@@ -12,6 +12,7 @@ COMMANDS = {
     "traverse",
     "explore",
     "compare",
+    "infogan",
     "sweep",
     "sample",
     "export",

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bvae import files
@@ -13,6 +14,7 @@ from bvae.device import choose_device
 from bvae.errors import UsageError
 from bvae.evaluation import measure
 from bvae.evaluation.options import CompareOptions, Protocol
+from bvae.infogan_model import InfoGAN
 from bvae.metrics.inputs import Factors
 from bvae.model import BetaVAE
 from bvae.plots import save_traversal, traverse
@@ -41,6 +43,22 @@ class LatentWalk(NamedTuple):
     row: Row
     values: Tensor  # of the latent [steps]
     images: Tensor  # uint8 [steps, 1, H, W, 3]
+
+
+def categories_by_factor(
+    code: NDArray[np.float32], factor: NDArray[np.int64], steps: int
+) -> NDArray[np.float32]:
+    """The values [steps] for a walk along an InfoGAN's code, which have no order of their own.
+
+    They are sorted by the factor's mean over the images that Q gives each value. A value of no image is left
+    out, and some are repeated if there are fewer than steps.
+
+    Args:
+        code, factor: [N], of the same images.
+    """
+    values, number = np.unique(code, return_inverse=True)
+    means = np.bincount(number, factor) / np.bincount(number)
+    return values[means.argsort()][np.linspace(0, len(values) - 1, steps).round().astype(int)]
 
 
 def loss_name(objective: ObjectiveConfig | None) -> str:
@@ -86,10 +104,15 @@ def walk_latent(run: Path, arguments: CompareOptions, start: int | None) -> Late
         start = int(np.linalg.norm(codes, axis=1).argmin())
     z = torch.from_numpy(codes[[start]]).to(device)
     values = torch.linspace(-3, 3, arguments.steps)
+    name = loss_name(trained.objective if trained else None)
+    if isinstance(model, InfoGAN):
+        factors = truth.factors[numbers, factor]
+        values = torch.from_numpy(categories_by_factor(codes[:, latent], factors, arguments.steps))
+        name = "InfoGAN"
     images = traverse(model, z, [latent], values)[0]
     row = Row(
         run.resolve().name,
-        loss_name(trained.objective if trained else None),
+        name,
         latent,
         kl[latent],
         float(shares[latent, factor]),

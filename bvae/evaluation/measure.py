@@ -18,6 +18,7 @@ from bvae.datasets import DRAWN_ROOT, READERS, held_out, labelled
 from bvae.errors import UsageError
 from bvae.evaluation.options import BINS, Protocol
 from bvae.ground_truth import Truth
+from bvae.infogan_model import InfoGAN
 from bvae.metrics import inputs
 from bvae.metrics._score import measure as measure_codes
 from bvae.metrics.information import discretise, entropy, mutual_information
@@ -134,6 +135,11 @@ def sample_numbers(truth: Truth, points: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).permutation(len(truth.factors))[:points]
 
 
+def kl_per_latent(model: BetaVAE, mu: Tensor, log_var: Tensor) -> Tensor:
+    """KL(posterior, prior) of each latent, float64 [D], nats; an InfoGAN's prior is not N(0, 1)."""
+    return model.information(log_var) if isinstance(model, InfoGAN) else metrics.kl_per_latent(mu, log_var)
+
+
 @torch.no_grad()
 def compute_statistics(
     model: BetaVAE,
@@ -147,7 +153,7 @@ def compute_statistics(
 
     Args:
         with_mig: include mig_sampled; if one of the factors is a shape, once more without it, because it has
-            no order.
+            no order. An InfoGAN has none: the posterior of its codes is not Gaussian.
         variance: of the Gaussian likelihood; not used if the model has a Bernoulli likelihood.
     """
     mus: list[Tensor] = []
@@ -168,9 +174,9 @@ def compute_statistics(
         sums.append(tuple(len(x) * value for value in (*distances, similarity)))
     mu, log_var = torch.cat(mus), torch.cat(log_vars)
     nats, mse, psnr, ssim = np.sum(sums, 0) / len(drawn)
-    kl = metrics.kl_per_latent(mu, log_var)
+    kl = kl_per_latent(model, mu, log_var)
     sampled = {}
-    if with_mig:
+    if with_mig and not isinstance(model, InfoGAN):
         factors = truth.factors[drawn]
         sampled["mig_sampled"] = metrics.mig_sampled(mu, log_var, factors)
         if "shape" in truth.names:

@@ -7,9 +7,9 @@ import torch
 from bvae import files
 from bvae.device import choose_device
 from bvae.errors import UsageError
+from bvae.evaluation.measure import kl_per_latent
 from bvae.evaluation.options import SampleOptions, TraverseOptions
 from bvae.images import read_image, to_uint8
-from bvae.metrics.posterior import kl_per_latent
 from bvae.model import BetaVAE
 from bvae.plots import grid, most_visible, save_traversal, traverse
 from bvae.training.log import validated_kl
@@ -29,7 +29,7 @@ def draw(arguments: TraverseOptions) -> Path:
         x = read_image(arguments.image, arguments.crop, model.input_shape, model.pixel_range)
         with torch.no_grad():
             z, log_var = model.encode(x.to(device))
-        kl = kl_per_latent(z, log_var).tolist()
+        kl = kl_per_latent(model, z, log_var).tolist()
     values = torch.linspace(*arguments.range, arguments.steps)
     latents = list(arguments.latents)
     if latents:

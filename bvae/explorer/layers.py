@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bvae.errors import UsageError
+from bvae.infogan_model import InfoGAN
 from bvae.layers import BatchNormLeakyReLU
 from bvae.model import BetaVAE
 
@@ -38,13 +39,15 @@ def export(model: BetaVAE) -> Layers:
     """The decoder's layers.
 
     Raises:
-        UsageError: a network of one's own that is not a row of such layers, or weights that float16 cannot
-            hold. This is measured: a few codes are decoded with the layers and with the model.
+        UsageError: an InfoGAN, a network of one's own that is not a row of such layers, or weights that
+            float16 cannot hold. This is measured: a few codes are decoded with the layers and with the model.
 
     >>> model = BetaVAE(latent_dim=10, hidden_dims=(4, 8), image_size=32)
     >>> [layer["kind"] for layer in export(model.eval()).layers][:4]
     ['convolution', 'view', 'convolution', 'leaky_relu']
     """
+    if isinstance(model, InfoGAN):
+        raise UsageError("an InfoGAN has categories where the page has sliders: use bvae.traverse")
     try:
         model = copy.deepcopy(model).float().cpu().eval()  # a GPU may compute float32 as TF32
         exported = _export(model)

@@ -55,12 +55,12 @@ def explain(error: BaseException, run: Run | None, arguments: Arguments | None) 
     return None
 
 
-def continue_with(out: Path | None) -> str:
-    """How to continue a run from its checkpoints."""
+def continue_with(out: Path | None, module: str = "bvae.train") -> str:
+    """How to continue a run from its checkpoints, by the command `python -m module`."""
     paths = checkpoint.checkpoints(out / checkpoint.FOLDER) if out else []
     if not paths:
         return "No checkpoint was written"
-    command = shlex.join([sys.executable, "-m", "bvae.train", "--resume", str(out)])
+    command = shlex.join([sys.executable, "-m", module, "--resume", str(out)])
     return f"The last good checkpoint is {paths[-1].name}; continue with: {command}"
 
 

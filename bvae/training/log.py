@@ -53,12 +53,16 @@ class RunLog:
 
     def log(self, step: int, epoch: int, values: Mapping[str, Any], batch_size: int) -> None:
         """Write one record of training; values are numbers, and "kl_per_dim" a list of them."""
+        shown = f"loss {values['loss']:.3g} KL {values['kld']:.1f} C {values['capacity']:.1f}"
+        self.log_shown(step, epoch, values, shown, batch_size)
+
+    def log_shown(
+        self, step: int, epoch: int, values: Mapping[str, Any], shown: str, batch_size: int
+    ) -> None:
+        """As `log`, with the text of the line: for values of another kind, with "images_per_s" among them."""
         self._write("train", step, epoch, values)
         images_per_s = values["images_per_s"]
-        shown = (
-            f"epoch {epoch} loss {values['loss']:.3g} KL {values['kld']:.1f} C {values['capacity']:.1f} "
-            f"{images_per_s:.0f} images/s"
-        )
+        shown = f"epoch {epoch} {shown} {images_per_s:.0f} images/s"
         self._bar.set_postfix_str(shown)
         if self._bar.disable:
             eta = (self._steps - step) * batch_size / images_per_s if images_per_s else 0

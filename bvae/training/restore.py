@@ -33,7 +33,7 @@ def restore(run: Run, accept_changed_images: bool = False) -> None:
     assert run.out
     state = checkpoint.load_newest(run.out / checkpoint.FOLDER, torch.device("cpu"))
     with checkpoint.of_another_kind(run.out):
-        _check_types(state)
+        check_types(state)
     _check_data(run, state, accept_changed_images)
     if state["step"] > run.steps:
         raise UsageError(
@@ -48,7 +48,7 @@ def restore(run: Run, accept_changed_images: bool = False) -> None:
         print(changed, flush=True)
 
 
-def _check_types(state: dict[str, Any]) -> None:
+def check_types(state: dict[str, Any]) -> None:
     """Raise UsageError if a plain value is missing, or is none of its kind. Older checkpoints lack some."""
     kinds = {"images": int, "files": str, "pixels": str, "due": bool, "versions": dict, "conditions": dict}
     for name, kind in kinds.items():
