@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from bench import every_kernel, gpu
-from bvae.kernels import capacity_loss, image_errors, launch, reparam_kl
+from bvae.kernels import (
+    batch_norm,
+    capacity_loss,
+    image_errors,
+    last_block,
+    launch,
+    reparam_kl,
+    total_correlation,
+)
 from bvae.pipelines.decoder import choose
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
@@ -65,8 +73,8 @@ def test_the_sanitizers_pass_launches_every_kernel(kernels, monkeypatch):
     monkeypatch.setattr(every_kernel, "LATENTS", ((3, 41),))
     monkeypatch.setattr(every_kernel, "IMAGES", ((2, 1, 5, 7),))
     assert every_kernel.main() == 0
-    modules = (reparam_kl, capacity_loss, image_errors)
-    assert launched == {getattr(m, name) for m in modules for name in ("_forward_kernel", "_backward_kernel")}
+    modules = (reparam_kl, capacity_loss, image_errors, total_correlation, batch_norm, last_block)
+    assert launched == {value for m in modules for name, value in vars(m).items() if name.endswith("_kernel")}
 
 
 @pytest.mark.slow

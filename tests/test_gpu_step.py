@@ -20,6 +20,7 @@ from torch import Tensor
 from bvae.config import TrainingConfig
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
+from bvae.penalties import Covariance, Discriminator, TotalCorrelation
 from bvae.pipelines import faces
 from bvae.pipelines.decoder import build as build_decoder
 from bvae.pipelines.loader import Loader
@@ -28,7 +29,7 @@ from bvae.pipelines.picture import Picture
 from bvae.pipelines.streaming_loader import StreamingLoader
 from bvae.train import main
 from bvae.training import cuda_graph
-from bvae.training.optimizer import build_optimizer
+from bvae.training.optimizer import build_discriminator_optimizer, build_optimizer
 from bvae.training.step import TrainingStep
 from bvae.training.validation import validate
 
@@ -96,10 +97,18 @@ def assert_equal(found: tuple[list[float], list[Tensor]], expected: tuple[list[f
         assert torch.equal(a, b)
 
 
-def assert_capture_changes_nothing(device: torch.device, data: Loader, make_loss=None, **options) -> None:
+def assert_capture_changes_nothing(
+    device: torch.device, data: Loader, make_loss=None, make_penalty=None, **options
+) -> None:
     """Train with and without a capture, and compare all bits."""
     plain, captured = (
-        build_step(device, make_loss and make_loss(), buffer_steps=EPOCHS * len(data), **options)
+        build_step(
+            device,
+            make_loss and make_loss(),
+            buffer_steps=EPOCHS * len(data),
+            **(make_penalty(device) if make_penalty else {}),
+            **options,
+        )
         for _ in range(2)
     )
     assert capture_with(captured, data)
@@ -122,6 +131,27 @@ LOSSES = {
 @pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
 def test_every_loss_is_captured(device, make_loss):
     assert_capture_changes_nothing(device, resident(device), make_loss)
+
+
+def discriminator(device: torch.device) -> dict:
+    torch.manual_seed(0)
+    penalty = Discriminator(5, 1.0, width=8, layers=2).to(device)
+    optimizer = build_discriminator_optimizer(TrainingConfig(), penalty.parameters())
+    return {"penalty": penalty, "discriminator_optimizer": optimizer}
+
+
+PENALTIES = {
+    "TC": lambda _: {"penalty": TotalCorrelation(80, 5.0)},
+    "Factor": discriminator,
+    "DIP-II": lambda _: {"penalty": Covariance(10.0, 10.0, of_samples=True, weight=1.0)},
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "clip_grad": 0.1}], ids=str)
+@pytest.mark.parametrize("make_penalty", PENALTIES.values(), ids=PENALTIES)
+def test_every_penalty_is_captured(device, make_penalty, options):
+    loss = LOSSES["H, summed"]
+    assert_capture_changes_nothing(device, resident(device), loss, make_penalty, **options)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import NETWORK
+from tiny import MEASURED, NETWORK
 from torch import nn
 
 from bvae import BetaLoss, BetaVAE, config, fit, ops, reference
@@ -150,7 +150,7 @@ def assert_equal_state(a, b):
 
 def lines(out):
     every = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in each.items() if k != "images_per_s"} for each in every]
+    return [{k: v for k, v in each.items() if k not in MEASURED} for each in every]
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -285,7 +285,10 @@ def test_compiled_run(data, tmp_path):
         ("--data folder --data-root {empty}", "no image (.jpg, .jpeg, .jpe, .jfif, .png, .webp"),
         ("--data celeba --data-root {empty}", "holds a folder img_align_celeba/"),
         ("--crop 200", "135 of 135 images cannot be used"),
-        ("--loss-type TC", "Undefined loss type. --loss-type must be VAE, H or B, got TC"),
+        (
+            "--loss-type WAE",
+            "Undefined loss type. --loss-type must be one of VAE, H, B, TC, Factor, DIP",
+        ),
         ("--latent-dim 0", "model.latent_dim must be positive, got 0"),
         ("--lr -1", "training.lr must be positive, got -1.0"),
         ("--config /absent.yaml", "no configuration at /absent.yaml"),
