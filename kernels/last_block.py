@@ -212,7 +212,7 @@ def _reduce_kernel(
     ones = tl.full((PLACES, CHANNELS_PADDED), 1.0, tl.float32).to(x.dtype.element_ty)
     products = tl.zeros((4 * CHANNELS_PADDED, TAPS_PADDED), tl.float32)
     tiles: tl.constexpr = (HEIGHT * WIDTH + PLACES - 1) // PLACES
-    # no loads ahead of the loop: their addresses would take more registers than there are
+    # no loads ahead of the loop: on gfx942 their addresses spill
     for tile in tl.range(tl.program_id(0), batch * tiles, tl.num_programs(0), num_stages=1):
         image = tl.zeros((), tl.int64) + tile // tiles  # an int in the interpreter
         place = (tile % tiles) * PLACES + tl.arange(0, PLACES)
