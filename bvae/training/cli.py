@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar, get_args
 
 import tyro
 
@@ -13,6 +14,9 @@ from bvae.config import Config, LossType
 from bvae.errors import MissingError, UsageError
 from bvae.paths import expand, expand_options
 from bvae.yaml_file import parse_mapping
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What a resumed run may change: folders, length, the options that help against NaN losses, and how the same
 # step is executed.
@@ -26,6 +30,14 @@ MAY_CHANGE = (
 AUTO = Path("auto")  # --resume auto
 LONGEST = 1 << 16  # characters of a configuration in a checkpoint; YAML takes seconds to read more
 WORKED_OUT = (None, "auto", "m_over_n")  # values for which a checkpoint has numbers
+
+
+class _Checked(Protocol):
+    def check(self) -> None:
+        """Raise UsageError for a value out of its range."""
+
+
+C = TypeVar("C", bound=_Checked)
 
 
 @dataclass(frozen=True)
@@ -131,9 +143,24 @@ def _checkpointed(run: Path) -> Config:
     """The configuration of a run, from its newest checkpoint."""
     if not (run / "config.yaml").is_file():
         raise MissingError(f"{run} is not a run folder: it holds no config.yaml")
+    from bvae.model import expected_weights
+
+    return read_checkpointed(run, Config, expected_weights)
+
+
+def read_checkpointed(run: Path, kind: type[C], expected: "Callable[[C], dict[str, Tensor]]") -> C:
+    """The configuration in a run's newest checkpoint, whose model is compared with it.
+
+    Args:
+        kind: the configuration's dataclass.
+        expected: the weights, on `meta`, of the model that a configuration describes.
+
+    Raises:
+        UsageError: the folder holds no checkpoint of this kind, or damaged ones.
+        OSError: it cannot be read.
+    """
     import torch
 
-    from bvae.model import expected_weights
     from bvae.training import checkpoint
     from bvae.weights import difference
 
@@ -142,10 +169,10 @@ def _checkpointed(run: Path) -> Config:
         text, model = state.get("config"), state.get("model")
         if not isinstance(text, str) or len(text) > LONGEST or not isinstance(model, dict):
             raise UsageError("it holds no configuration, or no model")
-        config: Config = configuration.from_mapping(Config, parse_mapping(text))
+        config: C = configuration.from_mapping(kind, parse_mapping(text))
         config.check()
         # Now, before the data are decoded, and before memory is taken for a model of that size.
-        if reason := difference(model, expected_weights(config)):
+        if reason := difference(model, expected(config)):
             raise UsageError(f"the model: {reason}")
     return config
 

@@ -13,8 +13,7 @@ from bvae import config as configuration
 from bvae.config import LARGEST, Config, DataConfig
 from bvae.errors import MissingError, UsageError
 from bvae.paths import expand, expand_options
-from bvae.training.cli import LONGEST
-from bvae.yaml_file import parse_mapping
+from bvae.training.cli import read_checkpointed
 
 # What a resumed run may change: folders, length, and how often it writes.
 MAY_CHANGE = ("max_steps", "log_every", "checkpoint_every")
@@ -138,21 +137,7 @@ def checkpointed(run: Path) -> InfoGANConfig:
     """
     if not (run / "infogan.yaml").is_file():
         raise MissingError(f"{run} is not a run folder of an InfoGAN: it holds no infogan.yaml")
-    import torch
-
     from bvae.infogan_model import InfoGAN
     from bvae.model import expected_state
-    from bvae.training import checkpoint
-    from bvae.weights import difference
 
-    state = checkpoint.load_newest(run / checkpoint.FOLDER, torch.device("cpu"))
-    with checkpoint.of_another_kind(run):
-        text, model = state.get("config"), state.get("model")
-        if not isinstance(text, str) or len(text) > LONGEST or not isinstance(model, dict):
-            raise UsageError("it holds no configuration, or no model")
-        config: InfoGANConfig = configuration.from_mapping(InfoGANConfig, parse_mapping(text))
-        config.check()
-        # Now, before the data are decoded, and before memory is taken for a model of that size.
-        if reason := difference(model, expected_state(InfoGAN, config.network)):
-            raise UsageError(f"the model: {reason}")
-    return config
+    return read_checkpointed(run, InfoGANConfig, lambda config: expected_state(InfoGAN, config.network))
