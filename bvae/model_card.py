@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bvae import __version__
 from bvae.architectures import is_ours
-from bvae.opening import LOG, TABLE, read_bytes
+from bvae.opening import TABLE, read_bytes
+from bvae.training.records import METRICS, read_records
 
 if TYPE_CHECKING:
     from bvae.config import Config
@@ -108,12 +109,14 @@ def _data(config: "Config | None", data_license: str | None) -> list[str]:
 def _figures(model: "BetaVAE", run: Path) -> list[str]:
     low, high = model.pixel_range
     rows: dict[str, Any] = {}
-    for record in _records(run):
-        if record.get("split") == "valid":
-            rows = {"step": record.get("step")}
-            for key, text in FIGURES.items():
-                if isinstance(value := record.get(key), int | float):
-                    rows[text.format(range=f"[{low:g}, {high:g}]")] = f"{value:.4g}"
+    valid: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError):
+        valid = [record for _, record in read_records(run / METRICS) if record.get("split") == "valid"]
+    for record in valid[-1:]:
+        rows["step"] = record["step"]
+        for key, text in FIGURES.items():
+            if isinstance(value := record.get(key), int | float):
+                rows[text.format(range=f"[{low:g}, {high:g}]")] = f"{value:.4g}"
     lines = ["## Figures", "", "On the validation images:", "", *_table(rows), ""] if rows else []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         result = json.loads(read_bytes(run / "evaluation.json", TABLE))
@@ -121,15 +124,6 @@ def _figures(model: "BetaVAE", run: Path) -> list[str]:
         if scores:
             lines += [f"Disentanglement, on {result['images']} images:", "", *_table(scores), ""]
     return lines
-
-
-def _records(run: Path) -> Iterator[dict[str, Any]]:
-    """The records of metrics.jsonl that can be read."""
-    with contextlib.suppress(OSError):
-        for line in read_bytes(run / "metrics.jsonl", LOG).splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # cut short by a crash
-                if isinstance(record := json.loads(line), dict):
-                    yield record
 
 
 def _pictures(run: Path) -> list[str]:

@@ -12,7 +12,7 @@ from bvae.evaluation.options import SampleOptions, TraverseOptions
 from bvae.images import read_image, to_uint8
 from bvae.model import BetaVAE
 from bvae.plots import grid, most_visible, save_traversal, traverse
-from bvae.training.log import validated_kl
+from bvae.training.records import validated_kl
 
 SHOWN = 10  # latents, unless they are named
 BATCH = 256  # samples decoded at a time

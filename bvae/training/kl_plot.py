@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bvae import files
-from bvae.training.log import METRICS, read_records
+from bvae.training.records import METRICS, read_records
 
 NAME = "kl_per_latent.png"
 NAMED = 10  # latents in the legend: those of the highest KL at the end

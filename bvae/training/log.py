@@ -16,13 +16,12 @@ from tqdm import tqdm
 
 from bvae import files
 from bvae.errors import say_once
-from bvae.opening import LOG, read_bytes
+from bvae.training.records import METRICS, read_records
 from bvae.training.validation import ACTIVE_KL, Validation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-METRICS = "metrics.jsonl"
 Values = Mapping[str, float | list[float]]
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
 Pictures = Callable[[], Mapping[str, "Image"]]  # by name, drawn when they are asked for
@@ -232,30 +231,6 @@ def _start(path: Path, done: int) -> tuple[bool, dict[str, int]]:
             validated |= record["step"] == done and split == "valid"
     files.write_text(path, "".join(lines))
     return validated, last
-
-
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the lines of a log and their records, without lines that a crash has cut short; no log has none.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    text = read_bytes(path, LOG).decode(errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield line, record
-
-
-def validated_kl(run: Path, latent_dim: int) -> list[float] | None:
-    """The KL per latent of the last validation in a run folder's log, nats; None if the log has none."""
-    last = None
-    for _, record in read_records(run / METRICS):
-        kl = record.get("kl_per_dim") if record.get("split") == "valid" else None
-        if isinstance(kl, list) and len(kl) == latent_dim and all(isinstance(each, float) for each in kl):
-            last = kl
-    return last
 
 
 def _for_json(value: float | list[float]) -> float | list[float | None] | None:
