@@ -19,6 +19,7 @@ from bvae.evaluation.options import Protocol
 from bvae.model import BetaVAE
 from bvae.pipelines import faces
 from bvae.plots import HEADER, LABEL, MARGIN
+from bvae.training.validation import ACTIVE_KL, active_latents
 
 N, SIDE = 60, 32
 FEW = ["--points", "40", "--factor-bins", "2"]
@@ -206,11 +207,11 @@ def test_a_latent_without_information_is_not_walked(runs, tmp_path):
             tmp_path / "run", dataclasses.replace(arguments, factor=factor), None
         ).row
         assert row.latent != 0
-        assert row.kl > measure.ACTIVE_KL
+        assert row.kl > ACTIVE_KL
 
 
 def test_the_best_latent_is_an_active_one():
     areas = np.array([[0.9, 0.1], [0.6, 0.3], [0.5, 0.8]])
-    best = measure.best_latents(areas, ("a", "b"), measure.active_latents([0.001, 3.0, 0.5]))
+    best = measure.best_latents(areas, ("a", "b"), active_latents([0.001, 3.0, 0.5]))
     assert {name: found["latent"] for name, found in best.items()} == {"a": 1, "b": 2}
-    assert measure.active_latents([0.0, 0.001]).all()
+    assert active_latents([0.0, 0.001]).all()

@@ -18,6 +18,7 @@ from bvae.infogan_model import InfoGAN
 from bvae.metrics.inputs import Factors
 from bvae.model import BetaVAE
 from bvae.plots import save_traversal, traverse
+from bvae.training.validation import active_latents
 
 
 class Row(NamedTuple):
@@ -98,7 +99,7 @@ def walk_latent(run: Path, arguments: CompareOptions, start: int | None) -> Late
     variance = (trained or Config()).objective.decoder_variance
     statistics = measure.compute_statistics(model, truth, numbers, variance, device)
     kl = statistics["kl_per_latent"]
-    latent = int(np.where(measure.active_latents(kl), shares[:, factor], -1).argmax())
+    latent = int(np.where(active_latents(kl), shares[:, factor], -1).argmax())
     other = int(np.where(np.arange(len(truth.names)) == factor, -1, shares[latent]).argmax())
     if start is None:
         start = int(np.linalg.norm(codes, axis=1).argmin())

@@ -25,7 +25,6 @@ from bvae.metrics.information import discretise, entropy, mutual_information
 from bvae.model import ACTIVATIONS, BetaVAE
 from bvae.pipelines import dsprites, sprites
 from bvae.pipelines.cache_folder import default_folder
-from bvae.training.validation import ACTIVE_KL
 
 Codes = Callable[[NDArray[np.int64]], NDArray[np.float32]]  # numbers of images [n] to codes [n, D]
 BATCH = {"cpu": 64, "cuda": 4096}  # images encoded at a time; on a CPU what a core's cache holds
@@ -254,16 +253,6 @@ def information_shares(codes: NDArray[np.float32], factors: NDArray[np.int64]) -
     """Mutual information of each latent and factor, as a share of the factor's entropy, 0 to 1: [D, K]."""
     checked, factors = inputs.check(codes, factors)
     return mutual_information(discretise(checked), factors) / entropy(factors)
-
-
-def active_latents(kl: Sequence[float]) -> NDArray[np.bool_]:
-    """Which latents carry information, from the KL of each in nats: [D]. All, if none does.
-
-    Stretched over 20 bins, the nearly constant code of any other looks informative, but a walk along it
-    changes nothing: latents are chosen and shown among the active ones.
-    """
-    active = np.asarray(kl) > ACTIVE_KL
-    return active if active.any() else ~active
 
 
 def best_latents(

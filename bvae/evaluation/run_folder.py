@@ -18,7 +18,6 @@ from bvae.evaluation import quality
 from bvae.evaluation.measure import (
     LazyCodes,
     Protocol,
-    active_latents,
     best_latents,
     compute_statistics,
     information_shares,
@@ -31,8 +30,9 @@ from bvae.ground_truth import Truth
 from bvae.metrics import auroc
 from bvae.model import BetaVAE
 from bvae.paths import expand
-from bvae.plots import heat_map, save_traversal, traverse
+from bvae.plots import heat_map, most_typical, save_traversal, traverse
 from bvae.training import malloc
+from bvae.training.validation import active_latents
 
 ROWS = 20  # latents in the picture, those of the highest KL
 
@@ -160,7 +160,7 @@ def _write_pictures(
     if matrices:
         picture = heat_map({title: matrix[shown] for title, matrix in matrices.items()}, labels, factors)
         files.write_image(run / "evaluation.png", picture)
-    typical = torch.from_numpy(codes[[np.linalg.norm(codes, axis=1).argmin()]]).to(model.head.weight.device)
+    typical = most_typical(torch.from_numpy(codes)).to(model.head.weight.device)
     values = torch.linspace(-3, 3, 11)
     labels = [f"latent {i}\nKL {kl[i]:.2f} nats" for i in shown]
     images = traverse(model, typical, shown, values)

@@ -20,7 +20,7 @@ from bvae.errors import UsageError
 from bvae.explorer.layers import export
 from bvae.model import BetaVAE
 from bvae.plots import most_visible, traverse
-from bvae.training.validation import ACTIVE_KL
+from bvae.training.validation import active_latents
 
 NAME = "explorer.html"
 STARTS = 8  # held-out images to start from
@@ -94,8 +94,7 @@ def _describe(shown: Shown, starts: Tensor | None) -> dict[str, Any]:
         ]
     else:
         kl = np.asarray(shown.kl)
-        active = kl > ACTIVE_KL
-        chosen = active if active.any() else ~active
+        chosen = active_latents(shown.kl)
         order = np.argsort(-kl, kind="stable")
         latents = [{"index": int(i), "kl": round(float(kl[i]), 4)} for i in order if chosen[i]]
     return {
