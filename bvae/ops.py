@@ -460,7 +460,7 @@ def batch_norm_leaky_relu(
     """
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     arguments.check_batch_norm(x, {name: vector for name, vector in named.items() if vector is not None})
-    if has_batch_norm_kernel(x) and launch.runs_triton(x, weight, bias):
+    if launch.runs_triton(x, weight, bias) and bvae.kernels.batch_norm.takes(x):
         y, mean, _rstd, var = bvae.kernels.batch_norm.batch_norm_leaky_relu(
             x, weight.contiguous(), bias.contiguous(), eps, negative_slope
         )

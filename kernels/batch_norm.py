@@ -50,6 +50,16 @@ def _tile(row, channel, rows, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def _own_tile(rows, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The channels, the offsets and the mask of the tile of a program that has one."""
+    blocks: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
+    row = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
+    channel = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    offsets, mask = _tile(row, channel, rows, CHANNELS)
+    return channel, offsets, mask
+
+
+@triton.jit
 def vector(pointer, channel, CHANNELS: tl.constexpr):
     """`pointer` [CHANNELS] at the channels, in float32, as a row [1, ...]."""
     return tl.load(pointer + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
@@ -171,10 +181,7 @@ def _apply_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    blocks: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
-    row = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
-    channel = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    offsets, mask = _tile(row, channel, rows, CHANNELS)
+    channel, offsets, mask = _own_tile(rows, CHANNELS, ROWS, COLUMNS)
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     _, before = normalised(
         value,
@@ -274,10 +281,7 @@ def _grad_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    blocks: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
-    row = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
-    channel = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    offsets, mask = _tile(row, channel, rows, CHANNELS)
+    channel, offsets, mask = _own_tile(rows, CHANNELS, ROWS, COLUMNS)
     r, w = vector(rstd, channel, CHANNELS), vector(weight, channel, CHANNELS)
     m, b = vector(mean, channel, CHANNELS), vector(bias, channel, CHANNELS)
     xhat, g = _grad_before(grad_y, x, offsets, mask, m, r, w, b, slope)

@@ -33,11 +33,17 @@ from bvae.kernels.tile import last_to_arrive
 
 
 @triton.jit
-def _taps(weight, tap, channel, strides, CHANNELS: tl.constexpr, OUT: tl.constexpr):
-    """The weights of `tap` = 3 x 3 positions x OUT at the channels; the arguments broadcast. 0 beyond."""
+def _tap_offsets(tap, channel, strides, OUT: tl.constexpr):
+    """Where a weight [OUT, CHANNELS, 3, 3] has `tap` = 3 x 3 positions x OUT at the channels."""
     position = tap // OUT
     offsets = (tap % OUT) * strides[0] + channel * strides[1]
-    offsets += (position // 3) * strides[2] + (position % 3) * strides[3]
+    return offsets + (position // 3) * strides[2] + (position % 3) * strides[3]
+
+
+@triton.jit
+def _taps(weight, tap, channel, strides, CHANNELS: tl.constexpr, OUT: tl.constexpr):
+    """The weights of the taps at the channels; the arguments broadcast. 0 beyond."""
+    offsets = _tap_offsets(tap, channel, strides, OUT)
     return tl.load(weight + offsets, mask=(tap < 9 * OUT) & (channel < CHANNELS), other=0.0)
 
 
@@ -273,9 +279,7 @@ def _sum_kernel(
     grad = tl.sum(total, 0)
     tap, channel = column // CHANNELS_PADDED, column % CHANNELS_PADDED
     exists = channel < CHANNELS
-    position = tap // OUT
-    offsets = (tap % OUT) * weight_strides[0] + channel * weight_strides[1]
-    offsets += (position // 3) * weight_strides[2] + (position % 3) * weight_strides[3]
+    offsets = _tap_offsets(tap, channel, weight_strides, OUT)
     tl.store(grad_weight + offsets, grad, mask=exists & (tap < 9 * OUT))
     tl.store(grad_norm_bias + channel, grad, mask=exists & (tap == TAPS_PADDED))
     tl.store(grad_norm_weight + channel, grad, mask=exists & (tap == TAPS_PADDED + 1))
