@@ -172,7 +172,7 @@ def sweep_result(root):
 
 def metrics(root):
     path = root / "metrics.jsonl"
-    return path, lambda: log._start(path, 1), False
+    return path, lambda: log._start(path, 1), (False, {"train": 0, "valid": 0})
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
