@@ -16,14 +16,13 @@ _PERMUTATION = 0x7065726D  # changes the random seed, so that permutations and t
 
 
 class Penalty(nn.Module):
-    """A number of a batch's latents that training keeps small; `weight` multiplies it in the loss."""
+    """A number of a batch's latents that training keeps small; `weight` multiplies it in the loss.
+
+    Called with z, mu and log_var `[B, D]`, it returns the penalty without its weight, 0-d.
+    """
 
     least_batch = 2  # images
     weight: float
-
-    def forward(self, z: Tensor, mu: Tensor, log_var: Tensor) -> Tensor:
-        """The penalty without its weight, 0-d, of latents `[B, D]`."""
-        raise NotImplementedError
 
 
 class TotalCorrelation(Penalty):
