@@ -9,6 +9,7 @@ import pytest
 import torch
 from pictures import write_folder
 from PIL import Image
+from tiny import FIT
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,14 +22,6 @@ from bvae.pipelines.arrays import collect
 from bvae.train import main
 
 SIDE, N = 32, 40
-TINY = {
-    "hidden_dims": (4, 8),
-    "latent_dim": 3,
-    "batch_size": 8,
-    "max_steps": 6,
-    "log_every": 2,
-    "device": "cpu",
-}
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +47,17 @@ def test_the_same_images_in_any_form_are_the_same_run(images):
         "list of PIL images": pil,
         "Hugging Face": datasets.Dataset.from_dict({"label": list(range(N)), "image": pil}),
     }
-    expected = fit(images, **TINY)
+    expected = fit(images, **FIT)
     assert len(losses(expected)) == 3
     for name, form in forms.items():
-        found = fit(form, **TINY)
+        found = fit(form, **FIT)
         assert losses(found) == losses(expected), name
         assert found.validation == expected.validation, name
 
 
 def test_a_folder_is_the_commands_run(tmp_path):
     write_folder(tmp_path / "images", 30)
-    options = {**TINY, "image_size": SIDE, "cache_dir": str(tmp_path / "cache"), "decoder": "torchvision"}
+    options = {**FIT, "image_size": SIDE, "cache_dir": str(tmp_path / "cache"), "decoder": "torchvision"}
     fitted = fit(tmp_path / "images", "small", out=tmp_path / "a", **options)
     argv = [
         "--data",
@@ -95,21 +88,21 @@ def test_every_tenth_image_validates_unless_others_are_given(images):
                 seen.append(target)
             return super().forward(recon, target, kl)
 
-    fit(images, loss=Loss(kl_weight=1.0, activation="tanh"), **TINY)
+    fit(images, loss=Loss(kl_weight=1.0, activation="tanh"), **FIT)
     assert torch.equal(torch.cat(seen), images[::10].permute(0, 3, 1, 2))
     seen.clear()
-    fit(images, valid=images[:3], loss=Loss(kl_weight=1.0, activation="tanh"), **TINY)
+    fit(images, valid=images[:3], loss=Loss(kl_weight=1.0, activation="tanh"), **FIT)
     assert torch.equal(torch.cat(seen), images[:3].permute(0, 3, 1, 2))
 
 
 def test_sizes_and_channels():
     grey = torch.randint(256, (N, 28, 28), dtype=torch.uint8)
-    fitted = fit(grey, image_size=32, **TINY)
+    fitted = fit(grey, image_size=32, **FIT)
     assert fitted.model.input_shape == (1, 32, 32)
     assert fitted.config.data.channels == 1
-    assert fit(torch.rand(N, 40, 50, 3), **TINY).model.input_shape == (3, 64, 64)  # no squares
-    assert fit(torch.rand(N, 3, 48, 48), **TINY).model.input_shape == (3, 48, 48)
-    assert fit(torch.rand(N, 3, 48, 48), channels=1, image_size=32, **TINY).model.input_shape == (1, 32, 32)
+    assert fit(torch.rand(N, 40, 50, 3), **FIT).model.input_shape == (3, 64, 64)  # no squares
+    assert fit(torch.rand(N, 3, 48, 48), **FIT).model.input_shape == (3, 48, 48)
+    assert fit(torch.rand(N, 3, 48, 48), channels=1, image_size=32, **FIT).model.input_shape == (1, 32, 32)
 
 
 def test_resizing_is_that_of_files(tmp_path):
@@ -125,12 +118,12 @@ def test_resizing_is_that_of_files(tmp_path):
 # ---- the run -----------------------------------------------------------------------------------------------
 def test_nothing_is_written_without_out(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fit(images, **TINY)
+    fit(images, **FIT)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_folder_is_the_commands(images, tmp_path):
-    fitted = fit(images, out=tmp_path / "run", **TINY)
+    fitted = fit(images, out=tmp_path / "run", **FIT)
     again = BetaVAE.from_pretrained(tmp_path / "run")
     assert torch.equal(again.head.weight, fitted.model.head.weight)
     assert not fitted.model.training
@@ -138,7 +131,7 @@ def test_a_run_folder_is_the_commands(images, tmp_path):
         p.name for p in (tmp_path / "run").iterdir()
     }
     with pytest.raises(UsageError, match="exists, and fit starts a new run: name another folder"):
-        fit(images, out=tmp_path / "run", **TINY)
+        fit(images, out=tmp_path / "run", **FIT)
 
 
 def test_switches_and_generators_are_put_back(images):
@@ -152,28 +145,28 @@ def test_switches_and_generators_are_put_back(images):
         )
 
     before = state()
-    first = fit(images, fused=False, deterministic=True, **TINY)
+    first = fit(images, fused=False, deterministic=True, **FIT)
     assert state() == before
-    assert losses(fit(images, fused=False, deterministic=True, **TINY)) == losses(first)
+    assert losses(fit(images, fused=False, deterministic=True, **FIT)) == losses(first)
     with pytest.raises(UsageError):
-        fit(images, fused=False, batch_size=1, **{k: v for k, v in TINY.items() if k != "batch_size"})
+        fit(images, fused=False, batch_size=1, **{k: v for k, v in FIT.items() if k != "batch_size"})
     assert state() == before
 
 
 def test_outside_the_main_thread(images):
     results = []
-    thread = threading.Thread(target=lambda: results.append(fit(images, **TINY)))
+    thread = threading.Thread(target=lambda: results.append(fit(images, **FIT)))
     thread.start()
     thread.join()
-    assert losses(results[0]) == losses(fit(images, **TINY))
+    assert losses(results[0]) == losses(fit(images, **FIT))
 
 
 def test_a_configuration_and_a_preset(images):
-    config = fit(images, **TINY).config
+    config = fit(images, **FIT).config
     again = fit(images, config, device="cpu")
     assert again.config == config
-    assert fit(images, "celeba_b", **TINY).config.objective.gamma == 10
-    assert fit(images, Config(), image_size=32, **TINY).config.objective.max_capacity == 25
+    assert fit(images, "celeba_b", **FIT).config.objective.gamma == 10
+    assert fit(images, Config(), image_size=32, **FIT).config.objective.max_capacity == 25
 
 
 def test_ctrl_c_returns_what_there_is(images, tmp_path):
@@ -182,7 +175,7 @@ def test_ctrl_c_returns_what_there_is(images, tmp_path):
             if step == 4:
                 signal.raise_signal(signal.SIGINT)
 
-    fitted = fit(images, out=tmp_path / "run", callbacks=[Interrupt()], **TINY)
+    fitted = fit(images, out=tmp_path / "run", callbacks=[Interrupt()], **FIT)
     assert fitted.validation is None
     assert [path.stem for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
     loaded = BetaVAE.from_pretrained(tmp_path / "run")  # stopped: from its checkpoint
@@ -202,7 +195,7 @@ def test_a_registered_network(images, tmp_path):
     register_architecture("test-linear", linear)  # its module was imported again
     with pytest.raises(UsageError, match="already registered"):
         register_architecture("burgess", linear)
-    fitted = fit(images, arch="test-linear", out=tmp_path / "run", **TINY)
+    fitted = fit(images, arch="test-linear", out=tmp_path / "run", **FIT)
     assert len(list(fitted.model.parameters())) == 4
     again = BetaVAE.from_pretrained(tmp_path / "run")
     assert torch.equal(again.head.weight, fitted.model.head.weight)
@@ -224,7 +217,7 @@ def test_a_loss_of_ones_own(images):
             recon = (torch.tanh(raw) - (target / 127.5 - 1)).abs().mean()
             return LossTerms(recon + 1e-3 * kl.mean(), recon, kl.mean(), torch.zeros(()))
 
-    fitted = fit(images, loss=L1(), lr=1e-2, **{**TINY, "max_steps": 60, "log_every": 1})
+    fitted = fit(images, loss=L1(), lr=1e-2, **{**FIT, "max_steps": 60, "log_every": 1})
     found = losses(fitted)
     assert found[-1] < 0.8 * found[0]
     record = fitted.history[0]
@@ -261,7 +254,7 @@ class Recorder:
 
 def test_callbacks_see_the_run(images):
     recorder = Recorder()
-    fitted = fit(images, callbacks=[recorder], **TINY)
+    fitted = fit(images, callbacks=[recorder], **FIT)
     found = [call[:2] for call in recorder.calls]
     assert found == [
         *(("log", 2), ("log", 4), ("log", 6)),
@@ -272,7 +265,7 @@ def test_callbacks_see_the_run(images):
 
 def test_a_callback_stops_the_run_and_its_results_are_there(images, tmp_path):
     recorder = Recorder(stop_at=4)
-    fitted = fit(images, callbacks=[recorder], out=tmp_path / "run", **TINY)
+    fitted = fit(images, callbacks=[recorder], out=tmp_path / "run", **FIT)
     found = [call[:2] for call in recorder.calls[-3:]]
     assert found == [("checkpoint", 4), ("validation", 4), ("end", fitted.validation)]
     assert fitted.validation.mse > 0
@@ -285,7 +278,7 @@ def test_a_callback_of_a_validation_stops_the_run(images):
         def on_validation(self, step, validation):
             return True
 
-    fitted = fit(images, callbacks=[Enough()], checkpoint_every=3, **TINY)
+    fitted = fit(images, callbacks=[Enough()], checkpoint_every=3, **FIT)
     assert [record["step"] for record in fitted.history if record["split"] == "valid"] == [3]
     assert fitted.validation.mse == fitted.history[-1]["mse"]
 
@@ -296,14 +289,14 @@ def test_a_callbacks_exception_passes_and_the_steps_are_kept(images, tmp_path):
             raise KeyError("of the user's")
 
     with pytest.raises(KeyError, match="of the user's"):
-        fit(images, callbacks=[Broken()], out=tmp_path / "run", **TINY)
+        fit(images, callbacks=[Broken()], out=tmp_path / "run", **FIT)
     assert [path.stem for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     BetaVAE.from_pretrained(tmp_path / "run")
-    fit(images, **TINY)  # nothing is left locked
+    fit(images, **FIT)  # nothing is left locked
 
 
 def test_epochs_replace_the_steps_of_a_preset(images):
-    options = {name: value for name, value in TINY.items() if name != "max_steps"}
+    options = {name: value for name, value in FIT.items() if name != "max_steps"}
     fitted = fit(images, "small", epochs=2, **options)
     assert fitted.config.training.max_steps is None
     assert fitted.history[-1]["step"] == 2 * 4  # 36 images in batches of 8
@@ -311,7 +304,7 @@ def test_epochs_replace_the_steps_of_a_preset(images):
 
 def test_a_loss_of_ours_learns_m_over_n_from_the_model(images):
     loss = BetaLoss(2.0, activation="tanh")
-    fit(images, loss=loss, **TINY)
+    fit(images, loss=loss, **FIT)
     assert loss.kl_weight == 3 / SIDE**2
 
 
@@ -327,7 +320,7 @@ def test_the_parameters_of_a_loss_are_trained(images):
             return terms._replace(loss=loss)
 
     loss = Weighted()
-    fit(images, loss=loss, lr=1e-2, **TINY)
+    fit(images, loss=loss, lr=1e-2, **FIT)
     assert loss.log_variance != 0
 
 
@@ -360,7 +353,7 @@ def test_the_parameters_of_a_loss_are_trained(images):
 )
 def test_images_that_cannot_be_used(given, message):
     with pytest.raises(UsageError, match=message):
-        fit(given, **TINY)
+        fit(given, **FIT)
 
 
 @pytest.mark.parametrize(
@@ -387,13 +380,13 @@ def test_images_that_cannot_be_used(given, message):
 )
 def test_options_that_cannot_be_used(images, options, message):
     with pytest.raises(UsageError, match=message):
-        fit(images, **{**TINY, **options})
+        fit(images, **{**FIT, **options})
 
 
 def test_fit_inside_fit(images):
     class Inner:
         def on_log(self, step, values):
-            fit(images, **TINY)
+            fit(images, **FIT)
 
     with pytest.raises(UsageError, match="fit is already running in this process"):
-        fit(images, callbacks=[Inner()], **TINY)
+        fit(images, callbacks=[Inner()], **FIT)

@@ -10,19 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import FIT
 
 from bvae import BetaVAE, fit
 from bvae.plots import progress_pictures, traverse
 from bvae.training.monitor import peak_memory
-
-TINY = {
-    "hidden_dims": (4, 8),
-    "latent_dim": 3,
-    "batch_size": 8,
-    "max_steps": 6,
-    "log_every": 2,
-    "device": "cpu",
-}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def events(out):
 
 
 def test_every_validation_shows_the_same_images_and_what_latents_do(images, tmp_path):
-    fitted = fit(images, out=tmp_path / "run", checkpoint_every=3, **TINY)
+    fitted = fit(images, out=tmp_path / "run", checkpoint_every=3, **FIT)
     found = events(tmp_path / "run")
     assert set(found.Tags()["images"]) == {"valid/reconstructions", "valid/traversals"}
     first, last = found.Images("valid/reconstructions")
@@ -70,7 +62,7 @@ def test_the_latents_of_the_highest_kl_are_shown_and_the_model_keeps_its_mode():
 
 
 def test_pictures_change_no_bit_of_the_run(images, tmp_path):
-    options = {**TINY, "checkpoint_every": 2}
+    options = {**FIT, "checkpoint_every": 2}
     shown, none = fit(images, out=tmp_path / "run", **options), fit(images, **options)
     assert shown.history == none.history
     assert torch.equal(shown.model.head.weight, none.model.head.weight)
@@ -83,7 +75,7 @@ def test_memory_and_throughput_are_in_the_log_and_reach_callbacks(images, tmp_pa
         def on_log(self, step, values):
             seen.append(values)
 
-    fit(images, out=tmp_path / "run", callbacks=[Watch()], **TINY)
+    fit(images, out=tmp_path / "run", callbacks=[Watch()], **FIT)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if record["split"] == "train"]
     for record, values in zip(records, seen, strict=True):

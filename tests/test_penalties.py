@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import MEASURED, NETWORK
+from tiny import FIT, MEASURED, NETWORK
 from torch import nn
 
 from bvae import BetaLoss, BetaVAE, config, fit, ops, reference
@@ -19,15 +19,7 @@ from bvae.train import main
 from bvae.training.setup import build_loss, build_penalty
 from bvae.training.step import TrainingStep
 
-TINY = {
-    "hidden_dims": (4, 8),
-    "latent_dim": 3,
-    "batch_size": 8,
-    "max_steps": 4,
-    "log_every": 1,
-    "device": "cpu",
-    "compile": False,
-}
+TINY = {**FIT, "max_steps": 4, "log_every": 1, "compile": False}
 LOSSES = ["TC", "Factor", "DIP-I", "DIP-II"]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from documents import snippet
-from tiny import NETWORK
+from tiny import FIT, NETWORK
 
 import bvae
 from bvae import fit
@@ -24,14 +24,6 @@ from bvae.training import run as training_run
 from bvae.training import step as training_step
 from bvae.training.trackers import TRACKERS, MlflowTracker, WandbTracker
 
-TINY = {
-    "hidden_dims": (4, 8),
-    "latent_dim": 3,
-    "batch_size": 8,
-    "max_steps": 6,
-    "log_every": 2,
-    "device": "cpu",
-}
 COMMAND = [*NETWORK, "--no-compile", *("--log-every", "2", "--checkpoint-every", "4", "--max-steps", "10")]
 SERVICES = list(TRACKERS)
 
@@ -45,7 +37,7 @@ def images():
 @pytest.fixture(scope="module")
 def history_alone(images):
     """The log of the run without a tracker."""
-    return fit(images, **TINY).history
+    return fit(images, **FIT).history
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +136,7 @@ def service(name, monkeypatch):
 # --- fit --------------------------------------------------------------------------------------------------
 def test_a_run_is_sent(images, tmp_path, name, service):
     out = tmp_path / "mine"
-    fitted = fit(images, out=out, callbacks=[TRACKERS[name]()], checkpoint_every=3, **TINY)
+    fitted = fit(images, out=out, callbacks=[TRACKERS[name]()], checkpoint_every=3, **FIT)
     (start,) = service.starts
     assert start["name"] == "mine"
     assert start["config"]["training.batch_size"] == 8
@@ -168,7 +160,7 @@ def test_a_run_is_sent(images, tmp_path, name, service):
 
 def test_without_a_folder_nothing_is_written(images, tmp_path, monkeypatch, name, service):
     monkeypatch.chdir(tmp_path)
-    fit(images, callbacks=[TRACKERS[name]()], **TINY)
+    fit(images, callbacks=[TRACKERS[name]()], **FIT)
     assert service.steps("train/loss") == [2, 4, 6]
     assert (service.pictures, service.ends) == ([], ["FINISHED"])
     assert list(tmp_path.iterdir()) == []
@@ -179,7 +171,7 @@ def test_a_failure_of_the_service_is_one_line(
     images, tmp_path, name, service, function, capsys, history_alone
 ):
     service.failing = function
-    tracked = fit(images, out=tmp_path / "run", callbacks=[TRACKERS[name]()], **TINY)
+    tracked = fit(images, out=tmp_path / "run", callbacks=[TRACKERS[name]()], **FIT)
     lines = [line for line in capsys.readouterr().err.splitlines() if name in line]
     assert lines == [f"{name}: ConnectionError: no route to host: training continues without it"]
     assert tracked.history == history_alone
@@ -199,10 +191,10 @@ def test_options_reach_the_service(images, monkeypatch):
     service = Service()
     monkeypatch.setitem(sys.modules, "wandb", WandbStub(service))
     monkeypatch.setenv("WANDB_PROJECT", "faces")
-    fit(images, callbacks=[WandbTracker(tags=["a"])], **TINY)
-    fit(images, callbacks=[WandbTracker(project="given")], **TINY)
+    fit(images, callbacks=[WandbTracker(tags=["a"])], **FIT)
+    fit(images, callbacks=[WandbTracker(project="given")], **FIT)
     monkeypatch.delenv("WANDB_PROJECT")
-    fit(images, callbacks=[WandbTracker()], **TINY)
+    fit(images, callbacks=[WandbTracker()], **FIT)
     assert [start["project"] for start in service.starts] == ["faces", "given", "bvae"]
     assert service.starts[0]["tags"] == ["a"]
 
@@ -211,7 +203,7 @@ def test_the_documents_snippet(images, tmp_path, monkeypatch):
     service = Service()
     monkeypatch.setitem(sys.modules, "wandb", WandbStub(service))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bvae, "fit", partial(fit, **TINY))
+    monkeypatch.setattr(bvae, "fit", partial(fit, **FIT))
     exec(snippet("fit-tracker"), {"bvae": bvae, "images": images})
     (start,) = service.starts
     assert (start["project"], start["tags"], start["name"]) == ("faces", ["first"], "mine")
@@ -350,7 +342,7 @@ def test_mlflow_in_a_local_store(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     out = tmp_path / "run"
-    fitted = fit(images, out=out, callbacks=[MlflowTracker()], checkpoint_every=3, **TINY)
+    fitted = fit(images, out=out, callbacks=[MlflowTracker()], checkpoint_every=3, **FIT)
     client, run_id = mlflow.MlflowClient(), (out / "mlflow_id.txt").read_text().strip()
     losses = {r["step"]: r["loss"] for r in fitted.history if r["split"] == "train"}
     curve = client.get_metric_history(run_id, "train/loss")
