@@ -78,7 +78,7 @@ def save_traversal(images: Tensor, labels: Sequence[str], values: Tensor, path: 
     A PNG shows the first of the N images under the values, a GIF all of them.
     """
     if path.suffix.lower() == ".png":
-        columns = [f"{round(value, 2):g}" for value in values.tolist()]
+        columns = [f"{round(value, 2) + 0.0:g}" for value in values.tolist()]  # + 0.0: no -0
         files.write_image(path, grid(list(images[:, :, 0]), labels, columns))
         return
     times = [*range(images.shape[1]), *range(images.shape[1] - 2, 0, -1)]

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from bvae import plots
 from bvae.evaluation import pictures
 from bvae.images import read_image
 from bvae.model import BetaVAE
-from bvae.plots import HEADER, LABEL, MARGIN, most_visible, traverse
+from bvae.plots import HEADER, LABEL, MARGIN, most_visible, save_traversal, traverse
 from bvae.traverse import main
 
 SIDE = 32
@@ -64,6 +65,16 @@ def test_png_of_chosen_latents(run, tmp_path, capsys):
     for step in range(4):
         assert np.abs(cell(picture, 0, step) - expected[step].numpy()).max() <= 1
         assert np.array_equal(cell(picture, 1, step), cell(picture, 1, 0))  # latent 1 does nothing
+
+
+def test_the_columns_name_the_values(tmp_path, monkeypatch):
+    """The middle of -3 to 3 is not quite 0 in float32, and below it."""
+    named: list[list[str]] = []
+    drawn = plots.grid
+    monkeypatch.setattr(plots, "grid", lambda *parts: named.append(parts[2]) or drawn(*parts))
+    images = torch.zeros(1, 11, 1, 32, 32, 3, dtype=torch.uint8)
+    save_traversal(images, ["a"], torch.linspace(-3, 3, 11), tmp_path / "walk.png")
+    assert named == [["-3", "-2.4", "-1.8", "-1.2", "-0.6", "0", "0.6", "1.2", "1.8", "2.4", "3"]]
 
 
 def test_gif_goes_there_and_back(run, tmp_path):

@@ -44,7 +44,7 @@ def _draw(rows: NDArray[np.float64]) -> bytes:
     from matplotlib.figure import Figure  # takes a second
 
     steps, kl, capacity, *per_latent = rows.T
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     above.plot(steps, kl, color="black", label="KL")
     if np.nanmax(capacity, initial=0) > 0:
@@ -58,7 +58,7 @@ def _draw(rows: NDArray[np.float64]) -> bytes:
     above.set(ylabel="KL, nats per image")
     below.set(ylabel="KL per latent, nats per image", xlabel="step", ylim=(0, None))
     above.legend(loc="upper left")
-    below.legend(loc="upper left", fontsize="small", ncols=2, title="nats at the end")
+    below.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", title="nats at the end")
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
