@@ -19,7 +19,8 @@ SCRIPT = FOLDER / "train.slurm"
 # Each writes down how it was called. srun runs its command, as SLURM does on every node.
 STAND_INS = {
     "srun": 'echo "srun $*" >> calls; exec "$@"',
-    "scontrol": 'echo "scontrol $*" >> calls; if [ "$1" = show ]; then printf "node1\\nnode2\\n"; fi',
+    # A reader that leaves after the first node would end it by SIGPIPE.
+    "scontrol": 'echo "scontrol $*" >> calls; if [ "$1" = show ]; then echo node1; sleep 0.1; echo node2; fi',
     "python": 'printf "%s\\n" "$@" > arguments; trap "echo stopped >> calls; exit 1" TERM; '
     "echo started >> calls; for _ in $(seq $SLEEP); do sleep 0.05; done; exit $STATUS",
 }
