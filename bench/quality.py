@@ -21,6 +21,7 @@ from bvae.pipelines.loader import Loader
 from bvae.training.distributed import Distributed
 from bvae.training.schedule import lr_factor
 from bvae.training.setup import OpenData, build_loss, prepare, switches
+from bvae.training.step import autocast_dtype
 from bvae.training.validation import Validation, validate
 
 POINTS = 8  # validations on the way
@@ -54,7 +55,7 @@ def train_baseline(
     """Train PyTorch-VAE's network by its step, with the configuration's objective, rate and schedule.
 
     Args:
-        tuned: with channels_last and fused Adam.
+        tuned: with channels_last and fused Adam, and in the precision of the configuration.
     """
     with switches(config.training, device):
         data = open_data(config, config.training.batch_size, device, Distributed())
@@ -73,6 +74,7 @@ def train_baseline(
             lr=training.lr,
             channels_last=tuned,
             fused=tuned or None,
+            dtype=autocast_dtype(device, training.amp)[0] if tuned else None,
         )
         total, per_epoch = training.steps(len(data.train)), len(data.train)
 

@@ -5,7 +5,8 @@ meets the target ends its time. On the drawn faces the target is an explained va
 most 28.5 nats; the recipes are
 
     PyTorch-VAE           its step, and its YAML's recipe: batch 144, Adam 5e-4, 0.95 per epoch, gamma 10
-    PyTorch-VAE, tuned    the best rate and schedule that we found for it, channels_last, fused Adam
+    PyTorch-VAE, tuned    the best rate and schedule that we found for it, channels_last, fused Adam, and
+                          bfloat16 if the device has it
     ours, Adam            the tuned recipe in our step
     ours                  the preset faces_cpu, stopped at the target
 

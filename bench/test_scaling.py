@@ -1,7 +1,7 @@
 """Images per second over the batch, the image's size and the number of latents: PyTorch-VAE's step, and ours.
 
 One of the three varies at a time. The others are those of PyTorch-VAE's network in mixed precision on a GPU,
-and of the preset faces_cpu, in float32 and eager mode with Adam, on a CPU. On a GPU each point takes some
+and of the network of faces_cpu, in float32 and eager mode with Adam, on a CPU. On a GPU each point takes some
 50 s, mostly to compile the step: with these few points the file takes less than ten minutes.
 """
 
