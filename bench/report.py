@@ -188,7 +188,14 @@ def _headline(result: Result, brief: bool) -> str:
     elif result["group"] != "step":
         first, *peers = [name for name in others if not name.startswith("ours")]
         others = [first, *sorted(peers, key=lambda name: timings[name]["seconds"][0])[:1]]
-    return "<br>".join([cell, *(f"{times(timings[name]['ratio'])} as fast as {name}" for name in others)])
+    return "<br>".join([cell, *(_comparison(result, name) for name in others)])
+
+
+def _comparison(result: Result, name: str) -> str:
+    text = f"{times(result['timings'][name]['ratio'])} as fast as {name}"
+    if not (missed := result["facts"].get("missed", {}).get(name)):
+        return text
+    return f"at least {text}, which missed the target in {missed} of {result['rounds']} runs"
 
 
 def headline_table(records: Sequence[Record], *, brief: bool) -> str:

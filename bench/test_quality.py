@@ -53,7 +53,7 @@ def measure(
     name: str,
     recipes: dict[str, Callable[[int], list[Point]]],
     value: Callable[[Point], float],
-    is_end: Callable[[Point], bool] = lambda point: False,
+    is_end: Callable[[Point], bool] | None = None,
     bars: Iterable[Bar] = (),
     **facts: Any,
 ) -> dict[str, list[Point]]:
@@ -62,7 +62,7 @@ def measure(
     Args:
         recipes: functions of the seed; the first is what people use today.
         value: the quality that the curves show.
-        is_end: whether a point ends the time; the last one does in any case.
+        is_end: whether a point meets the target and ends the time; the last one ends it in any case.
     """
     runs: dict[str, list[list[Point]]] = {key: [] for key in recipes}
     turns = list(recipes)
@@ -74,6 +74,8 @@ def measure(
         turns.reverse()
     ends = {key: [_end(points, is_end) for points in every] for key, every in runs.items()}
     seconds = {key: [point.seconds for point in every] for key, every in ends.items()}
+    if is_end:
+        facts["missed"] = {key: sum(not is_end(point) for point in every) for key, every in ends.items()}
     timings = {
         key: Timing(spread(times), None, paired(times, seconds["ours"])) for key, times in seconds.items()
     }
@@ -101,8 +103,8 @@ def measure(
     return ends
 
 
-def _end(points: list[Point], is_end: Callable[[Point], bool]) -> Point:
-    return next((point for point in points if is_end(point)), points[-1])
+def _end(points: list[Point], is_end: Callable[[Point], bool] | None) -> Point:
+    return next((point for point in points if is_end and is_end(point)), points[-1])
 
 
 def test_faces(device: torch.device, record: Record, request: pytest.FixtureRequest, tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def test_faces(device: torch.device, record: Record, request: pytest.FixtureRequ
 
         return run
 
-    tuned = {"optimizer": "adam", "lr": 4e-3, "schedule": "linear", "warmup": 20, "max_steps": 1300}
+    tuned = {"optimizer": "adam", "lr": 4e-3, "schedule": "linear", "warmup": 20, "max_steps": 1800}
     gamma = preset.objective.gamma  # 1: the tuned recipe explains 0.13 more with it than with 10
     recipes = {
         "PyTorch-VAE": of(train_baseline, gamma=10, **STOCK, max_steps=1800),
@@ -147,11 +149,11 @@ def test_faces(device: torch.device, record: Record, request: pytest.FixtureRequ
         unit="explained variance",
         target=TARGET,
     )
-    for name, points in ends.items():
-        for point in points if not quick else ():  # the stock recipe may miss it
-            validation = point.validation
-            text = f"{name}: explained variance {validation.explained_variance:.3f}, KL {validation.kld:.2f}"
-            assert name == "PyTorch-VAE" or meets_target(point), text
+    for point in ends["ours"] if not quick else ():  # Adam may miss it; the record says how often
+        validation = point.validation
+        assert meets_target(point), (
+            f"explained variance {validation.explained_variance:.3f}, KL {validation.kld:.2f}"
+        )
 
 
 def test_sprites(
