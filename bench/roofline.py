@@ -2,6 +2,7 @@
 
     python -m bench.roofline                                    PyTorch-VAE's network, and the records
     python -m bench.roofline --latent-dim 10 --hidden-dims 32 64 --image-size 128 --batch 64 --itemsize 4
+    python -m bench.roofline --arch locatello --channels 1 --latent-dim 10 --batch 64
 
 Arithmetic is counted by running the model on meta tensors. Memory traffic is counted in passes over each
 tensor; weights and Adam count once per step. Two floors:
@@ -105,7 +106,7 @@ def cost(config: dict[str, Any], itemsize: int = 2) -> Cost:
         passes = read + written + (0 if first else written + read) + written + read
         fused += passes * itemsize
         # forward: read, write; gradient and output read once for both gradients, the input's written
-        normed = not isinstance(module, nn.Linear) and position + 1 < len(layers)
+        normed = position + 1 < len(layers) and isinstance(layers[position + 1][0], nn.BatchNorm2d)
         ideal += itemsize * (
             read + written + written + (written if normed else 0) + read + (0 if first else read)
         )
@@ -157,14 +158,17 @@ def main(
     channels: int = 3,
     batch: int = 144,
     itemsize: int = 2,
+    arch: str = "pytorch-vae",
 ) -> None:
     """Print a configuration's costs, and each newest record's share of its floors.
 
     Args:
         batch: images per step, which share the weights' traffic and the launches.
         itemsize: bytes of an activation: 2 in mixed precision, 4 in float32.
+        arch: of the network, as for `bvae.train`.
     """
     config = {
+        "arch": arch,
         "in_channels": channels,
         "latent_dim": latent_dim,
         "hidden_dims": hidden_dims,

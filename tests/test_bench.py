@@ -161,6 +161,12 @@ def test_the_floor_of_another_network():
     assert cost.seconds(1, 1e30, 1e9) == cost.flop / 1e9
 
 
+@pytest.mark.parametrize("arch", ["pytorch-vae", "locatello", "burgess", "higgins-fc"])
+def test_the_ideal_floor_is_the_lower_one(arch: str):
+    cost = roofline.cost({"arch": arch, "in_channels": 1, "latent_dim": 10})
+    assert cost.ideal_bytes <= cost.fused_bytes
+
+
 def timing(seconds, ratio, **more):
     return racing.Timing((seconds, 0.9 * seconds, 1.1 * seconds), 12.0, ratio, **more)
 
