@@ -44,7 +44,9 @@ def _layers(device: torch.device, batch: int) -> dict[str, TrainingConfig]:
     in_float32 = replace(all_layers, amp=False)
     if dtype_name(device, amp=True) != "float32":
         variants["ours, no amp"] = in_float32
-    if not GPU:  # bfloat16 has no layers in C++
+        if not GPU:
+            variants["ours, no C++"] = replace(all_layers, fused=False)
+    if not GPU:
         variants["ours, float32, no C++"] = replace(in_float32, fused=False)
         variants["ours, float32, no compile"] = replace(in_float32, compile=False)
     return variants
@@ -101,6 +103,7 @@ def test_step_of_the_cpu_preset(device: torch.device, race: Callable[..., Any], 
     in_float32 = replace(preset, amp=False)
     if dtype_name(device, preset.amp) != "float32":
         contenders["ours, no amp"] = ours(SMALL, images, tmp_path, in_float32)
+        contenders["ours, no C++"] = ours(SMALL, images, tmp_path, replace(preset, fused=False))
     contenders["ours, float32, no C++"] = ours(SMALL, images, tmp_path, replace(in_float32, fused=False))
     muon = ours(SMALL, images, tmp_path, replace(preset, optimizer="muon"))
     race(

@@ -170,7 +170,7 @@ class TrainingConfig:
     capture: bool = True
     """On a GPU: the whole step as one CUDA graph."""
     fused: bool = True
-    """On a GPU: the Triton kernels for sample, KL and loss; on a CPU in float32: the layers in C++. PyTorch's
+    """On a GPU: the Triton kernels for sample, KL and loss; on a CPU: the layers in C++. PyTorch's
     operations otherwise."""
     deterministic: bool = False
     """On a GPU: only operations that give the same bits each time, which are slower. A CPU always does so."""

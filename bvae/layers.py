@@ -104,7 +104,7 @@ class BatchNormLeakyReLU(nn.BatchNorm2d):
                 eps=self.eps,
                 negative_slope=self.negative_slope,
             )
-        if self.training and batch_norm.takes(x):
+        if self.training and batch_norm.takes(x, self.weight):
             assert self.running_mean is not None
             assert self.running_var is not None
             y, mean, var = batch_norm.batch_norm_leaky_relu(

@@ -73,8 +73,8 @@ def results(function, tensors, grad):
 
 
 def check(ours, plain, tensors, shape):
-    """`ours` against `plain` in float64, with the error of `plain` in float32 as the measure."""
-    grad = images(*shape, seed=1)
+    """`ours` against `plain` in float64, with the error of `plain` in their own dtype as the measure."""
+    grad = images(*shape, seed=1).to(tensors[0].dtype)
     exact = results(plain, [tensor.double() for tensor in tensors], grad.double())
     for number, (a, b, c) in enumerate(
         zip(results(ours, tensors, grad), results(plain, tensors, grad), exact, strict=True)
@@ -97,19 +97,36 @@ def test_the_convolution_to_an_image_is_as_exact_as_pytorchs(cpp, out, batch, he
     )
 
 
-@pytest.mark.parametrize("channels", WIDTHS)
+@pytest.mark.parametrize("channels", [*WIDTHS, 300])
+@pytest.mark.parametrize("dtype", batch_norm.DTYPES)
 @pytest.mark.parametrize("shift", [0.0, 300.0], ids=["", "large mean"])
 @pytest.mark.parametrize(("batch", "height", "width"), [(2, 2, 1), (1, 5, 7), (3, 16, 9), (2, 33, 64)])
-def test_batch_norm_is_as_exact_as_pytorchs(cpp, batch, height, width, shift, channels):
+def test_batch_norm_is_as_exact_as_pytorchs(cpp, batch, height, width, shift, dtype, channels):
     x = images(batch, channels, height, width, shift=shift)
     weight, bias = images(2, channels, 1, 1, seed=2).flatten(1)
-    assert batch_norm.takes(x)
+    x = x.to(dtype)
+    assert batch_norm.takes(x, weight)
     check(
         lambda *t: batch_norm.batch_norm_leaky_relu(*t, 1e-5, 0.01)[0],
         lambda x, w, b: F.leaky_relu(F.batch_norm(x, None, None, w, b, True, 0.1, 1e-5), 0.01),
         [x, weight, bias],
         x.shape,
     )
+
+
+def test_bfloat16_is_float32_rounded_as_by_torch(cpp):
+    """Bit for bit, with NaN: only loads and stores differ."""
+    x, grad = (images(3, 5, 16, 9, seed=seed).bfloat16() for seed in (0, 1))
+    x[2, 1, 3, 3] = math.nan
+    y, factors, mean, variance = batch_norm.forward(x, torch.ones(5), torch.zeros(5), 1e-5, 0.01)
+    wide = batch_norm.forward(x.float(), torch.ones(5), torch.zeros(5), 1e-5, 0.01)
+    gradients = batch_norm.backward(grad, x, factors, mean, 0.01)
+    wide_gradients = batch_norm.backward(grad.float(), x.float(), factors, mean, 0.01)
+    for narrow, rounded in ((y, wide[0].bfloat16()), (gradients[0], wide_gradients[0].bfloat16())):
+        assert narrow.dtype == torch.bfloat16
+        torch.testing.assert_close(narrow, rounded, rtol=0, atol=0, equal_nan=True)
+    for a, b in zip((factors, mean, variance, *gradients[1:]), (*wide[1:], *wide_gradients[1:]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -186,6 +203,7 @@ def test_equal_inputs_give_equal_bits(cpp, name):
 OTHER = {
     "contiguous": (lambda layer: layer, lambda x: x.contiguous()),
     "float64": (lambda layer: layer.double(), lambda x: x.double()),
+    "bfloat16": (lambda layer: layer.bfloat16(), lambda x: x.bfloat16()),
     "evaluation": (lambda layer: layer.eval(), lambda x: x),
 }
 
@@ -202,11 +220,33 @@ def test_other_inputs_get_pytorchs_bits(on, name, kind, monkeypatch):
     assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_autocast_goes_to_pytorch(on, name):
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "norm"])
+def test_convolutions_under_autocast_go_to_pytorch(on, name):
     layer, x = layer_and_input(name)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == (torch.float32 if name == "norm" else torch.bfloat16)
+        assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_batch_norm_under_autocast_is_pytorchs(on, value, monkeypatch):
+    """Also its running statistics, and NaN where PyTorch has NaN."""
+    x = images(3, 5, 7, 7).bfloat16()
+    if value is not None:
+        x[1, 2, 3, 3] = value
+    layers = [BatchNormLeakyReLU(5), BatchNormLeakyReLU(5)]
+    outputs = []
+    for layer, enabled in zip(layers, (True, False), strict=True):
+        monkeypatch.setattr(launch, "ENABLED", enabled)
+        assert batch_norm.takes(x, layer.weight) == enabled
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        (y.float() ** 2).sum().backward()
+        outputs.append([y, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
+    assert outputs[0][0].dtype == torch.bfloat16
+    for ours, plain in zip(*outputs, strict=True):
+        assert ours.dtype == plain.dtype
+        assert same_places(ours, plain)
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -265,9 +305,12 @@ def test_the_operators_pass_opcheck(on):
     x, weight, bias = images(2, 5, 4, 3), images(3, 5, 3, 3), torch.randn(3)
     torch.library.opcheck(convolution.convolution, (x, weight, bias))
     torch.library.opcheck(convolution.weight_gradient, (images(2, 3, 4, 3), x))
-    torch.library.opcheck(batch_norm.forward, (x, torch.ones(5), torch.zeros(5), 1e-5, 0.01))
-    _, factors, mean, _ = batch_norm.forward(x, torch.ones(5), torch.zeros(5), 1e-5, 0.01)
-    torch.library.opcheck(batch_norm.backward, (images(2, 5, 4, 3), x, factors, mean, 0.01))
+    for dtype in batch_norm.DTYPES:
+        arguments = (x.to(dtype), torch.ones(5), torch.zeros(5), 1e-5, 0.01)
+        torch.library.opcheck(batch_norm.forward, arguments)
+        _, factors, mean, _ = batch_norm.forward(*arguments)
+        grad = images(2, 5, 4, 3).to(dtype)
+        torch.library.opcheck(batch_norm.backward, (grad, x.to(dtype), factors, mean, 0.01))
 
 
 # --- The build --------------------------------------------------------------------------------------------

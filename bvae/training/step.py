@@ -101,8 +101,8 @@ INDUCTOR: dict[str, Any] = {
 
 
 def load_cpu_layers(training: TrainingConfig, device: torch.device) -> CDLL | None:
-    """The C++ layers for a run in float32 on a CPU; if they cannot be built, one line says why."""
-    if device.type != "cpu" or not training.fused or autocast_dtype(device, training.amp)[0] is not None:
+    """The C++ layers for a run on a CPU; if they cannot be built, one line says why."""
+    if device.type != "cpu" or not training.fused:
         return None
     try:
         return library.load()

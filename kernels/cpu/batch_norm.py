@@ -19,10 +19,13 @@ from torch import Tensor
 from bvae.kernels.cpu import library
 from bvae.kernels.cpu.library import pointer, rows
 
+DTYPES = (torch.float32, torch.bfloat16)  # of x and y; bfloat16 under autocast, whose weights are float32
 
-def takes(x: Tensor) -> bool:
+
+def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether `batch_norm_leaky_relu` computes this; one pixel has no variance, which PyTorch refuses."""
-    return library.loaded is not None and x.numel() > x.shape[1] and library.takes(x)
+    dtypes = x.dtype in DTYPES and weight.dtype == torch.float32
+    return dtypes and x.numel() > x.shape[1] and library.takes(x)
 
 
 def batch_norm_leaky_relu(
@@ -62,12 +65,12 @@ def forward(
     assert library.loaded
     data, factor, offset = rows(x), weight.contiguous(), bias.contiguous()
     channels = x.shape[1]
-    y, factors = torch.empty_like(data), x.new_empty(4, channels)
-    mean, variance = x.new_empty(channels), x.new_empty(channels)
+    y, factors = torch.empty_like(data), weight.new_empty(4, channels)
+    mean, variance = weight.new_empty(channels), weight.new_empty(channels)
     library.loaded.bvae_batch_norm(
         *(pointer(tensor) for tensor in (data, factor, offset, y, factors, mean, variance)),
         *(c_int64(x.numel() // channels), c_int64(channels)),
-        *(c_double(eps), c_float(slope), c_int(torch.get_num_threads())),
+        *(c_double(eps), c_float(slope), c_int(x.dtype == torch.bfloat16), c_int(torch.get_num_threads())),
     )
     return y.permute(0, 3, 1, 2), factors, mean, variance
 
@@ -77,7 +80,7 @@ def _(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, channels = torch.empty_like(rows(x)).permute(0, 3, 1, 2), x.shape[1]
-    return y, x.new_empty(4, channels), x.new_empty(channels), x.new_empty(channels)
+    return y, weight.new_empty(4, channels), weight.new_empty(channels), weight.new_empty(channels)
 
 
 @torch.library.custom_op("bvae::cpu_batch_norm_leaky_relu_backward", mutates_args=())
@@ -88,11 +91,15 @@ def backward(
     assert library.loaded
     gradient, data = rows(grad), rows(x)
     channels = x.shape[1]
-    grad_x, grad_weight, grad_bias = torch.empty_like(data), x.new_empty(channels), x.new_empty(channels)
+    grad_x, grad_weight, grad_bias = (
+        torch.empty_like(data),
+        mean.new_empty(channels),
+        mean.new_empty(channels),
+    )
     library.loaded.bvae_batch_norm_backward(
         *(pointer(tensor) for tensor in (gradient, data, factors, mean, grad_x, grad_weight, grad_bias)),
         *(c_int64(x.numel() // channels), c_int64(channels)),
-        *(c_float(slope), c_int(torch.get_num_threads())),
+        *(c_float(slope), c_int(x.dtype == torch.bfloat16), c_int(torch.get_num_threads())),
     )
     return grad_x.permute(0, 3, 1, 2), grad_weight, grad_bias
 
@@ -100,4 +107,4 @@ def backward(
 @backward.register_fake
 def _(grad: Tensor, x: Tensor, factors: Tensor, mean: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.shape[1]
-    return torch.empty_like(rows(x)).permute(0, 3, 1, 2), x.new_empty(channels), x.new_empty(channels)
+    return torch.empty_like(rows(x)).permute(0, 3, 1, 2), mean.new_empty(channels), mean.new_empty(channels)

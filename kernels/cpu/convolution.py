@@ -25,10 +25,15 @@ FEW = (1, 3)  # channels for which there is C++
 DEEP_PIXELS, DEEP_CHANNELS = 16, 32
 
 
+def _takes(x: Tensor) -> bool:
+    """Whether x is float32 and stays so; oneDNN's convolutions in bfloat16 are fast."""
+    return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and library.takes(x)
+
+
 # --- To few channels --------------------------------------------------------------------------------------
 def takes_few(x: Tensor, weight: Tensor) -> bool:
     """Whether `few` computes this 3 x 3 convolution of stride 1 and padding 1."""
-    return library.loaded is not None and weight.shape[0] in FEW and library.takes(x)
+    return weight.shape[0] in FEW and _takes(x)
 
 
 def few(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -100,7 +105,7 @@ def takes_deep(x: Tensor, weight: Tensor, transposed: bool) -> bool:
     """Whether `deep` computes this 3 x 3 convolution of stride 2 and padding 1 without a bias."""
     sides = x.shape[2:] if transposed else [(side + 1) // 2 for side in x.shape[2:]]
     few_pixels = sides[0] * sides[1] <= DEEP_PIXELS
-    return few_pixels and min(weight.shape[:2]) >= DEEP_CHANNELS and library.takes(x)
+    return few_pixels and min(weight.shape[:2]) >= DEEP_CHANNELS and _takes(x)
 
 
 def deep(x: Tensor, weight: Tensor, transposed: bool, output_padding: int = 0) -> Tensor:

@@ -1,8 +1,9 @@
 // The layers of a convolutional VAE for which PyTorch's own CPU kernels are far from the machine's peak.
 //
-// Tensors are float32 in channels_last: [N, H, W, C] in memory, without gaps. Every sum has a fixed order for a
-// number of threads, so equal inputs give equal bits. Channels are padded to whole vectors where that helps, so
-// any number of them is allowed. kernels/cpu/convolution.py and batch_norm.py hold the formulas and call these.
+// Tensors are float32 in channels_last: [N, H, W, C] in memory, without gaps; BatchNorm's images can be bfloat16.
+// Every sum has a fixed order for a number of threads, so equal inputs give equal bits. Channels are padded to whole
+// vectors where that helps, so any number of them is allowed. kernels/cpu/convolution.py and batch_norm.py hold the
+// formulas and call these.
 
 #include <algorithm>
 #include <cmath>
@@ -195,28 +196,162 @@ void weight_gradient(const float* grad, const float* x, float* grad_weight, int6
 }
 
 // --- BatchNorm and LeakyReLU ---------------------------------------------------------------------------------
-constexpr int64_t PIECE = 16;  // pixels whose sums are float32; the pieces are added in float64
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(BFloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void set(float& to, float value) { to = value; }
+
+// Round to the nearest, to the even one of two; NaN stays NaN.
+inline void set(BFloat16& to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  to.bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+
+// Tensors are worked on in rows of whole pixels, of at least ROW numbers if a pixel has fewer: loops over a few
+// channels would cost more than what they do.
+constexpr int64_t ROW = 256;
+constexpr int64_t PIECE = 16;  // rows whose sums are float32; the pieces are added in float64
+
+inline int64_t row_width(int64_t channels) { return channels * divide_up(ROW, channels); }
+
+// One number per channel, repeated for each pixel of a row.
+std::vector<float> repeated(const float* values, int64_t channels, int64_t width) {
+  std::vector<float> row(width);
+  for (int64_t i = 0; i < width; i++) row[i] = values[i % channels];
+  return row;
+}
 
 inline float leaky(float v, float factor, float slope) { return v > 0 ? factor : factor * slope; }
 
-// Two sums per channel over the pixels, by `add(pixel, a, b)`, which adds a pixel to float32 sums.
+// Call f(first, count) for each row of the part's `numbers`, of which the last one can be shorter.
 template <typename F>
-std::vector<double> two_sums(int64_t pixels, int64_t channels, int threads, F add) {
-  std::vector<double> sums(2 * channels * threads, 0.0);
-  in_parts(threads, divide_up(pixels, PIECE), [&](int part, int64_t first, int64_t last) {
-    double* total = sums.data() + 2 * channels * part;
-    std::vector<float> piece(2 * channels);
+void in_rows(int64_t numbers, int64_t width, int threads, F f) {
+  in_parts(threads, divide_up(numbers, width), [&](int, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) f(row * width, std::min(width, numbers - row * width));
+  });
+}
+
+// Two sums per channel over the pixels, by `add(first, count, a, b)`, which adds a row to float32 sums.
+template <typename F>
+std::vector<double> two_sums(int64_t numbers, int64_t width, int64_t channels, int threads, F add) {
+  std::vector<double> sums(2 * width * threads, 0.0);
+  in_parts(threads, divide_up(numbers, width * PIECE), [&](int part, int64_t first, int64_t last) {
+    double* total = sums.data() + 2 * width * part;
+    std::vector<float> piece(2 * width);
     for (int64_t item = first; item < last; item++) {
       std::fill(piece.begin(), piece.end(), 0.0f);
-      for (int64_t m = item * PIECE; m < std::min((item + 1) * PIECE, pixels); m++)
-        add(m, piece.data(), piece.data() + channels);
-      for (int64_t c = 0; c < 2 * channels; c++) total[c] += piece[c];
+      const int64_t end = std::min((item + 1) * PIECE * width, numbers);
+      for (int64_t i = item * PIECE * width; i < end; i += width)
+        add(i, std::min(width, end - i), piece.data(), piece.data() + width);
+      for (int64_t i = 0; i < 2 * width; i++) total[i] += piece[i];
     }
   });
-  for (int part = 1; part < threads; part++)
-    for (int64_t c = 0; c < 2 * channels; c++) sums[c] += sums[2 * channels * part + c];
-  sums.resize(2 * channels);
-  return sums;
+  std::vector<double> by_channel(2 * channels, 0.0);
+  for (int64_t i = 0; i < 2 * width * threads; i++)
+    by_channel[i / width % 2 * channels + i % width % channels] += sums[i];
+  return by_channel;
+}
+
+// y = leaky_relu((x - mean) * scale + shift) of x [pixels, C], by the statistics of its channels. Writes mean [C],
+// the unbiased variance [C] and factors [4, C]: scale, shift, 1 / sqrt(variance + eps), and what rounding took from
+// mean, which shift contains too.
+template <typename T>
+void batch_norm(const T* x, const float* weight, const float* bias, T* y, float* factors, float* mean,
+                float* variance, int64_t pixels, int64_t channels, double eps, float slope, int threads) {
+  const int64_t numbers = pixels * channels, width = row_width(channels);
+  // Differences from the first pixel: squares of the values themselves would cancel where a mean is large.
+  std::vector<float> pixel(channels);
+  for (int64_t c = 0; c < channels; c++) pixel[c] = to_float(x[c]);
+  const auto origin = repeated(pixel.data(), channels, width);
+  const auto sums = two_sums(numbers, width, channels, threads, [&](int64_t first, int64_t count, float* a, float* b) {
+    const T* from = x + first;
+    const float* o = origin.data();
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+      const float d = to_float(from[i]) - o[i];
+      a[i] += d;
+      b[i] += d * d;
+    }
+  });
+  float *scale = factors, *shift = scale + channels, *inverse = shift + channels, *rest = inverse + channels;
+  for (int64_t c = 0; c < channels; c++) {
+    const double d = sums[c] / pixels, m = pixel[c] + d;
+    double var = sums[channels + c] / pixels - d * d;
+    if (var < 0) var = 0;  // NaN stays
+    const double inv = 1 / std::sqrt(var + eps);
+    mean[c] = m;
+    rest[c] = m - mean[c];
+    scale[c] = weight[c] * inv;
+    shift[c] = bias[c] - rest[c] * weight[c] * inv;
+    inverse[c] = inv;
+    variance[c] = var * pixels / (pixels - 1);
+  }
+  const auto means = repeated(mean, channels, width), scales = repeated(scale, channels, width),
+             shifts = repeated(shift, channels, width);
+  in_rows(numbers, width, threads, [&](int64_t first, int64_t count) {
+    const T* from = x + first;
+    T* to = y + first;
+    const float *m = means.data(), *p = scales.data(), *q = shifts.data();
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+      const float v = (to_float(from[i]) - m[i]) * p[i] + q[i];
+      set(to[i], leaky(v, v, slope));
+    }
+  });
+}
+
+// The gradients of x [pixels, C], weight and bias from y's, with the factors and the mean of the forward pass.
+template <typename T>
+void batch_norm_backward(const T* grad, const T* x, const float* factors, const float* mean, T* grad_x,
+                         float* grad_weight, float* grad_bias, int64_t pixels, int64_t channels, float slope,
+                         int threads) {
+  const int64_t numbers = pixels * channels, width = row_width(channels);
+  const float *inverse = factors + 2 * channels, *rest = inverse + channels;
+  const auto means = repeated(mean, channels, width), scales = repeated(factors, channels, width),
+             shifts = repeated(factors + channels, channels, width);
+  const float *m = means.data(), *scale = scales.data(), *shift = shifts.data();
+  const auto sums = two_sums(numbers, width, channels, threads, [&](int64_t first, int64_t count, float* a, float* b) {
+    const T *from = x + first, *g = grad + first;
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+      const float d = to_float(from[i]) - m[i];
+      const float through = leaky(d * scale[i] + shift[i], to_float(g[i]), slope);
+      a[i] += through;
+      b[i] += through * d;
+    }
+  });
+  std::vector<float> constant(channels), linear(channels);
+  for (int64_t c = 0; c < channels; c++) {
+    const double inv = inverse[c], product = sums[channels + c] - sums[c] * rest[c];
+    grad_bias[c] = sums[c];
+    grad_weight[c] = product * inv;
+    linear[c] = product * inv * inv / pixels;
+    constant[c] = sums[c] / pixels - rest[c] * linear[c];
+  }
+  const auto constants = repeated(constant.data(), channels, width), linears = repeated(linear.data(), channels, width);
+  in_rows(numbers, width, threads, [&](int64_t first, int64_t count) {
+    const T *from = x + first, *g = grad + first;
+    T* to = grad_x + first;
+    const float *p = constants.data(), *q = linears.data();
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+      const float d = to_float(from[i]) - m[i];
+      const float through = leaky(d * scale[i] + shift[i], to_float(g[i]), slope);
+      set(to[i], scale[i] * (through - p[i] - d * q[i]));
+    }
+  });
 }
 
 }  // namespace
@@ -237,81 +372,25 @@ void bvae_weight_gradient(const float* grad, const float* x, float* grad_weight,
                                                        threads);
 }
 
-// y = leaky_relu((x - mean) * scale + shift) of x [pixels, C], by the statistics of its channels. Writes mean [C],
-// the unbiased variance [C] and factors [4, C]: scale, shift, 1 / sqrt(variance + eps), and what rounding took from
-// mean, which shift contains too.
-void bvae_batch_norm(const float* x, const float* weight, const float* bias, float* y, float* factors, float* mean,
-                     float* variance, int64_t pixels, int64_t channels, double eps, float slope, int threads) {
-  // Differences from the first pixel: squares of the values themselves would cancel where a mean is large.
-  const auto sums = two_sums(pixels, channels, threads, [&](int64_t m, float* a, float* b) {
-    const float* row = x + m * channels;
-#pragma omp simd
-    for (int64_t c = 0; c < channels; c++) {
-      const float d = row[c] - x[c];
-      a[c] += d;
-      b[c] += d * d;
-    }
-  });
-  float *scale = factors, *shift = scale + channels, *inverse = shift + channels, *rest = inverse + channels;
-  for (int64_t c = 0; c < channels; c++) {
-    const double d = sums[c] / pixels, m = x[c] + d;
-    double var = sums[channels + c] / pixels - d * d;
-    if (var < 0) var = 0;  // NaN stays
-    const double inv = 1 / std::sqrt(var + eps);
-    mean[c] = m;
-    rest[c] = m - mean[c];
-    scale[c] = weight[c] * inv;
-    shift[c] = bias[c] - rest[c] * weight[c] * inv;
-    inverse[c] = inv;
-    variance[c] = var * pixels / (pixels - 1);
-  }
-  in_parts(threads, pixels, [&](int, int64_t first, int64_t last) {
-    for (int64_t m = first; m < last; m++) {
-      const float* row = x + m * channels;
-      float* to = y + m * channels;
-#pragma omp simd
-      for (int64_t c = 0; c < channels; c++) {
-        const float v = (row[c] - mean[c]) * scale[c] + shift[c];
-        to[c] = leaky(v, v, slope);
-      }
-    }
-  });
+// See batch_norm above. x and y are bfloat16 or float32.
+void bvae_batch_norm(const void* x, const float* weight, const float* bias, void* y, float* factors, float* mean,
+                     float* variance, int64_t pixels, int64_t channels, double eps, float slope, int bfloat16,
+                     int threads) {
+  const auto run = [&](const auto* from, auto* to) {
+    batch_norm(from, weight, bias, to, factors, mean, variance, pixels, channels, eps, slope, threads);
+  };
+  bfloat16 ? run((const BFloat16*)x, (BFloat16*)y) : run((const float*)x, (float*)y);
 }
 
-// The gradients of x [pixels, C], weight and bias from y's, with the factors and the mean of the forward pass.
-void bvae_batch_norm_backward(const float* grad, const float* x, const float* factors, const float* mean,
-                              float* grad_x, float* grad_weight, float* grad_bias, int64_t pixels,
-                              int64_t channels, float slope, int threads) {
-  const float *scale = factors, *shift = scale + channels, *inverse = shift + channels, *rest = inverse + channels;
-  const auto sums = two_sums(pixels, channels, threads, [&](int64_t m, float* a, float* b) {
-    const float *row = x + m * channels, *g = grad + m * channels;
-#pragma omp simd
-    for (int64_t c = 0; c < channels; c++) {
-      const float d = row[c] - mean[c], through = leaky(d * scale[c] + shift[c], g[c], slope);
-      a[c] += through;
-      b[c] += through * d;
-    }
-  });
-  std::vector<float> constant(channels), linear(channels);
-  for (int64_t c = 0; c < channels; c++) {
-    const double inv = inverse[c], product = sums[channels + c] - sums[c] * rest[c];
-    grad_bias[c] = sums[c];
-    grad_weight[c] = product * inv;
-    linear[c] = product * inv * inv / pixels;
-    constant[c] = sums[c] / pixels - rest[c] * linear[c];
-  }
-  in_parts(threads, pixels, [&](int, int64_t first, int64_t last) {
-    const float *p = constant.data(), *q = linear.data();
-    for (int64_t m = first; m < last; m++) {
-      const float *row = x + m * channels, *g = grad + m * channels;
-      float* to = grad_x + m * channels;
-#pragma omp simd
-      for (int64_t c = 0; c < channels; c++) {
-        const float d = row[c] - mean[c], through = leaky(d * scale[c] + shift[c], g[c], slope);
-        to[c] = scale[c] * (through - p[c] - d * q[c]);
-      }
-    }
-  });
+// See batch_norm_backward above. grad, x and grad_x are bfloat16 or float32.
+void bvae_batch_norm_backward(const void* grad, const void* x, const float* factors, const float* mean,
+                              void* grad_x, float* grad_weight, float* grad_bias, int64_t pixels,
+                              int64_t channels, float slope, int bfloat16, int threads) {
+  const auto run = [&](const auto* g, const auto* from, auto* to) {
+    batch_norm_backward(g, from, factors, mean, to, grad_weight, grad_bias, pixels, channels, slope, threads);
+  };
+  bfloat16 ? run((const BFloat16*)grad, (const BFloat16*)x, (BFloat16*)grad_x)
+           : run((const float*)grad, (const float*)x, (float*)grad_x);
 }
 
 }  // extern "C"

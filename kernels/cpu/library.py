@@ -89,19 +89,17 @@ def _build(path: Path, architecture: str) -> None:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether an input [N, C, H, W] is one for the CPU layers: float32 in channels_last on a CPU.
+    """Whether an input [N, C, H, W] is one for the CPU layers, apart from its dtype: channels_last on a CPU.
 
-    Not under autocast, which computes in bfloat16, and not inside `torch.func`'s transforms or forward-mode
-    AD, for which these layers have no rule.
+    Not inside `torch.func`'s transforms or forward-mode AD, for which these layers have no rule.
     """
     return (
-        launch.ENABLED
+        loaded is not None
+        and launch.ENABLED
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
         and x.dim() == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.is_autocast_enabled("cpu")
         and not launch.is_transformed()
     )
 
