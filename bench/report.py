@@ -67,7 +67,8 @@ def _origin(result: Result, record: Record) -> str:
 def _remarks(record: Record) -> str:
     """A remark if the machine did other work before the benchmarks began."""
     load = max(result["load_before"] for result in rows(record))
-    return f" The machine was shared: load {load:.1f} before the first benchmark." if load > BUSY else ""
+    device = record["machine"]["device"]
+    return f" {device}: the machine was shared, load {load:.1f} at the first benchmark." if load > BUSY else ""
 
 
 def _results(record: Record) -> list[Result]:
@@ -205,6 +206,7 @@ def headline_table(records: Sequence[Record], *, brief: bool) -> str:
         brief: only the first measured benchmark of each group, compared with what people use today.
     """
     columns: list[tuple[str, dict[str, str]]] = []  # a head, and the cells by their label
+    groups: dict[str, str] = {}  # of the labels
     for record in sorted(records, key=lambda record: record["machine"]["kind"] != "cpu"):
         shown = [result for result in _results(record) if result["facts"].get("headline")]
         if brief:
@@ -212,8 +214,9 @@ def headline_table(records: Sequence[Record], *, brief: bool) -> str:
             shown = list({result["group"]: result for result in reversed(measured)}.values())[::-1]
         cells = {r["facts"]["headline"]: _headline(r, brief) + _origin(r, record) for r in shown}
         columns.append((_conditions(record), cells))
+        groups |= {result["facts"]["headline"]: result["group"] for result in shown}
     lines = [_row(["", *(head for head, _ in columns)]), "|---" * (len(columns) + 1) + "|"]
-    for label in dict.fromkeys(label for _, cells in columns for label in cells):
+    for label in sorted(groups, key=lambda label: GROUPS.index(groups[label])):
         lines.append(_row([label, *(cells.get(label, "") for _, cells in columns)]))
     remark = "".join(_remarks(record) for record in records)
     return "\n".join(lines) + (f"\n\n{remark.strip()}" if remark else "")
