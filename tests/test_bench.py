@@ -460,7 +460,7 @@ def test_each_device_has_its_own_column():
 
 
 def test_a_busy_machine_is_said_to_be_one():
-    assert "shared: load 1.7" in report.headline_table([{**made(), "load_before": 1.71}], brief=True)
+    assert "shared, load 1.7" in report.headline_table([{**made(), "load_before": 1.71}], brief=True)
 
 
 def test_the_whole_record_as_markdown():
