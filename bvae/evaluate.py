@@ -33,16 +33,20 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 input that cannot be used."""
-    arguments = tyro.cli(
-        Arguments,
-        args=argv,
-        description=__doc__,
-        prog="python -m bvae.evaluate",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    from bvae.evaluation.run_folder import evaluate  # torch takes seconds, which --help need not
 
-    return exit_status(lambda: print(call(lambda o: evaluate(o.run, o.protocol), arguments), end=""))
+    def run() -> None:
+        arguments = tyro.cli(
+            Arguments,
+            args=argv,
+            description=__doc__,
+            prog="python -m bvae.evaluate",
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+        from bvae.evaluation.run_folder import evaluate  # torch takes seconds, which --help need not
+
+        print(call(lambda o: evaluate(o.run, o.protocol), arguments), end="")
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

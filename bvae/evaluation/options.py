@@ -57,7 +57,9 @@ class CompareOptions:
     """Which models, and which factor of their data."""
 
     runs: Annotated[
-        tuple[Path, ...], tyro.conf.arg(name="RUN", metavar="RUN [RUN ...]"), tyro.conf.Positional
+        tuple[Path, ...],
+        tyro.conf.arg(name="RUN", metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
+        tyro.conf.Positional,
     ]
     """Run folders; all models see the same images."""
     factor: str
@@ -130,7 +132,11 @@ class TraverseOptions:
 class ExploreOptions:
     """Which model, or which two, and where to write the page."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="RUN", metavar="RUN [RUN]"), tyro.conf.Positional]
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.arg(name="RUN", metavar="RUN [RUN]", help_behavior_hint="(required)"),
+        tyro.conf.Positional,
+    ]
     """A run folder, or any folder with model.safetensors and config.json; two of them side by side."""
     out: Path | None = None
     """The page to write. None: explorer.html in the folder; for two, explorer-<second>.html in the first."""
@@ -166,7 +172,7 @@ class SampleOptions:
 class ExportOptions:
     """Which model, and what its encoder takes."""
 
-    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.arg(name="RUN", metavar="RUN"), tyro.conf.Positional]
     """A run folder, or any folder of a saved model."""
     images: Literal["uint8", "float"] = "uint8"
     """What the encoder takes: pixels of 0 to 255, or float32 in the model's range, which the files name."""
