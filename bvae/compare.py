@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = tyro.cli(CompareOptions, args=argv, description=__doc__, prog="python -m bvae.compare")
         from bvae.evaluation.comparison import compare  # torch takes seconds, which --help need not
 
+        arguments.register_network()
         print(call(compare, arguments), end="")
 
     return exit_status(run)

@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = tyro.cli(ExploreOptions, args=argv, description=__doc__, prog="python -m bvae.explore")
         from bvae.explorer.runs import explore  # torch takes seconds, which --help need not
 
+        arguments.register_network()
         print(call(explore, arguments))
 
     return exit_status(run)

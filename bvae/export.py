@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = tyro.cli(ExportOptions, args=argv, description=__doc__, prog="python -m bvae.export")
         from bvae.exporting import run as export  # torch takes seconds, which --help need not
 
+        arguments.register_network()
         print(call(export, arguments))
 
     return exit_status(run)

@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = tyro.cli(SampleOptions, args=argv, description=__doc__, prog="python -m bvae.sample")
         from bvae.evaluation.pictures import sample  # torch takes seconds, which --help need not
 
+        arguments.register_network()
         print(call(sample, arguments))
 
     return exit_status(run)

@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = tyro.cli(TraverseOptions, args=argv, description=__doc__, prog="python -m bvae.traverse")
         from bvae.evaluation.pictures import draw  # torch takes seconds, which --help need not
 
+        arguments.register_network()
         print(call(draw, arguments))
 
     return exit_status(run)

@@ -171,6 +171,13 @@ def test_every_command_has_a_typo():
     assert {line.split()[0] for line in TYPOS} == set(commands.COMMANDS)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "sample", "traverse", "explore", "export", "compare"])
+def test_a_command_that_takes_a_run_imports_its_network_first(name, capsys):
+    words = ["RUN", *(["--factor", "x"] if name == "compare" else []), "--import", "no_such_module"]
+    assert importlib.import_module(f"bvae.{name}").main(words) == 2
+    assert capsys.readouterr().err.startswith("error: --import no_such_module: no such module")
+
+
 # --- The command `bvae` -----------------------------------------------------------------------------------
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["bvae", *arguments])
