@@ -275,8 +275,14 @@ def _check_probabilities(name: str, values: Tensor) -> None:
 
 
 def _warn_of_probabilities(logits: Tensor) -> None:
-    """Warn if all values are in [0, 1], where they can be read; logits show it in their first image."""
-    if _can_look(logits) and _within_unit(logits[0])[0] and _within_unit(logits)[0]:
+    """Warn if all values are in [0, 1], where they can be read; logits show it in their first image.
+
+    All logits of an untrained network may lie a little above 0. Its probabilities lie around 0.5.
+    """
+    if not _can_look(logits):
+        return
+    within, _, highest = _within_unit(logits[0])
+    if within and highest > 0.25 and _within_unit(logits)[0]:
         warnings.warn(
             "all values of recon lie in [0, 1], where a bernoulli likelihood expects logits: if they are "
             "probabilities, as after a sigmoid, pass from_logits=False",

@@ -18,10 +18,15 @@ with needs_train_extra(__name__):
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 input that cannot be used."""
-    arguments = tyro.cli(CompareOptions, args=argv, description=__doc__, prog="python -m bvae.compare")
-    from bvae.evaluation.comparison import compare  # torch takes seconds, which --help need not
 
-    return exit_status(lambda: print(call(compare, arguments), end=""))
+    def run() -> None:
+        arguments = tyro.cli(CompareOptions, args=argv, description=__doc__, prog="python -m bvae.compare")
+        from bvae.evaluation.comparison import compare  # torch takes seconds, which --help need not
+
+        arguments.register_network()
+        print(call(compare, arguments), end="")
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bvae.command_line import Parser
+from bvae.errors import exit_status
 
 # Only the standard library is imported above, because any other package may be broken.
 
@@ -372,14 +373,18 @@ def summarise(findings: list[Finding]) -> tuple[bool, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 training can run, perhaps with the options that are named; 1 it cannot."""
-    Parser(prog="python -m bvae.doctor", description=__doc__).parse_args(argv)
-    findings = []
-    for finding in run_checks():
-        findings.append(finding)
-        print(f"{finding.mark}  {finding.name:<17} {finding.text}", flush=True)
-    can_run, line = summarise(findings)
-    print(line)
-    return 0 if can_run else 1
+
+    def run() -> int:
+        Parser(prog="python -m bvae.doctor", description=__doc__).parse_args(argv)
+        findings = []
+        for finding in run_checks():
+            findings.append(finding)
+            print(f"{finding.mark}  {finding.name:<17} {finding.text}", flush=True)
+        can_run, line = summarise(findings)
+        print(line)
+        return 0 if can_run else 1
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from bvae.paths import call
 with needs_train_extra(__name__):
     import tyro
 
-    from bvae.evaluation.options import Protocol
+    from bvae.evaluation.options import OwnNetwork, Protocol
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(OwnNetwork):
     """Which model, and how to measure it."""
 
     run: Annotated[Path, tyro.conf.arg(name="RUN", metavar="RUN"), tyro.conf.Positional]
@@ -33,16 +33,21 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 input that cannot be used."""
-    arguments = tyro.cli(
-        Arguments,
-        args=argv,
-        description=__doc__,
-        prog="python -m bvae.evaluate",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    from bvae.evaluation.run_folder import evaluate  # torch takes seconds, which --help need not
 
-    return exit_status(lambda: print(call(lambda o: evaluate(o.run, o.protocol), arguments), end=""))
+    def run() -> None:
+        arguments = tyro.cli(
+            Arguments,
+            args=argv,
+            description=__doc__,
+            prog="python -m bvae.evaluate",
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+        from bvae.evaluation.run_folder import evaluate  # torch takes seconds, which --help need not
+
+        arguments.register_network()
+        print(call(lambda o: evaluate(o.run, o.protocol), arguments), end="")
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

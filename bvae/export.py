@@ -17,10 +17,15 @@ with needs_train_extra(__name__):
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 input that cannot be used."""
-    arguments = tyro.cli(ExportOptions, args=argv, description=__doc__, prog="python -m bvae.export")
-    from bvae.exporting import run  # torch takes seconds, which --help need not
 
-    return exit_status(lambda: print(call(run, arguments)))
+    def run() -> None:
+        arguments = tyro.cli(ExportOptions, args=argv, description=__doc__, prog="python -m bvae.export")
+        from bvae.exporting import run as export  # torch takes seconds, which --help need not
+
+        arguments.register_network()
+        print(call(export, arguments))
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bvae import __version__, files
-from bvae.architectures import import_module, is_ours
+from bvae.architectures import is_ours
 from bvae.errors import UsageError
 from bvae.evaluation.options import ExportOptions
 from bvae.infogan_model import InfoGAN
@@ -116,8 +116,6 @@ def export(model: BetaVAE, out: Path, images: Literal["uint8", "float"] = "uint8
 
 def run(options: ExportOptions) -> str:
     """The command: load, export, and return the table of what was written."""
-    if options.module:
-        import_module(options.module)
     model = BetaVAE.from_pretrained(options.run, options.which)
     out = options.out or options.run / "export"
     rows = [

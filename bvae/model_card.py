@@ -21,14 +21,21 @@ PICTURES = {
     "reconstructions.png": "Held-out images and their reconstructions.",
     "samples.png": "Samples from the prior.",
 }
+NOT_STATED = "not stated: ask the author of this model"
 # What a user of the model must know of the images. The licences are those of the data's authors.
 LICENCES = {
     "faces": "drawn by bvae's own code (Apache-2.0); no photographs",
+    "celeba": "CelebA, whose agreement allows non-commercial research only",
+    "folder": NOT_STATED,
     "sprites": "drawn by bvae's own code (Apache-2.0), with dSprites' geometry",
     "dsprites": "dSprites, Apache-2.0",
-    "celeba": "CelebA, whose agreement allows non-commercial research only",
+    "rooms": "drawn by bvae's own code (Apache-2.0), with 3D Shapes' factors",
+    "shapes3d": "3D Shapes, Apache-2.0",
+    "mpi3d": "MPI3D, CC BY 4.0",
+    "cars3d": "Cars3D (Reed et al. 2015), which comes without a licence: see its authors' page",
+    "smallnorb": "SmallNORB, provided for research; it cannot be sold",
+    "memory": NOT_STATED,
 }
-NOT_STATED = "not stated: ask the author of this model"
 # Figures of a validation record, in words.
 FIGURES = {
     "mse": "MSE per pixel, pixels in {range}",
@@ -96,9 +103,8 @@ def _loading(model: "BetaVAE", repo_id: str) -> list[str]:
 
 
 def _data(config: "Config | None", data_license: str | None) -> list[str]:
-    name = config.data.name if config else None
-    licence = data_license or LICENCES.get(name or "", NOT_STATED)
-    rows: dict[str, Any] = {"images": name or "not stated", "licence of the images": licence}
+    name, licence = (config.data.name, LICENCES[config.data.name]) if config else ("not stated", NOT_STATED)
+    rows: dict[str, Any] = {"images": name, "licence of the images": data_license or licence}
     if config:
         data = config.data
         rows |= {"crop": data.crop or "default", "image size": data.image_size, "channels": data.channels}

@@ -16,10 +16,15 @@ with needs_train_extra(__name__):
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 input that cannot be used."""
-    arguments = tyro.cli(SampleOptions, args=argv, description=__doc__, prog="python -m bvae.sample")
-    from bvae.evaluation.pictures import sample  # torch takes seconds, which --help need not
 
-    return exit_status(lambda: print(call(sample, arguments)))
+    def run() -> None:
+        arguments = tyro.cli(SampleOptions, args=argv, description=__doc__, prog="python -m bvae.sample")
+        from bvae.evaluation.pictures import sample  # torch takes seconds, which --help need not
+
+        arguments.register_network()
+        print(call(sample, arguments))
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

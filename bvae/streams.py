@@ -21,9 +21,10 @@ def robust() -> Iterator[None]:
     sys.stdout, sys.stderr = (_Robust(stream) for stream in before)  # type: ignore[assignment]
     try:
         yield
-        sys.stdout.flush()
-    finally:
+    finally:  # SystemExit too: Python's own flush would report a reader that is gone
+        stdout = sys.stdout
         sys.stdout, sys.stderr = before
+        stdout.flush()
 
 
 class _Robust:

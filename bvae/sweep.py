@@ -24,10 +24,18 @@ with needs_train_extra(__name__):
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a run failed, 2 input that cannot be used, 130 stopped."""
-    arguments, others = tyro.cli(
-        SweepOptions, args=argv, description=__doc__, prog="python -m bvae.sweep", return_unknown_args=True
-    )
-    from bvae.evaluation.sweeping import sweep  # torch takes seconds, which --help need not
+
+    def run() -> int:
+        arguments, others = tyro.cli(
+            SweepOptions,
+            args=argv,
+            description=__doc__,
+            prog="python -m bvae.sweep",
+            return_unknown_args=True,
+        )
+        from bvae.evaluation.sweeping import sweep  # torch takes seconds, which --help need not
+
+        return call(lambda options: sweep(options, others), arguments)
 
     stops = [signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
@@ -35,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     # They stop the sweep as Ctrl-C does.
     before = [signal.signal(number, signal.default_int_handler) for number in stops]
     try:
-        return exit_status(lambda: call(lambda options: sweep(options, others), arguments))
+        return exit_status(run)
     finally:
         for number, handler in zip(stops, before, strict=True):
             signal.signal(number, handler)

@@ -2,7 +2,9 @@
 
 python examples/own_network.py
 
-The commands know it as well, from this folder: python -m bvae.train --import own_network --arch gelu
+The commands know it as well, from this folder:
+python -m bvae.train --import own_network --arch gelu
+python -m bvae.sample RUN --import own_network
 """
 
 import argparse

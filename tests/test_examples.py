@@ -1,6 +1,8 @@
 """The gallery in examples/ runs."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -65,3 +67,33 @@ def test_own_photos_to_explorer(tmp_path):
     again = run(str(photos), "--max-steps", "3")
     assert again.returncode == 2
     assert "runs/photos exists" in again.stderr.splitlines()[-1]
+
+
+# The network and the sizes of the test.
+SMALL = {
+    "bvae.sweep": "--arch pytorch-vae --hidden-dims 4 8 --max-steps 3 --batch-size 8 --seeds 1 --points 40",
+    "bvae.compare": "--points 40",
+    "bvae.explore": "",
+}
+
+
+@pytest.mark.slow
+def test_beta_on_rooms(tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    page = (ROOT / "examples" / "beta_on_rooms" / "README.md").read_text()
+    (commands,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for line in commands.splitlines():
+        _, _, module, *options = shlex.split(line)
+        command = [sys.executable, "-m", module, *options, *SMALL[module].split()]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "sweep-rooms"
+    rows = (out / "sweep.md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[:2] for row in rows] == [["| 1", "1"], ["| 4", "1"], ["| 16", "1"]]
+    made = (
+        out / "sweep.png",
+        out / "beta-1-seed-0" / "explorer-beta-16-seed-0.html",
+        tmp_path / "compare.png",
+    )
+    assert [path for path in made if not path.is_file()] == []

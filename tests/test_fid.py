@@ -213,7 +213,9 @@ def test_a_file_that_is_missing_or_no_weights_at_all(run, tmp_path, capsys):  # 
     assert missing in capsys.readouterr().err
     (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
     assert main([str(run), *FEW, "--fid-weights", str(tmp_path / "page.pth")]) == 2
-    assert "is a web page, not a checkpoint: download it again" in capsys.readouterr().err
+    damaged = capsys.readouterr().err
+    assert "is a web page, not a checkpoint: download it again" in damaged
+    assert f"get {quality.FILE} from the releases" in damaged
 
 
 def test_a_missing_package_is_one_line(run, tmp_path, monkeypatch, capsys):  # noqa: F811

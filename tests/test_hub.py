@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 import bvae
 from bvae import BetaVAE, hub, model_card
-from bvae.config import Config, DataConfig, ObjectiveConfig
+from bvae.config import Config, DataConfig, DataName, ObjectiveConfig
 from bvae.errors import MissingError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,6 +234,10 @@ def test_the_card_of_a_run(run):
     assert "explained variance" not in card  # it was not finite
     assert "| mig | 0.250 |" in card
     assert re.findall(r"\]\((\S+)\)", card) == ["traversals.png", "reconstructions.png", "samples.png"]
+
+
+def test_the_card_knows_the_licence_of_each_data_set():
+    assert set(model_card.LICENCES) == set(get_args(DataName))
 
 
 def test_the_code_of_the_card_runs(run):

@@ -100,7 +100,7 @@ def test_a_missing_package_of_another_kind_is_a_bug(tmp_path):
     assert second == "bvae needs tyro: pip install 'bvae[train]'"
 
 
-OF_DATA = ("check", "ingest", "ls", "rm", "faces")
+OF_DATA = ("check", "ingest", "ls", "rm", "faces", "rooms")
 
 
 @pytest.mark.parametrize("command", [*commands.COMMANDS, *(f"data {name}" for name in OF_DATA)])
@@ -121,6 +121,17 @@ def test_help_needs_no_torch_and_shows_an_example_and_the_values_that_apply(comm
     described = dict(zip(parts[1::2], parts[2::2], strict=True))  # the usage comes before the descriptions
     for option, description in described.items():
         assert re.search(r"default: |required|repeatable", description), option
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_help_to_a_reader_that_is_gone(command):
+    """As `| head` leaves a command."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    start = [sys.executable, "-m", f"bvae.{command}", "--help"]
+    done = subprocess.run(start, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 TYPOS = {
@@ -158,6 +169,13 @@ def test_a_typo_gets_the_nearest_option(line, capsys):
 
 def test_every_command_has_a_typo():
     assert {line.split()[0] for line in TYPOS} == set(commands.COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "sample", "traverse", "explore", "export", "compare"])
+def test_a_command_that_takes_a_run_imports_its_network_first(name, capsys):
+    words = ["RUN", *(["--factor", "x"] if name == "compare" else []), "--import", "no_such_module"]
+    assert importlib.import_module(f"bvae.{name}").main(words) == 2
+    assert capsys.readouterr().err.startswith("error: --import no_such_module: no such module")
 
 
 # --- The command `bvae` -----------------------------------------------------------------------------------

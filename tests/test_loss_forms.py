@@ -196,12 +196,13 @@ def test_extreme_probabilities_are_clamped_as_torchs(backend, value, dtype):
 def test_probabilities_for_logits_give_one_warning(backend):
     target, kl = torch.rand(4, 5, device=backend), torch.zeros(4, device=backend)
     with pytest.warns(UserWarning, match="from_logits=False") as caught:
-        ops.vae_loss(torch.rand(4, 5, device=backend), target, kl, likelihood="bernoulli")
+        ops.vae_loss(torch.rand(4, 5, device=backend) / 2 + 0.4, target, kl, likelihood="bernoulli")
     ours = [warning for warning in caught if warning.category is UserWarning]
     assert len(ours) == (1 if backend.type == "cpu" else 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        ops.vae_loss(torch.randn(4, 5, device=backend), target, kl, likelihood="bernoulli")
+        for logits in (torch.randn(4, 5, device=backend), torch.rand(4, 5, device=backend) / 5):
+            ops.vae_loss(logits, target, kl, likelihood="bernoulli")
         ops.vae_loss(torch.rand(4, 5, device=backend), target, kl, likelihood="bernoulli", from_logits=False)
 
 

@@ -17,6 +17,21 @@ WithFactors = Literal[
 BINS = 20  # of the metrics, which need at least as many points
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnNetwork:
+    """A model may have a network of the user's own."""
+
+    module: Annotated[str | None, tyro.conf.arg(name="import")] = None
+    """A Python module to import first: one that calls bvae.register_architecture."""
+
+    def register_network(self) -> None:
+        """Import that module. Raises UsageError."""
+        if self.module:
+            from bvae.architectures import import_module  # imports torch
+
+            import_module(self.module)
+
+
 @dataclass(frozen=True)
 class Protocol:
     """The data, and the sizes for disentanglement_lib's protocols."""
@@ -53,11 +68,13 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(OwnNetwork):
     """Which models, and which factor of their data."""
 
     runs: Annotated[
-        tuple[Path, ...], tyro.conf.arg(name="RUN", metavar="RUN [RUN ...]"), tyro.conf.Positional
+        tuple[Path, ...],
+        tyro.conf.arg(name="RUN", metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
+        tyro.conf.Positional,
     ]
     """Run folders; all models see the same images."""
     factor: str
@@ -89,7 +106,7 @@ class CompareOptions:
 
 
 @dataclass(frozen=True)
-class TraverseOptions:
+class TraverseOptions(OwnNetwork):
     """Which latents to change, and where to write the picture."""
 
     run: Annotated[Path, tyro.conf.arg(name="RUN", metavar="RUN"), tyro.conf.Positional]
@@ -127,10 +144,14 @@ class TraverseOptions:
 
 
 @dataclass(frozen=True)
-class ExploreOptions:
+class ExploreOptions(OwnNetwork):
     """Which model, or which two, and where to write the page."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="RUN", metavar="RUN [RUN]"), tyro.conf.Positional]
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.arg(name="RUN", metavar="RUN [RUN]", help_behavior_hint="(required)"),
+        tyro.conf.Positional,
+    ]
     """A run folder, or any folder with model.safetensors and config.json; two of them side by side."""
     out: Path | None = None
     """The page to write. None: explorer.html in the folder; for two, explorer-<second>.html in the first."""
@@ -144,7 +165,7 @@ class ExploreOptions:
 
 
 @dataclass(frozen=True)
-class SampleOptions:
+class SampleOptions(OwnNetwork):
     """Which model, how many images, and where to write them."""
 
     run: Annotated[Path, tyro.conf.arg(name="RUN", metavar="RUN"), tyro.conf.Positional]
@@ -163,17 +184,15 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(OwnNetwork):
     """Which model, and what its encoder takes."""
 
-    run: Annotated[Path, tyro.conf.arg(name="RUN"), tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.arg(name="RUN", metavar="RUN"), tyro.conf.Positional]
     """A run folder, or any folder of a saved model."""
     images: Literal["uint8", "float"] = "uint8"
     """What the encoder takes: pixels of 0 to 255, or float32 in the model's range, which the files name."""
     which: Literal["last", "best"] = "last"
     """For a run: the newest state, or the best checkpoint by validation ELBO."""
-    module: Annotated[str | None, tyro.conf.arg(name="import")] = None
-    """A Python module to import first: one that calls bvae.register_architecture."""
     out: Path | None = None
     """Folder of the files. None: export in the run folder."""
 

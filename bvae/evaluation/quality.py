@@ -91,7 +91,10 @@ def inception(path: Path, device: torch.device) -> Extractor:
     if not path.exists():
         raise MissingError(f"--fid-weights {path}: no such file; {SOURCE}")
     sha256 = hashlib.sha256(read_bytes(path, WEIGHTS)).hexdigest()
-    loaded = inert_pickle.load(path)
+    try:
+        loaded = inert_pickle.load(path)
+    except UsageError as error:
+        raise UsageError(f"--fid-weights {error}; {SOURCE}") from None
     # torch-fidelity would run the file's code: it gets a copy of the tensors alone.
     try:
         state = {name: value for name, value in loaded.items() if fault(value) is None}
