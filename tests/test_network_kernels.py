@@ -318,14 +318,13 @@ def test_the_two_differ(train, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
-@pytest.mark.parametrize("compile", ["--no-compile", "--compile"])
-def test_the_gpu_times_both(train, tmp_path, compile):
-    (line,) = train("first", "--network-kernels", "auto", compile)
+def test_the_gpu_times_both(train, tmp_path):
+    (line,) = train("first", "--network-kernels", "auto")
     times = re.fullmatch(
         r"network kernels: (ours|compiler); (\S+) ms per step with ours, (\S+) ms with the compiler's", line
     )
     assert all(0 < float(time) < 100 for time in times.groups()[1:])
-    assert train("second", "--network-kernels", "auto", compile) == [f"{line} (timed at an earlier start)"]
+    assert train("second", "--network-kernels", "auto") == [f"{line} (timed at an earlier start)"]
     assert_same_run(tmp_path / "first", tmp_path / "second")
 
 
