@@ -504,6 +504,15 @@ def test_layers_that_they_do_not_take_are_named_once(kernels, monkeypatch):
     assert shortfall(survey(built, images)) == "--network-kernels ours has no effect: --no-fused"
 
 
+def test_a_survey_runs_no_kernel(monkeypatch):
+    """One that cannot be compiled would end the run without the line on what to do."""
+    monkeypatch.setattr(ops, "has_batch_norm_kernel", lambda x: True)
+    monkeypatch.setattr(ops, "batch_norm_leaky_relu", None)
+    monkeypatch.setattr(launch, "NETWORK", True)
+    assert set(survey(build_step(), batch(2)).values()) == {None}
+    assert launch.NETWORK
+
+
 def test_from_python(capsys):
     images = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8)
     fitted = fit(images, compile=False, network_kernels="ours", **FIT)

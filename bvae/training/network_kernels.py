@@ -42,6 +42,8 @@ def survey(step: TrainingStep, images: Tensor) -> dict[str, str | None]:
         for name, module in model.named_modules():
             if isinstance(module, BatchNormLeakyReLU):
                 stack.callback(module.register_forward_pre_hook(partial(look, name)).remove)
+        stack.callback(setattr, launch, "NETWORK", launch.NETWORK)
+        launch.NETWORK = False  # PyTorch's layers run: ours may fail to compile, which is not handled here
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(images.device.type, step.dtype, enabled=step.dtype is not None))
         x = model.scale(images.permute(0, 3, 1, 2)).to(next(model.parameters()).dtype)
