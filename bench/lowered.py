@@ -193,6 +193,9 @@ def _lowering(count: Count, step: _FakeStep) -> Iterator[None]:
                 raise
         _read(count, part, code[-1])
         _count_library(count, part, module.graph.nodes)
+        # inductor has made foreach operations in-place, which return nothing, and left their outputs unused
+        module.graph.eliminate_dead_code()
+        module.recompile()
 
         def run(arguments: list[Any]) -> Any:
             step.compiled = True

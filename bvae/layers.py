@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bvae import ops
+from bvae import network_ops
 from bvae.kernels import launch
 from bvae.kernels.cpu import batch_norm, convolution
 
@@ -93,8 +93,8 @@ class BatchNormLeakyReLU(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W], normalised over N, H and W by the batch's (training) or the running statistics."""
-        if self.training and launch.NETWORK and ops.has_batch_norm_kernel(x):
-            return ops.batch_norm_leaky_relu(
+        if self.training and launch.NETWORK and network_ops.has_batch_norm_kernel(x):
+            return network_ops.batch_norm_leaky_relu(
                 x,
                 self.weight,
                 self.bias,
@@ -105,14 +105,10 @@ class BatchNormLeakyReLU(nn.BatchNorm2d):
                 negative_slope=self.negative_slope,
             )
         if self.training and batch_norm.takes(x):
-            assert self.running_mean is not None
-            assert self.running_var is not None
             y, mean, var = batch_norm.batch_norm_leaky_relu(
                 x, self.weight, self.bias, self.eps, self.negative_slope
             )
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var, self.momentum)
+            network_ops.move_running(self.running_mean, self.running_var, mean, var, self.momentum)
             return y
         y = F.batch_norm(
             x,

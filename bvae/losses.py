@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bvae import ops
+from bvae import ops, reference
 from bvae.kernels import launch
 from bvae.objective import Activation, Likelihood, LossTerms, Objective, Reduction, Variance
 
@@ -54,7 +54,7 @@ class _Loss(nn.Module):
         self.decoder_scale = objective.decoder_scale
         self.from_logits = objective.from_logits
 
-    def _objective(self, **options: Any) -> Objective:
+    def objective(self, **options: Any) -> Objective:
         """The options as they are now, checked: each is an attribute that may be assigned."""
         return Objective(
             likelihood=self.likelihood,
@@ -69,7 +69,7 @@ class _Loss(nn.Module):
     @property
     def pixel_range(self) -> tuple[float, float]:
         """The range to which uint8 targets are scaled: that of the decoder's output."""
-        return self._objective().pixel_range
+        return self.objective().pixel_range
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in (self._factor_name, "kl_weight"):
@@ -140,36 +140,65 @@ class _Loss(nn.Module):
             )
         return kl, math.prod(mu.shape[1:]) / math.prod(recon.shape[2:])
 
-    def _terms(
+    def forward(
         self,
         recon: Tensor,
         target: Tensor,
         kl: Tensor,
-        log_var: Tensor | None,
+        log_var: Tensor | None = None,
         *,
-        weight: Tensor | None,
-        mask: Tensor | None,
-        ramp: Tensor | None = None,
-        step: Tensor | None = None,
-        **schedule: Any,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> LossTerms:
-        """The loss of a forward pass; `ramp` multiplies the KL's weight; the rest is the capacity's."""
+        """`(recon, target, kl)` with kl `[B]`, or `(recon, target, mu, log_var)`: see `bvae.ops.vae_loss`."""
+        schedule = self._schedule()
         kl, number = self._kl_and_ratio(recon, kl, log_var)
         tensors = recon, target, kl
         by_kernel = all(isinstance(t, Tensor) for t in tensors) and launch.runs_triton(*tensors)
+        objective, rest = self._now(number, by_kernel and self._weight.device == recon.device, **schedule)
+        return ops.loss_of(objective, recon, target, kl, weight=weight, mask=mask, **rest)
+
+    def of_errors(self, errors: Tensor, elements: int, kl: Tensor) -> LossTerms:
+        """The loss where `bvae.ops.last_block` has computed the errors.
+
+        Args:
+            errors: `[B]`, each the sum of an image's `elements` errors.
+            kl: `[B]`, nats; kl_weight must be a number.
+        """
+        schedule = self._schedule()
+        kl, number = self._kl_and_ratio(errors, kl, None)
+        objective, rest = self._now(number, self._weight.device == errors.device, **schedule)
+        return reference.terms_of(errors, elements, kl, objective, **rest)
+
+    def _schedule(self) -> dict[str, Any]:
+        """What follows the training step, whose counter advances: the arguments of `_now`."""
+        return {}
+
+    def _now(
+        self,
+        number: float,
+        on_device: bool,
+        *,
+        ramp: Tensor | None = None,
+        step: Tensor | None = None,
+        **capacity: Any,
+    ) -> tuple[Objective, dict[str, Any]]:
+        """The objective of a forward pass, and the arguments of `bvae.ops.loss_of` that are on the device.
+
+        Args:
+            number: a factor of the KL's weight, as is `ramp`.
+            on_device: read the weight from the device, so that a captured graph follows it.
+        """
         kl_scale = None
         if self._has_tensor:
             kl_scale = self._tensor()
-        elif by_kernel and self._weight.device == recon.device:
+        elif on_device:
             kl_scale = self._weight
         else:
             number = number * self._number()
         if ramp is not None:
             kl_scale = ramp if kl_scale is None else ramp * kl_scale
-        objective = self._objective(kl_weight=number, **schedule)
-        return ops.loss_of(
-            objective, recon, target, kl, step=step, kl_scale=kl_scale, weight=weight, mask=mask
-        )
+        return self.objective(kl_weight=number, **capacity), {"step": step, "kl_scale": kl_scale}
 
     def extra_repr(self) -> str:
         return (
@@ -248,19 +277,6 @@ class BetaLoss(_Loss):
         )
         super().__init__(beta, kl_weight, objective)
 
-    def forward(
-        self,
-        recon: Tensor,
-        target: Tensor,
-        kl: Tensor,
-        log_var: Tensor | None = None,
-        *,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> LossTerms:
-        """`(recon, target, kl)` with kl `[B]`, or `(recon, target, mu, log_var)`: see `bvae.ops.vae_loss`."""
-        return self._terms(recon, target, kl, log_var, weight=weight, mask=mask)
-
     def extra_repr(self) -> str:
         return f"beta={self.beta}, {super().extra_repr()}"
 
@@ -299,19 +315,8 @@ class AnnealedBeta(_StepCounter, BetaLoss):
         self.warmup_steps = warmup_steps
         self._start_counter()
 
-    def forward(
-        self,
-        recon: Tensor,
-        target: Tensor,
-        kl: Tensor,
-        log_var: Tensor | None = None,
-        *,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> LossTerms:
-        """`(recon, target, kl)` with kl `[B]`, or `(recon, target, mu, log_var)`: see `bvae.ops.vae_loss`."""
-        ramp = (self._count().float() / self.warmup_steps).clamp(max=1.0)
-        return self._terms(recon, target, kl, log_var, weight=weight, mask=mask, ramp=ramp)
+    def _schedule(self) -> dict[str, Any]:
+        return {"ramp": (self._count().float() / self.warmup_steps).clamp(max=1.0)}
 
     def extra_repr(self) -> str:
         return f"warmup_steps={self.warmup_steps}, {super().extra_repr()}"
@@ -374,21 +379,9 @@ class CapacityLoss(_StepCounter, _Loss):
         self.capacity_iters = capacity_iters
         self._start_counter()
 
-    def forward(
-        self,
-        recon: Tensor,
-        target: Tensor,
-        kl: Tensor,
-        log_var: Tensor | None = None,
-        *,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> LossTerms:
-        """`(recon, target, kl)` with kl `[B]`, or `(recon, target, mu, log_var)`: see `bvae.ops.vae_loss`."""
-        schedule: dict[str, Any] = {"max_capacity": self.max_capacity, "capacity_iters": self.capacity_iters}
-        return self._terms(
-            recon, target, kl, log_var, weight=weight, mask=mask, step=self._count(), **schedule
-        )
+    def _schedule(self) -> dict[str, Any]:
+        capacity = {"max_capacity": self.max_capacity, "capacity_iters": self.capacity_iters}
+        return {"step": self._count(), **capacity}
 
     def extra_repr(self) -> str:
         schedule = (

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Likelihood = Literal["gaussian", "laplace", "logistic", "bernoulli"]
@@ -98,6 +99,13 @@ class Objective:
     def spread(self) -> Variance:
         """What the likelihood divides the error by: the Gaussian's variance, or the scale (1: Bernoulli)."""
         return self.decoder_variance if self.likelihood == "gaussian" else self.decoder_scale
+
+    def has_kernel(self, dtype: torch.dtype) -> bool:
+        """Whether the kernels compute the reconstruction term for a decoder's output of this dtype."""
+        if isinstance(self.spread, Tensor) and (self.likelihood == "logistic" or self.spread.numel() > 1):
+            return False
+        # the gradient at a probability near 0 is beyond float16, and the kernels store it
+        return self.from_logits or dtype != torch.float16
 
 
 def _check_name(option: str, value: object, names: tuple[str, ...]) -> None:

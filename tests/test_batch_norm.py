@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bvae import ops
+from bvae import network_ops
 from bvae.kernels import launch
 from bvae.layers import BatchNormLeakyReLU
 
@@ -43,8 +43,10 @@ def test_weights_go_from_one_to_the_other():
 def test_the_kernels_are_used_if_wanted(kernels, monkeypatch, network, calls):
     """In training, for channels_last; the rest is as before."""
     seen = []
-    of_ops = ops.batch_norm_leaky_relu
-    monkeypatch.setattr(ops, "batch_norm_leaky_relu", lambda *a, **k: seen.append(1) or of_ops(*a, **k))
+    of_ops = network_ops.batch_norm_leaky_relu
+    monkeypatch.setattr(
+        network_ops, "batch_norm_leaky_relu", lambda *a, **k: seen.append(1) or of_ops(*a, **k)
+    )
     monkeypatch.setattr(launch, "NETWORK", network)
     torch.manual_seed(0)
     ours, theirs = BatchNormLeakyReLU(3).to(kernels), nn.BatchNorm2d(3).to(kernels)

@@ -37,19 +37,23 @@ OPTIONS = [
 TOLERANCE = 1e-4
 
 
+def pictures() -> np.ndarray:
+    """60 images of 32 x 32, uint8 [N, H, W, C]."""
+    y, x = np.mgrid[:32, :32]
+    colours = [
+        [(x * (i % 7) + y * (i % 5) + 40 * i) % 256, (x * y // 4 + 9 * i) % 256, (3 * i + 5 * y) % 256]
+        for i in range(60)
+    ]
+    return np.array(colours).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
 def losses(folder, *options):
     """Loss, MSE per pixel and KL of each of 200 steps on images that every decoder reads alike."""
     torch.set_num_threads(1)
     images = folder / "images"
     images.mkdir()
-    y, x = np.mgrid[:32, :32]
-    for i in range(60):
-        colours = [
-            (x * (i % 7) + y * (i % 5) + 40 * i) % 256,
-            (x * y // 4 + 9 * i) % 256,
-            (3 * i + 5 * y) % 256,
-        ]
-        Image.fromarray(np.stack(colours, 2).astype(np.uint8)).save(images / f"{i:02}.png")
+    for i, pixels in enumerate(pictures()):
+        Image.fromarray(pixels).save(images / f"{i:02}.png")
     places = ["--data-root", str(images), "--out", str(folder / "run"), "--cache-dir", str(folder / "cache")]
     assert main([*OPTIONS, *places, *options]) == 0
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

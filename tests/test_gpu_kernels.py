@@ -1,5 +1,6 @@
 """What a GPU alone can tell: graph capture and replay, concurrent streams, the number of launches."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from bvae import ops
 from bvae.losses import CapacityLoss
+from bvae.objective import Objective
 
 pytestmark = pytest.mark.gpu
 
@@ -127,6 +129,71 @@ def test_equal_inputs_give_equal_bits(shape):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 
+class Block:
+    """A BatchNorm and the last block after it, forward and backward, on static tensors of training's size.
+
+    The running statistics are set again at the start, so that equal inputs give equal outputs.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        x = cuda(144, 32, 64, 64, dtype=torch.bfloat16, seed=seed).to(memory_format=torch.channels_last)
+        vectors = cuda(4, 32, seed=seed + 1)
+        weights = cuda(3, 32, 3, 3, seed=seed + 2) / 16, cuda(3, seed=seed + 3)
+        self.leaves = [t.detach().requires_grad_() for t in (x, *vectors, *weights)]
+        self.target = torch.randint(256, (144, 64, 64, 3), dtype=torch.uint8, device="cuda")
+        self.running = [torch.empty(32, device="cuda") for _ in range(4)]
+
+    def __call__(self) -> list[Tensor]:
+        for each in self.running:
+            each.fill_(1.0)
+        x, *vectors, weight, bias = self.leaves
+        a = ops.batch_norm_leaky_relu(x, *vectors[:2], *self.running[:2])
+        last = *vectors[2:], weight, bias, self.target, Objective(activation="tanh")
+        errors, squares = ops.last_block(a, *last, *self.running[2:])
+        return [errors, squares, *torch.autograd.grad(errors.sum(), self.leaves), *self.running]
+
+
+class FewRows(Block):
+    """A BatchNorm of few rows, which takes one launch forward and one backward."""
+
+    def __init__(self, seed: int = 0) -> None:
+        x = cuda(144, 512, 2, 2, dtype=torch.bfloat16, seed=seed).to(memory_format=torch.channels_last)
+        self.leaves = [t.detach().requires_grad_() for t in (x, *cuda(2, 512, seed=seed + 1))]
+
+    def __call__(self) -> list[Tensor]:
+        y = ops.batch_norm_leaky_relu(*self.leaves)
+        return [y, *torch.autograd.grad(y.square().sum(), self.leaves)]
+
+
+@pytest.mark.parametrize("kind", [Block, FewRows])
+def test_replays_of_the_networks_kernels_are_the_eager_calls(kind):
+    block = kind()
+    expected = [t.clone() for t in block()]
+    graph, outputs = capture(block)
+    for _ in range(20):
+        for each in outputs:
+            each.fill_(torch.nan)
+        graph.replay()
+        for ours, eager in zip(outputs, expected, strict=True):
+            assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("kind", [Block, FewRows])
+def test_the_networks_kernels_on_concurrent_streams(kind):
+    blocks = [kind(seed=10 * i) for i in range(4)]
+    expected = [[t.clone() for t in block()] for block in blocks]
+    graphs = [capture(block) for block in blocks]
+    streams = [torch.cuda.Stream() for _ in blocks]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for (graph, _), stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for (_, outputs), eager in zip(graphs, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(outputs, eager, strict=True))
+
+
 def host_and_device(function: Callable[[], object]) -> tuple[list[str], list[str]]:
     """What the host calls in `function`, once warm, and the kernels and copies that the device then runs."""
     function()
@@ -160,6 +227,13 @@ def test_one_launch_for_the_sample_and_two_for_the_loss():
     )  # the counter's, and the kernel's
     loss, one = step.loss(step.recon, step.target, kl).loss, torch.ones((), device="cuda")
     assert len(launches(lambda: torch.autograd.grad(loss, (step.recon, kl), one, retain_graph=True))) == 1
+
+
+def test_launches_of_the_networks_kernels():
+    names = Counter(name.split("(")[0] for name in launches(Block()))
+    ours = {name: names[name] for name in names if name.endswith("_kernel") and name.startswith("_")}
+    batch_norm = {"_apply_kernel": 1, "_statistics_kernel": 2, "_reduce_kernel": 2, "_grad_kernel": 2}
+    assert ours == {**batch_norm, "_forward_kernel": 1, "_sum_kernel": 1}
 
 
 def test_compiled_with_cuda_graphs():

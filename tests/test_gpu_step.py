@@ -6,10 +6,12 @@ whose replay is then the step.
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
+from noise_kernels import interpreter_fault
 from pictures import write_folder
 from test_gpu_kernels import host_and_device
 from test_step import GAUSSIAN, Stub, batch, build_step, losses
@@ -18,6 +20,7 @@ from test_train import run as train
 from torch import Tensor
 
 from bvae.config import TrainingConfig
+from bvae.kernels import launch
 from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE
 from bvae.penalties import Covariance, Discriminator, TotalCorrelation
@@ -200,6 +203,31 @@ def test_a_resumed_run_is_captured(device, tmp_path, capsys):
     assert all(torch.equal(value, expected[name]) for name, value in weights(part).items())
 
 
+@pytest.fixture
+def network(device, monkeypatch) -> None:
+    """Turn the network's kernels on; on a CPU Triton's interpreter runs them."""
+    if device.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        if fault := interpreter_fault():
+            pytest.skip(fault)
+    monkeypatch.setattr(launch, "NETWORK", True)
+
+
+@pytest.mark.parametrize(
+    ("make_loss", "dtype"),
+    [
+        (LOSSES["B"], torch.bfloat16),
+        pytest.param(LOSSES["H, summed"], torch.float16, marks=pytest.mark.gpu),
+        pytest.param(LOSSES["H"], None, marks=pytest.mark.gpu),
+    ],
+    ids=["B", "H, summed", "H"],
+)
+@pytest.mark.usefixtures("network")
+def test_the_networks_kernels_are_captured(device, make_loss, dtype):
+    data = DeviceLoader(batch(16, device=device), 8, 1, **SHUFFLED)
+    assert_capture_changes_nothing(device, data, make_loss, dtype=dtype)
+
+
 # ---- what a capture leaves behind --------------------------------------------------------------------------
 
 
@@ -284,8 +312,12 @@ def test_no_memory_for_the_graph_leaves_a_step_that_does_not_grow(device, monkey
 
 
 @functools.cache  # compiled once per session
-def full_size(kind: str) -> tuple[TrainingStep, DeviceLoader]:
-    """A step that is compiled, but not captured; and its data. On a CPU a tiny network, not compiled."""
+def full_size(kind: str, network: bool) -> tuple[TrainingStep, DeviceLoader]:
+    """A step that is compiled, but not captured; and its data. On a CPU a tiny network, not compiled.
+
+    Args:
+        network: whether `launch.NETWORK` is on while it runs.
+    """
     if kind == "cpu":
         return build_step(buffer_steps=8), resident(CPU)
     torch.manual_seed(0)
@@ -309,7 +341,7 @@ def full(device, monkeypatch) -> Iterator[tuple[TrainingStep, DeviceLoader]]:
     """`full_size`, at its first step; with the algorithms that training uses."""
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    step, data = full_size(device.type)
+    step, data = full_size(device.type, launch.NETWORK)
     with cuda_graph.preserved(step._state):
         yield step, data
         step.release()
@@ -379,6 +411,28 @@ def test_a_replay_is_one_launch_for_the_host(full):
     ours = [name for name in kernels if name.startswith(("_forward_kernel", "_backward_kernel"))]
     assert len(ours) == 4, ours  # of the sample and of the loss
     assert len(kernels) < 250, sorted(kernels)  # 150 without cuDNN's own casts, transpositions and sums
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.usefixtures("network")
+def test_the_full_network_by_its_kernels(full, monkeypatch):
+    """The compiler's losses, eager steps equal replays, and a replay launches what it should."""
+    step, data = full
+    with cuda_graph.preserved(step._state):
+        eager = few_steps(step, data)
+    assert step.capture(data)
+    with cuda_graph.preserved(step._state):
+        assert few_steps(step, data) == pytest.approx(eager, rel=1e-2)
+    names = Counter(name.split("(")[0] for name in host_and_device(lambda: step(None))[1])
+    batch_norm = {"_statistics_kernel": 10, "_apply_kernel": 6, "_reduce_kernel": 10, "_grad_kernel": 7}
+    others = {"_forward_kernel": 2, "_sum_kernel": 1, "_backward_kernel": 1}  # the sample, and the last block
+    assert {name: names[name] for name in (*batch_norm, *others)} == {**batch_norm, **others}
+    monkeypatch.setattr(launch, "NETWORK", False)
+    compilers, data = full_size("cuda", False)
+    with cuda_graph.preserved(compilers._state):
+        assert few_steps(compilers, data) == pytest.approx(eager, rel=1e-2)
+    compilers.restore(0)
 
 
 @pytest.mark.gpu

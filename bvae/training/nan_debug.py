@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bvae.kernels import launch
 from bvae.training.run import Run
 from bvae.training.step import NotFinite
 
@@ -17,6 +18,7 @@ def find_not_finite(run: Run) -> str | None:
 
     With float16's gradient scaler only the forward pass is checked, because gradients may overflow there.
     """
+    launch.NETWORK = False  # the last block's kernel is several modules, whose outputs it does not give
     watch = _Watch(run, backward=not run.step.scaler.is_enabled())
     bar = tqdm(total=run.steps, initial=run.done, desc="checking every module", unit=" steps", disable=None)
     with bar, warnings.catch_warnings(), torch.autograd.set_detect_anomaly(watch.backward):

@@ -17,11 +17,13 @@ from bvae.errors import UsageError
 from bvae.kernels.cpu import library
 from bvae.losses import AnnealedBeta, BetaLoss, CapacityLoss, LossTerms
 from bvae.model import BetaVAE
+from bvae.network_ops import running_statistics_together
 from bvae.ops import reparam_kl
 from bvae.penalties import Discriminator, Penalty
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.training.cuda_graph import capture, preserved
 from bvae.training.distributed import Distributed
+from bvae.training.last_block import Errors, decode
 from bvae.training.metrics_buffer import MetricsBuffer
 
 
@@ -114,7 +116,8 @@ def load_cpu_layers(training: TrainingConfig, device: torch.device) -> CDLL | No
 
 def pixel_mse(model: BetaVAE, loss: nn.Module, terms: LossTerms, raw: Tensor, target: Tensor) -> Tensor:
     """Squared error per pixel and channel, in the decoder's range, from a loss's terms and arguments."""
-    if not isinstance(loss, BetaLoss | CapacityLoss) or loss.likelihood == "bernoulli":
+    is_mse = isinstance(loss, BetaLoss | CapacityLoss) and loss.likelihood == "gaussian"
+    if not is_mse or isinstance(loss.decoder_variance, str | Tensor):
         return (model.activate(raw.detach().float()) - model.scale(target)).square().mean()
     mse = terms.recon.detach() * 2 * loss.decoder_variance
     return mse if loss.reduction == "mean" else mse / raw[0].numel()
@@ -355,13 +358,20 @@ class TrainingStep:
         if torch.compiler.is_compiling() and self.dtype is not None:
             cast = _Cast.apply(self.dtype, *self._cast.values())
             weights = dict(zip(self._cast, cast, strict=True))
-            raw, kl, kl_per_dim, latents = torch.func.functional_call(self._call, weights, (target, first))
+            parts = torch.func.functional_call(self._call, weights, (target, first))
         else:
-            raw, kl, kl_per_dim, latents = self._reconstruct(target, first)
-        terms = self.loss(raw, target, kl)
-        if not (isinstance(terms, LossTerms) and all(isinstance(term, Tensor) for term in terms)):
-            raise UsageError("the loss must return LossTerms(loss, recon, kld, capacity), four 0-d tensors")
-        mse = pixel_mse(self.model, self.loss, terms, raw, target)
+            parts = self._reconstruct(target, first)
+        decoded, kl, kl_per_dim, latents = parts
+        if isinstance(decoded, Errors):
+            terms = self.loss.of_errors(decoded.sums, decoded.elements, kl)
+            mse = decoded.squares.mean() / decoded.elements
+        else:
+            terms = self.loss(decoded, target, kl)
+            if not (isinstance(terms, LossTerms) and all(isinstance(term, Tensor) for term in terms)):
+                raise UsageError(
+                    "the loss must return LossTerms(loss, recon, kld, capacity), four 0-d tensors"
+                )
+            mse = pixel_mse(self.model, self.loss, terms, decoded, target)
         extra = []  # the penalty and the discriminator's loss, of the objectives that have them
         if self.penalty is not None:
             extra.append(self.penalty(*latents).to(terms.kld.dtype))
@@ -376,16 +386,17 @@ class TrainingStep:
 
     def _reconstruct(
         self, target: Tensor, first: int
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """The decoder's raw output for uint8 images [B, C, H, W], their KL [B], its mean per latent, and the
+    ) -> tuple[Tensor | Errors, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """What `decode` gives for uint8 images [B, C, H, W], their KL [B], its mean per latent, and the
         latents z, mu, log_var."""
-        with torch.autocast(target.device.type, self.dtype, enabled=self.dtype is not None):
+        autocast = torch.autocast(target.device.type, self.dtype, enabled=self.dtype is not None)
+        with autocast, running_statistics_together():
             x = self.model.scale(target).to(self._parameters[0].dtype)
             mu, log_var = self.model.encode_scaled(x)
             z, kl, kl_per_dim = reparam_kl(
                 mu, log_var, seed=self.seed, step=self.step, first_sample=first, per_dim=True
             )
-            return self.model.decode_raw(z), kl, kl_per_dim, (z, mu, log_var)
+            return decode(self.model, self.loss, z, target), kl, kl_per_dim, (z, mu, log_var)
 
     def _update(self, images: Tensor) -> None:
         """The whole step, on the device only."""

@@ -1,0 +1,66 @@
+"""The decoder in a training step: where it can, the kernel of the last block computes the errors too."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from bvae.kernels import launch
+from bvae.layers import BatchNormLeakyReLU, ToImage
+from bvae.losses import AnnealedBeta, BetaLoss, CapacityLoss
+from bvae.model import BetaVAE
+from bvae.network_ops import has_last_block_kernel, last_block
+
+
+class Errors(NamedTuple):
+    """What `bvae.ops.last_block` gives instead of the decoder's output."""
+
+    sums: Tensor  # [B], of an image's errors
+    squares: Tensor  # [B], of its squared errors in the decoder's range; no gradient
+    elements: int  # of an image
+
+
+def decode(model: BetaVAE, loss: nn.Module, z: Tensor, target: Tensor) -> Tensor | Errors:
+    """The decoder's raw output for z [B, latent_dim]; or its errors, if the last block's kernel gives them.
+
+    It does with the network's kernels on, for PyTorch-VAE's network in training, sizes and dtypes that it
+    takes, and this library's losses in the model's range of pixels. A user's loss needs the output itself.
+
+    Args:
+        target: uint8 images [B, C, H, W].
+    """
+    ending = _ending(model.decoder) if launch.NETWORK else None
+    if ending is None or type(loss) not in (BetaLoss, AnnealedBeta, CapacityLoss):
+        return model.decode_raw(z)
+    before, norm, to_image = ending
+    x = model.decoder_input(z).view(-1, *model.code_shape)
+    for module in before:
+        x = module(x)
+    objective = loss.objective()
+    fits = norm.training and objective.pixel_range == model.pixel_range
+    if not fits or to_image.bias is None or not has_last_block_kernel(x, to_image.weight, objective):
+        return to_image(norm(x))
+    errors, squares = last_block(
+        x,
+        norm.weight,
+        norm.bias,
+        to_image.weight,
+        to_image.bias,
+        target,
+        objective,
+        norm.running_mean,
+        norm.running_var,
+        momentum=norm.momentum,
+        eps=norm.eps,
+        negative_slope=norm.negative_slope,
+    )
+    return Errors(errors, squares, target[0].numel())
+
+
+def _ending(decoder: nn.Module) -> tuple[list[nn.Module], BatchNormLeakyReLU, ToImage] | None:
+    """The modules of PyTorch-VAE's decoder before its last block, and the block's two; None for another."""
+    if isinstance(decoder, nn.Sequential) and len(decoder) > 1 and isinstance(decoder[-2], nn.Sequential):
+        *blocks, block, to_image = decoder
+        *layers, norm = block
+        if type(norm) is BatchNormLeakyReLU and type(to_image) is ToImage:
+            return [*blocks, *layers], norm, to_image
+    return None
