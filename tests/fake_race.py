@@ -3,7 +3,7 @@
 import pytest
 from test_gpu_step import replay_on_a_cpu
 
-from bvae import ops
+from bvae import network_ops
 from bvae.training import cuda_graph, network_kernels, step_times
 from bvae.training.step_times import StepTimes
 
@@ -42,4 +42,4 @@ def race_on_a_cpu(patch: pytest.MonkeyPatch) -> None:
     replay_on_a_cpu(patch)
     patch.setattr(cuda_graph, "WARM_UP", 2)
     patch.setattr(step_times, "ROUNDS", 2)
-    patch.setattr(ops, "has_batch_norm_kernel", lambda x: True)
+    patch.setattr(network_ops, "has_batch_norm_kernel", lambda x: True)

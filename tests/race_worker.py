@@ -12,7 +12,7 @@ import torch
 from fake_race import COMPILER, OURS, fake_clock, race_on_a_cpu
 from tiny import FIT
 
-from bvae import ops
+from bvae import network_ops
 from bvae.config import Config, override
 from bvae.kernels import launch
 from bvae.training import setup
@@ -38,7 +38,7 @@ if __name__ == "__main__":
             race_on_a_cpu(patch)
             clocks = fake_clock(patch, OURS if distributed.is_main else COMPILER)
             if fails and not distributed.is_main:
-                patch.setattr(ops, "batch_norm_leaky_relu", out_of_memory)
+                patch.setattr(network_ops, "batch_norm_leaky_relu", out_of_memory)
             stack.enter_context(setup.switches(config.training, device))
             run = setup.prepare(config, None, device, distributed)
             chosen = run.config.training.network_kernels

@@ -17,8 +17,9 @@ from test_processes import finish, torchrun
 from test_step import batch, build_step
 from test_train import assert_same_run
 from tiny import FIT, NETWORK
+from torch import nn
 
-from bvae import fit, ops
+from bvae import fit, network_ops
 from bvae.config import Config, override
 from bvae.errors import UsageError, say_once
 from bvae.kernels import launch
@@ -330,13 +331,13 @@ def test_the_gpu_times_both(train, tmp_path):
 
 def test_state_and_generators_are_restored(data, device, tmp_path, monkeypatch):
     """Also those that a network with dropout would use: here our kernels draw."""
-    real = ops.batch_norm_leaky_relu
+    real = network_ops.batch_norm_leaky_relu
 
     def draws(x, *arguments, **options):
         torch.rand(1), torch.rand(1, device=x.device)
         return real(x, *arguments, **options)
 
-    monkeypatch.setattr(ops, "batch_norm_leaky_relu", draws)
+    monkeypatch.setattr(network_ops, "batch_norm_leaky_relu", draws)
     clocks = fake_clock(monkeypatch, COMPILER)
     found = []
     for choice in ("compiler", "auto"):
@@ -382,7 +383,7 @@ def test_if_ours_fail_the_compilers_are_used(train, tmp_path, monkeypatch, error
     if before:
         train("before", "--network-kernels", "auto")
         clocks.clear()
-    monkeypatch.setattr(ops, "batch_norm_leaky_relu", fail)
+    monkeypatch.setattr(network_ops, "batch_norm_leaky_relu", fail)
     (line,) = train("auto", "--network-kernels", "auto")
     assert line == f"network kernels: compiler; ours fail here: {reason}"
     assert not clocks
@@ -393,7 +394,7 @@ def test_if_ours_fail_the_compilers_are_used(train, tmp_path, monkeypatch, error
 def test_a_failure_is_not_kept(train, tmp_path, monkeypatch):
     clocks = fake_clock(monkeypatch, OURS)
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "batch_norm_leaky_relu", lambda *_, **__: torch.empty(0, device="nowhere"))
+        patch.setattr(network_ops, "batch_norm_leaky_relu", lambda *_, **__: torch.empty(0, device="nowhere"))
         with pytest.raises(RuntimeError, match="nowhere"):  # a bug keeps its traceback
             train("bug", "--network-kernels", "auto")
     assert launch.NETWORK is False
@@ -486,28 +487,36 @@ def test_a_network_without_such_layers(data, tmp_path, capsys, monkeypatch):
 
 
 def test_layers_that_they_do_not_take_are_named_once(kernels, monkeypatch):
-    """In Triton's interpreter or on a GPU: the first layer of a network in another layout."""
-    built = build_step(kernels)
-    images = batch(2, device=kernels)
+    """In Triton's interpreter or on a GPU."""
+    built, images = build_step(kernels, dtype=torch.bfloat16), batch(2, device=kernels)
     assert set(survey(built, images).values()) == {None}
-    built.model.encoder[0][0].register_forward_hook(lambda module, inputs, y: y.contiguous())
-    found = survey(built, images)
-    reasons = [reason for reason in found.values() if reason]
-    (reason,) = set(reasons)
-    assert reason == "float32 [2, 4, 16, 16] with strides [1024, 256, 16, 1]"
-    assert shortfall(found) == f"--network-kernels ours: PyTorch's layers are used for encoder.0.1: {reason}"
+    line = "--network-kernels ours: PyTorch's layers are used for "
+    built.dtype = None
+    block = "float32 [2, 4, 32, 32] for CapacityLoss"
+    assert shortfall(survey(built, images)) == f"{line}the last block: {block}"
+    first = built.model.encoder[0][0].register_forward_hook(lambda module, inputs, y: y.contiguous())
+    reason = "float32 [2, 4, 16, 16], not in channels_last"
+    assert shortfall(survey(built, images)) == f"{line}encoder.0.1, the last block: {reason}; {block}"
+    first.remove()
     built.model.double()
     assert shortfall(survey(built, images)).startswith(
-        "--network-kernels ours has no effect: float64 [2, 4, 16, 16]"
+        "--network-kernels ours has no effect: float64 [2, 4, 16, 16]; "
     )
     monkeypatch.setattr(launch, "ENABLED", False)
-    assert shortfall(survey(built, images)) == "--network-kernels ours has no effect: --no-fused"
+    assert "--network-kernels ours has no effect: --no-fused" in shortfall(survey(built, images))
+
+
+def test_a_loss_of_the_users_leaves_the_last_block(kernels):
+    built = build_step(kernels, nn.Identity(), dtype=torch.bfloat16)
+    found = survey(built, batch(2, device=kernels))
+    assert found.pop("the last block") == "bfloat16 [2, 4, 32, 32] for Identity"
+    assert set(found.values()) == {None}
 
 
 def test_a_survey_runs_no_kernel(monkeypatch):
     """One that cannot be compiled would end the run without the line on what to do."""
-    monkeypatch.setattr(ops, "has_batch_norm_kernel", lambda x: True)
-    monkeypatch.setattr(ops, "batch_norm_leaky_relu", None)
+    monkeypatch.setattr(network_ops, "has_batch_norm_kernel", lambda x: True)
+    monkeypatch.setattr(network_ops, "batch_norm_leaky_relu", None)
     monkeypatch.setattr(launch, "NETWORK", True)
     assert set(survey(build_step(), batch(2)).values()) == {None}
     assert launch.NETWORK
@@ -526,8 +535,8 @@ def test_from_python(capsys):
 
 
 def test_compiled_code_follows_the_choice(monkeypatch):
-    monkeypatch.setattr(ops, "has_batch_norm_kernel", lambda x: True)
-    monkeypatch.setattr(ops, "batch_norm_leaky_relu", lambda x, *_, **__: 0 * x)
+    monkeypatch.setattr(network_ops, "has_batch_norm_kernel", lambda x: True)
+    monkeypatch.setattr(network_ops, "batch_norm_leaky_relu", lambda x, *_, **__: 0 * x)
     layer = torch.compile(BatchNormLeakyReLU(3), backend="eager")
     x = torch.randn(2, 3, 4, 4)
     for network in (False, True, False):

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bvae import ops
+from bvae import network_ops
 from bvae.kernels import launch
 from bvae.layers import BatchNormLeakyReLU
-from bvae.training import compiler
+from bvae.training import compiler, last_block
 from bvae.training.run import Run
 from bvae.training.step import TrainingStep
 from bvae.training.step_times import DeviceClock, Record, StepTimes, race
@@ -31,34 +31,42 @@ def survey(step: TrainingStep, images: Tensor) -> dict[str, str | None]:
     Args:
         images: a few, uint8 [B, H, W, C]. They go through the network, whose state is restored.
     """
-    found: dict[str, str | None] = {}
+    model, seen = step.model, dict[nn.Module, Tensor]()
 
-    def look(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[name] = _refusal(inputs[0])
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[module] = inputs[0]
 
-    model = step.model
+    norms = {name: each for name, each in model.named_modules() if isinstance(each, BatchNormLeakyReLU)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(step.undone())
-        for name, module in model.named_modules():
-            if isinstance(module, BatchNormLeakyReLU):
-                stack.callback(module.register_forward_pre_hook(partial(look, name)).remove)
+        for norm in norms.values():
+            stack.callback(norm.register_forward_pre_hook(look).remove)
         stack.callback(setattr, launch, "NETWORK", launch.NETWORK)
         launch.NETWORK = False  # PyTorch's layers run: ours may fail to compile, which is not handled here
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(images.device.type, step.dtype, enabled=step.dtype is not None))
         x = model.scale(images.permute(0, 3, 1, 2)).to(next(model.parameters()).dtype)
         model.decode_raw(model.encode_scaled(x)[0])
+    found = {
+        name: None if network_ops.has_batch_norm_kernel(seen[norm]) else _reason(seen[norm])
+        for name, norm in norms.items()
+        if norm in seen
+    }
+    if parts := last_block.ending(model.decoder):
+        _, norm, to_image = parts
+        taken = last_block.takes(model, step.loss, norm, to_image, seen[norm])
+        found["the last block"] = None if taken else f"{_reason(seen[norm])} for {type(step.loss).__name__}"
     return found
 
 
-def _refusal(x: Tensor) -> str | None:
-    if ops.has_batch_norm_kernel(x):
-        return None
+def _reason(x: Tensor) -> str:
+    """Why our kernels do not take x, the input of a BatchNorm."""
     if not launch.ENABLED:
         return "--no-fused"
     if not launch.runs_triton(x.new_empty(1, dtype=torch.float32)):
         return "they need a GPU and Triton"
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} with strides {list(x.stride())}"
+    dtype, layout = str(x.dtype).removeprefix("torch."), x.is_contiguous(memory_format=torch.channels_last)
+    return f"{dtype} {list(x.shape)}" + ("" if layout else ", not in channels_last")
 
 
 def say_shortfall(run: Run) -> None:
