@@ -503,7 +503,7 @@ def test_layers_that_they_do_not_take_are_named_once(kernels, monkeypatch):
         "--network-kernels ours has no effect: float64 [2, 4, 16, 16]; "
     )
     monkeypatch.setattr(launch, "ENABLED", False)
-    assert "--network-kernels ours has no effect: --no-fused" in shortfall(survey(built, images))
+    assert shortfall(survey(built, images)) == "--network-kernels ours has no effect: --no-fused"
 
 
 def test_a_loss_of_the_users_leaves_the_last_block(kernels):

@@ -55,18 +55,18 @@ def survey(step: TrainingStep, images: Tensor) -> dict[str, str | None]:
     if parts := last_block.ending(model.decoder):
         _, norm, to_image = parts
         taken = last_block.takes(model, step.loss, norm, to_image, seen[norm])
-        found["the last block"] = None if taken else f"{_reason(seen[norm])} for {type(step.loss).__name__}"
+        found["the last block"] = None if taken else _reason(seen[norm], f" for {type(step.loss).__name__}")
     return found
 
 
-def _reason(x: Tensor) -> str:
+def _reason(x: Tensor, more: str = "") -> str:
     """Why our kernels do not take x, the input of a BatchNorm."""
     if not launch.ENABLED:
         return "--no-fused"
     if not launch.runs_triton(x.new_empty(1, dtype=torch.float32)):
         return "they need a GPU and Triton"
     dtype, layout = str(x.dtype).removeprefix("torch."), x.is_contiguous(memory_format=torch.channels_last)
-    return f"{dtype} {list(x.shape)}" + ("" if layout else ", not in channels_last")
+    return f"{dtype} {list(x.shape)}" + ("" if layout else ", not in channels_last") + more
 
 
 def say_shortfall(run: Run) -> None:
