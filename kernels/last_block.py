@@ -253,8 +253,8 @@ def _sum_kernel(
     sums,  # [parts, TAPS_PADDED + 2, CHANNELS_PADDED] of `_reduce_kernel`
     grad_sums,  # [batch, OUT] of the forward kernel
     grad_errors,
-    grad_weight,  # the outputs, float32: [OUT, CHANNELS, 3, 3]
-    grad_bias,  # [OUT]
+    grad_weight,  # the outputs: [OUT, CHANNELS, 3, 3]
+    grad_bias,  # [OUT] float32, as the next two
     grad_norm_weight,  # [CHANNELS]
     grad_norm_bias,
     batch,
@@ -504,15 +504,10 @@ def _outputs(x: Tensor, weight: Tensor, with_grad: bool) -> tuple[Tensor, ...]:
 
 
 def _grads(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The unfilled gradients of x, norm_weight, norm_bias (float32), weight and bias (in weight's dtype)."""
-    norm_weight, norm_bias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    return (
-        torch.empty_like(x),
-        norm_weight,
-        norm_bias,
-        torch.empty_like(weight),
-        weight.new_empty(weight.shape[0]),
-    )
+    """The unfilled gradients of x, norm_weight, norm_bias, weight and bias; those of vectors are float32."""
+    sizes = x.shape[1], x.shape[1], weight.shape[0]
+    norm_weight, norm_bias, bias = (x.new_empty(size, dtype=torch.float32) for size in sizes)
+    return torch.empty_like(x), norm_weight, norm_bias, torch.empty_like(weight), bias
 
 
 @torch.library.custom_op("bvae::last_block", mutates_args=())
@@ -577,7 +572,7 @@ def last_block_backward(
     factor: float,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, norm_weight, norm_bias, weight and bias; those of the norm are float32."""
+    """The gradients of x, norm_weight, norm_bias, weight and bias; those of vectors are float32."""
     saved = x, norm_weight, norm_bias, weight, unscaled_grad, grad_sums, mean, rstd
     launches, outputs = plan_backward(*saved, grad_errors, factor, slope)
     for each in launches:

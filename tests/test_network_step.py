@@ -48,14 +48,15 @@ def used(kernels, monkeypatch) -> list[Tensor]:
 
 def numbers(step: TrainingStep) -> dict[str, Tensor]:
     """What a step gives: its metrics, the gradients and the running statistics, each in one vector."""
-    step(batch(device=step.device))
+    step(batch(4, device=step.device))
     gradients = [p.grad for module in (step.model, step.loss) for p in module.parameters()]
     groups = {
         "metrics": [step.metrics_buffer.rows[:, :-1]],
         "gradients": gradients,
         "statistics": list(step.model.buffers()),
     }
-    return {name: torch.cat([t.double().flatten().cpu() for t in group]) for name, group in groups.items()}
+    flat = {name: [t.double().flatten().cpu() for t in group] for name, group in groups.items()}
+    return {name: torch.cat(group) for name, group in flat.items() if group}
 
 
 def assert_as_exact_as_without(make_step: Callable[[torch.device], TrainingStep], device, patch) -> None:
@@ -110,7 +111,7 @@ DO_NOT_FIT = {
         "loss": lambda: BetaLoss(likelihood="logistic", decoder_scale=torch.ones(()), **GAUSSIAN)
     },
     "pixels in another range": {"loss": lambda: BetaLoss(1.0, 0.01, likelihood="bernoulli")},
-    "65 channels": {"model": lambda: BetaVAE(3, 5, (65, 8), 32)},
+    "65 channels": {"model": lambda: BetaVAE(3, 5, (65,), 32)},
     "another network": {"model": lambda: BetaVAE(3, 5, image_size=32, arch="burgess")},
 }
 
@@ -198,5 +199,4 @@ def test_the_golden_runs_losses(kernels, used, monkeypatch):
     assert exact[-1, 1] < 0.85 * exact[0, 1]  # it learns
     for name, column in (("loss", 0), ("mse", 1), ("kld", 2)):
         error, accepted = ((each - exact)[:, column].norm() for each in (ours, plain))
-        print(name, error, accepted, exact[:, column].norm())
         assert error <= 2 * accepted, name

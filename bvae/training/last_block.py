@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from bvae.kernels import launch
@@ -33,6 +34,7 @@ def decode(model: BetaVAE, loss: nn.Module, z: Tensor, target: Tensor) -> Tensor
         return model.decode_raw(z)
     before, norm, to_image = parts
     x = model.decoder_input(z).view(-1, *model.code_shape)
+    x = x.contiguous(memory_format=torch.channels_last)  # kept for backward: compilers copy it twice
     for module in before:
         x = module(x)
     if not takes(model, loss, norm, to_image, x):
