@@ -70,6 +70,10 @@ STAGES = {
         f"{TRAIN}/sprites --data sprites --max-steps 20000",
         f"{TINY} --out {{scratch}}/sprites --hidden-dims 8 --channels 1 --no-flip",
     ),
+    "network": Stage(
+        f"{TRAIN}/network --max-steps 200 --network-kernels auto",
+        f"{TINY} --out {{scratch}}/network --hidden-dims 4 8 --network-kernels auto",
+    ),
     "kernels": Stage(f"{BENCH} bench/test_kernels.py", f"{COLLECT} bench/test_kernels.py"),
     "scaling": Stage(f"{BENCH} bench/test_scaling.py", f"{COLLECT} bench/test_scaling.py"),
     "loader": Stage(f"{BENCH} bench/test_loader.py", f"{COLLECT} bench/test_loader.py"),

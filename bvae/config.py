@@ -33,6 +33,7 @@ DataName = Literal[
     "memory",
 ]
 # fmt: on
+NetworkKernels = Literal["compiler", "ours", "auto"]
 LossType = Literal["VAE", "H", "B", "TC", "Factor", "DIP-I", "DIP-II"]
 PRESETS = Path(__file__).parent / "presets"
 
@@ -172,6 +173,10 @@ class TrainingConfig:
     fused: bool = True
     """On a GPU: the Triton kernels for sample, KL and loss; on a CPU: the layers in C++. PyTorch's
     operations otherwise."""
+    network_kernels: NetworkKernels = "compiler"
+    """On a GPU: what trains BatchNorm with LeakyReLU. compiler: what torch.compile makes. ours: Triton
+    kernels, where they can take a layer. auto: ours if they make the captured step 2% faster; the first start
+    times both. The default is compiler until a GPU has timed them."""
     deterministic: bool = False
     """On a GPU: only operations that give the same bits each time, which are slower. A CPU always does so."""
     clip_grad: float | None = None

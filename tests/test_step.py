@@ -23,7 +23,7 @@ from bvae.pipelines import faces, portrait
 from bvae.pipelines.memory_loaders import DeviceLoader
 from bvae.training.cuda_graph import CaptureFailed, preserved
 from bvae.training.optimizer import build_optimizer
-from bvae.training.step import TrainingStep
+from bvae.training.step import Captured, TrainingStep
 
 CPU = torch.device("cpu")
 GAUSSIAN = {"kl_weight": 0.01, "activation": "tanh"}
@@ -332,7 +332,7 @@ def test_a_gathered_batch_is_the_epochs(flip, world_size):
 )
 def test_other_images_than_the_captured_are_named(images, text):
     step = build_step()
-    step._images, step._replay = batch(), lambda: None
+    step.captured = Captured(lambda: None, batch())
     with pytest.raises(ValueError, match=text):
         step(images)
 
@@ -433,7 +433,7 @@ def test_another_failure_of_a_capture_is_seen(captured_on_a_cpu):
 def test_a_released_graph_dies_and_leaves_a_step_that_works(captured_on_a_cpu):
     step = build_step()
     assert captured_on_a_cpu(step, None)
-    graph = weakref.ref(step._replay.__self__)
+    graph = weakref.ref(step.captured.replay.__self__)
     step.release()
     assert graph() is None
     step(batch())

@@ -131,6 +131,7 @@ def parse(argv: list[str], description: str) -> Arguments:
         settings = dataclasses.replace(arguments.settings, training=eager)
         arguments = dataclasses.replace(arguments, settings=settings)
     if resume:
+        arguments = _with_kernels_of(base, arguments)
         _check_resumable(base, arguments)
     elif arguments.resume == AUTO:
         arguments = _resume_or_start(arguments)
@@ -204,8 +205,19 @@ def _resume_or_start(arguments: Arguments) -> Arguments:
     if wanted_size != size:
         print(f"--batch-size {wanted_size} is not used: {out} continues with its batch size of {size}")
     arguments = dataclasses.replace(arguments, resume=out, out=None, settings=settings)
+    arguments = _with_kernels_of(base, arguments)
     _check_resumable(base, arguments)
     return arguments
+
+
+def _with_kernels_of(base: Config, arguments: Arguments) -> Arguments:
+    """The arguments with the network's kernels of the checkpoint: others would round differently."""
+    settings, kept = arguments.settings, base.training.network_kernels
+    wanted = settings.training.network_kernels
+    if wanted not in (kept, "auto"):
+        print(f"--network-kernels {wanted} is not used: {arguments.resume} continues with {kept}")
+    training = dataclasses.replace(settings.training, network_kernels=kept)
+    return dataclasses.replace(arguments, settings=dataclasses.replace(settings, training=training))
 
 
 def _check_resumable(base: Config, arguments: Arguments) -> None:

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from bvae import disk
 from bvae.errors import FULL, say_once
+from bvae.kernels import launch
 from bvae.opening import TABLE, WEIGHTS, open_regular, read_bytes
 from bvae.pipelines.cache_folder import default_folder
 from bvae.training.cuda_graph import CaptureFailed, causes, is_out_of_memory
@@ -164,6 +165,23 @@ def first_step(attempt: Callable[[], T], recompile: Callable[[bool], None], *, c
         raise CompileFailed(_advice(error, False)) from error
 
 
+@_full_disk_in_one_line()
+def why_not(attempt: Callable[[], bool | None]) -> str | None:
+    """The reason why code cannot be compiled or captured on this machine, in one line; None: it can.
+
+    Args:
+        attempt: calls the code, once. It returns False if memory is short.
+    """
+    try:
+        return "the graph does not fit the GPU's memory" if attempt() is False else None
+    except Exception as error:
+        if isinstance(error, CaptureFailed):
+            return _reason(error.__cause__ or error)
+        if is_out_of_memory(error) or _is_from_compiler(error):
+            return _reason(error)
+        raise
+
+
 def _raise_other_errors(error: Exception) -> None:
     """Raise the error again if it is not the compiler's, and OSError for a full disk."""
     if isinstance(error, CaptureFailed) or is_out_of_memory(error) or not _is_from_compiler(error):
@@ -229,6 +247,8 @@ def _reason(error: BaseException) -> str:
 
 def _advice(error: BaseException, compile: bool) -> str:
     failing, option = ("torch.compile", "--no-compile") if compile else ("a Triton kernel", "--no-fused")
+    if compile and launch.NETWORK:  # it compiles our kernels too
+        option = "--no-compile or --no-fused"
     return (
         f"{failing} failed ({_reason(error)}): {option} trains without it; python -m bvae.doctor says what "
         "is missing"

@@ -29,18 +29,17 @@ def decode(model: BetaVAE, loss: nn.Module, z: Tensor, target: Tensor) -> Tensor
     Args:
         target: uint8 images [B, C, H, W].
     """
-    ending = _ending(model.decoder) if launch.NETWORK else None
-    if ending is None or type(loss) not in (BetaLoss, AnnealedBeta, CapacityLoss):
+    parts = ending(model.decoder) if launch.NETWORK else None
+    if parts is None:
         return model.decode_raw(z)
-    before, norm, to_image = ending
+    before, norm, to_image = parts
     x = model.decoder_input(z).view(-1, *model.code_shape)
     x = x.contiguous(memory_format=torch.channels_last)  # kept for backward: compilers copy it twice
     for module in before:
         x = module(x)
-    objective = loss.objective()
-    fits = norm.training and objective.pixel_range == model.pixel_range
-    if not fits or to_image.bias is None or not has_last_block_kernel(x, to_image.weight, objective):
+    if not takes(model, loss, norm, to_image, x):
         return to_image(norm(x))
+    objective = loss.objective()
     errors, squares = last_block(
         x,
         norm.weight,
@@ -58,7 +57,16 @@ def decode(model: BetaVAE, loss: nn.Module, z: Tensor, target: Tensor) -> Tensor
     return Errors(errors, squares, target[0].numel())
 
 
-def _ending(decoder: nn.Module) -> tuple[list[nn.Module], BatchNormLeakyReLU, ToImage] | None:
+def takes(model: BetaVAE, loss: nn.Module, norm: BatchNormLeakyReLU, to_image: ToImage, x: Tensor) -> bool:
+    """Whether the kernel computes the last block from x, the input of its BatchNorm `norm`."""
+    if type(loss) not in (BetaLoss, AnnealedBeta, CapacityLoss) or not norm.training or to_image.bias is None:
+        return False
+    objective = loss.objective()
+    fits = objective.pixel_range == model.pixel_range
+    return fits and has_last_block_kernel(x, to_image.weight, objective)
+
+
+def ending(decoder: nn.Module) -> tuple[list[nn.Module], BatchNormLeakyReLU, ToImage] | None:
     """The modules of PyTorch-VAE's decoder before its last block, and the block's two; None for another."""
     if isinstance(decoder, nn.Sequential) and len(decoder) > 1 and isinstance(decoder[-2], nn.Sequential):
         *blocks, block, to_image = decoder

@@ -13,7 +13,7 @@ from torch import nn
 
 from bvae import files
 from bvae.arguments import LEAST_BATCH
-from bvae.config import Config, ObjectiveConfig, TrainingConfig
+from bvae.config import Config, NetworkKernels, ObjectiveConfig, TrainingConfig
 from bvae.datasets import Data, find_files, open_data
 from bvae.device import choose_device
 from bvae.errors import UsageError
@@ -23,7 +23,7 @@ from bvae.losses import BetaLoss, CapacityLoss
 from bvae.model import BetaVAE, build
 from bvae.penalties import Covariance, Discriminator, Penalty, TotalCorrelation
 from bvae.pipelines.memory_loaders import DeviceLoader
-from bvae.training import compiler, completion, malloc
+from bvae.training import compiler, completion, malloc, network_kernels
 from bvae.training.claim import claim
 from bvae.training.cli import AUTO, Arguments
 from bvae.training.distributed import Distributed, init_distributed
@@ -53,6 +53,7 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
     deterministic: Any = torch.utils.deterministic  # type: ignore[attr-defined]
     before = (
         launch.ENABLED,
+        launch.NETWORK,
         library.loaded,
         torch.backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
@@ -71,12 +72,14 @@ def switches(training: TrainingConfig, device: torch.device) -> Iterator[None]:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
                 deterministic.fill_uninitialized_memory = False
             launch.ENABLED = training.fused
+            launch.NETWORK = training.network_kernels == "ours"
             library.loaded = load_cpu_layers(training, device)
             yield
         finally:
-            launch.ENABLED, library.loaded, torch.backends.cudnn.benchmark = before[:3]
-            torch.use_deterministic_algorithms(before[3], warn_only=before[4])
-            deterministic.fill_uninitialized_memory = before[5]
+            launch.ENABLED, launch.NETWORK, library.loaded = before[:3]
+            torch.backends.cudnn.benchmark = before[3]
+            torch.use_deterministic_algorithms(before[4], warn_only=before[5])
+            deterministic.fill_uninitialized_memory = before[6]
 
 
 # --- The run ----------------------------------------------------------------------------------------------
@@ -137,7 +140,8 @@ def prepare(
     distributed.barrier()  # write only when all ranks are ready
     if out and write and distributed.is_main:
         completion.unmark(out)
-        files.write_text(out / "config.yaml", _with_absolute_paths(config).to_yaml())
+        repeated = _with_network_kernels(config, run.config.training.network_kernels)
+        files.write_text(out / "config.yaml", _with_absolute_paths(repeated).to_yaml())
         run.model.save_config(out)
         if opened.bad:
             lines = "".join(f"{files.one_line(file)}\t{text}\n" for file, text in opened.bad)
@@ -273,6 +277,8 @@ def _compile_and_capture(run: Run) -> str:
     step, training = run.step, run.config.training
     execution = compiles(step.device, training.compile)[1]
     captured, how = captures(step.device, training)
+    if training.network_kernels == "ours":
+        network_kernels.say_shortfall(run)
     if run.done < run.steps and (captured or step.compile or step.device.type == "cuda"):
         compiler.remove_truncated()
         begin: Callable[[], bool | None]
@@ -282,12 +288,22 @@ def _compile_and_capture(run: Run) -> str:
             images = run.train.head(run.train.batch_size)
             begin = partial(step.capture if captured else step.compile_and_restore, images)
         compiled = step.compile
-        fits = compiler.first_step(begin, step.recompile, compile=compiled)
+        start = partial(compiler.first_step, begin, step.recompile, compile=compiled)
+        if captured and training.network_kernels == "auto":
+            fits = network_kernels.capture_faster(run, begin, start)
+        else:
+            fits = start()
         if captured:
             how = "captured" if fits else "not captured: the graph does not fit the GPU's memory"
         if compiled and not step.compile:
             execution = "eager (torch.compile failed)"
+    if training.network_kernels == "auto":  # the run and its checkpoints keep what it has become
+        run.config = _with_network_kernels(run.config, "ours" if launch.NETWORK else "compiler")
     return ", ".join(filter(None, (execution, how)))
+
+
+def _with_network_kernels(config: Config, kernels: NetworkKernels) -> Config:
+    return replace(config, training=replace(config.training, network_kernels=kernels))
 
 
 def _announce(run: Run, execution: str) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import CDLL
 from typing import Any, NamedTuple
 
@@ -149,6 +150,13 @@ class _Call(nn.Module):
         return self.function(*args)
 
 
+class Captured(NamedTuple):
+    """A step as a CUDA graph."""
+
+    replay: Callable[[], None]
+    images: Tensor | None  # its input; None: it gathers its images from the data set
+
+
 class TrainingStep:
     """Turns uint8 images [B, H, W, C] into one update of the model; the host never waits for the device.
 
@@ -185,6 +193,7 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         self.model, self.loss, self.optimizer, self.dtype = model, loss, optimizer, dtype
         self.penalty, self.discriminator_optimizer = penalty, discriminator_optimizer
+        self._optimizers = [optimizer] + ([discriminator_optimizer] if discriminator_optimizer else [])
         self.clip_grad, self.accumulate, self.distributed = clip_grad, accumulate, distributed
         for group in optimizer.param_groups:  # as torch's schedulers do
             group.setdefault("initial_lr", float(group["lr"]))
@@ -208,9 +217,7 @@ class TrainingStep:
             for name, module in self._call.named_modules()
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.weight.requires_grad
         }
-        self._replay: Callable[[], None] | None = None
-        self._images: Tensor | None = None  # the input of a captured step that does not gather
-        self.gathers = False  # captured, and reads its images from the data set itself
+        self.captured: Captured | None = None
 
     def __call__(self, images: Tensor | None = None) -> None:
         """One step on uint8 images [B, H, W, C]; None if the step `gathers` its own.
@@ -218,15 +225,20 @@ class TrainingStep:
         Raises:
             ValueError: a captured step gets images of another kind; the message says what changed.
         """
-        if self._replay is None:
+        if self.captured is None:
             assert images is not None
             self._update(images)
             return
-        if self._images is not None:
+        if self.captured.images is not None:
             assert images is not None
-            _check_same(images, self._images)
-            self._images.copy_(images, non_blocking=True)
-        self._replay()
+            _check_same(images, self.captured.images)
+            self.captured.images.copy_(images, non_blocking=True)
+        self.captured.replay()
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the step is captured, and reads its images from the data set itself."""
+        return self.captured is not None and self.captured.images is None
 
     def capture(self, images: DeviceLoader | Tensor) -> bool:
         """Make every later step a replay of one CUDA graph; False, without a change, if memory is short.
@@ -235,6 +247,7 @@ class TrainingStep:
             images: the loader, whose batches the graph gathers itself (call `DeviceLoader.begin` before each
                 epoch); or images like those of later steps.
         """
+        static = None
         if isinstance(images, DeviceLoader):
             images.begin(0)
             per_epoch, batch = len(images), images.batch
@@ -247,14 +260,14 @@ class TrainingStep:
             def step() -> None:
                 self._update(gather(self.step))
         else:
-            self._images = static = images.clone()
+            static = own = images.clone()
 
             def step() -> None:
-                self._update(static)
+                self._update(own)
 
-        self._replay = capture(step, self._state)
-        self.gathers = self._replay is not None and isinstance(images, DeviceLoader)
-        return self._replay is not None
+        replay = capture(step, self._state)
+        self.captured = Captured(replay, static) if replay else None
+        return replay is not None
 
     def recompile(self, compile: bool) -> None:
         """Discard the compiled code; the next step compiles again, or is eager."""
@@ -264,12 +277,30 @@ class TrainingStep:
 
     def compile_and_restore(self, images: Tensor) -> None:
         """Run one step on uint8 images [B, H, W, C], to compile it, and restore all state afterwards."""
-        with preserved(self._state):
+        with self.undone():
             self._update(images)
+
+    def rehearse(self, images: Tensor) -> None:
+        """`compile_and_restore` without an update: no rank waits for another."""
+        with self.undone():
+            self.zero_grad()
+            self._backward(images)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Restore after a block of steps all that they change, and the generators of random numbers."""
+        devices = [self.device.index or 0] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), preserved(self._state):
+            yield
 
     def release(self) -> None:
         """Release the captured graph; later steps run without one."""
-        self._replay, self._images, self.gathers = None, None, False
+        self.captured = None
+
+    def zero_grad(self) -> None:
+        """Discard all gradients, and their memory."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def restore(self, step: int) -> None:
         """Set the counters as if `step` steps had been done."""
@@ -369,18 +400,14 @@ class TrainingStep:
 
     def _update(self, images: Tensor) -> None:
         """The whole step, on the device only."""
-        optimizers = [self.optimizer]
-        if self.discriminator_optimizer:
-            optimizers.append(self.discriminator_optimizer)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
         row, index = self._backward(images)
         gradients = [p.grad for p in [*self._parameters, *self._adversary] if p.grad is not None]
         self.distributed.all_reduce_mean([*gradients, row])
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
-        for optimizer in optimizers:
+        for optimizer in self._optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.metrics_buffer.write(index, row)
@@ -410,8 +437,8 @@ class TrainingStep:
             if module is not None:
                 yield from module.parameters()
                 yield from module.buffers()
-        for optimizer in (self.optimizer, self.discriminator_optimizer):
-            for moments in optimizer.state.values() if optimizer else ():
+        for optimizer in self._optimizers:
+            for moments in optimizer.state.values():
                 yield from (value for value in moments.values() if isinstance(value, Tensor))
         if self.scaler.is_enabled():
             state = (self.scaler._scale, self.scaler._growth_tracker)
