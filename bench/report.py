@@ -67,8 +67,8 @@ def _origin(result: Result, record: Record) -> str:
 def _remarks(record: Record) -> str:
     """A remark if the machine did other work before the benchmarks began."""
     load = max(result["load_before"] for result in rows(record))
-    device = record["machine"]["device"]
-    return f" {device}: the machine was shared, load {load:.1f} at the first benchmark." if load > BUSY else ""
+    text = f" {record['machine']['device']}: the machine was shared, load {load:.1f} at the first benchmark."
+    return text if load > BUSY else ""
 
 
 def _results(record: Record) -> list[Result]:

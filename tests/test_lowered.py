@@ -43,7 +43,7 @@ def test_the_step_keeps_to_its_budget(said):
 
 @pytest.mark.slow
 def test_the_networks_kernels_need_fewer_launches_and_bytes(tmp_path):
-    """6 layers of 2 + 2 launches and 3 of 1 + 1, the last block, and one launch for all running statistics."""
+    """6 layers of 2 + 2 launches and 3 of 1 + 1, the last block, one launch for all running statistics."""
     _, forward, backward, *_, last = lines(tmp_path, "--top", "0", "--network")
     assert "15 batch_norm_leaky_relu, " in forward
     assert "2 last_block" in forward
