@@ -39,6 +39,8 @@ def decode(model: BetaVAE, loss: nn.Module, z: Tensor, target: Tensor) -> Tensor
         x = module(x)
     if not takes(model, loss, norm, to_image, x):
         return to_image(norm(x))
+    assert isinstance(loss, BetaLoss | CapacityLoss)
+    assert to_image.bias is not None
     objective = loss.objective()
     errors, squares = last_block(
         x,
@@ -61,6 +63,7 @@ def takes(model: BetaVAE, loss: nn.Module, norm: BatchNormLeakyReLU, to_image: T
     """Whether the kernel computes the last block from x, the input of its BatchNorm `norm`."""
     if type(loss) not in (BetaLoss, AnnealedBeta, CapacityLoss) or not norm.training or to_image.bias is None:
         return False
+    assert isinstance(loss, BetaLoss | CapacityLoss)
     objective = loss.objective()
     fits = objective.pixel_range == model.pixel_range
     return fits and has_last_block_kernel(x, to_image.weight, objective)
@@ -68,9 +71,12 @@ def takes(model: BetaVAE, loss: nn.Module, norm: BatchNormLeakyReLU, to_image: T
 
 def ending(decoder: nn.Module) -> tuple[list[nn.Module], BatchNormLeakyReLU, ToImage] | None:
     """The modules of PyTorch-VAE's decoder before its last block, and the block's two; None for another."""
-    if isinstance(decoder, nn.Sequential) and len(decoder) > 1 and isinstance(decoder[-2], nn.Sequential):
-        *blocks, block, to_image = decoder
-        *layers, norm = block
-        if type(norm) is BatchNormLeakyReLU and type(to_image) is ToImage:
-            return [*blocks, *layers], norm, to_image
+    if not isinstance(decoder, nn.Sequential) or len(decoder) < 2:
+        return None
+    *blocks, block, to_image = decoder.children()
+    if not isinstance(block, nn.Sequential) or len(block) == 0:
+        return None
+    *layers, norm = block.children()
+    if type(norm) is BatchNormLeakyReLU and type(to_image) is ToImage:
+        return [*blocks, *layers], norm, to_image
     return None

@@ -116,8 +116,11 @@ def load_cpu_layers(training: TrainingConfig, device: torch.device) -> CDLL | No
 
 def pixel_mse(model: BetaVAE, loss: nn.Module, terms: LossTerms, raw: Tensor, target: Tensor) -> Tensor:
     """Squared error per pixel and channel, in the decoder's range, from a loss's terms and arguments."""
-    is_mse = isinstance(loss, BetaLoss | CapacityLoss) and loss.likelihood == "gaussian"
-    if not is_mse or isinstance(loss.decoder_variance, str | Tensor):
+    if (
+        not isinstance(loss, BetaLoss | CapacityLoss)
+        or loss.likelihood != "gaussian"
+        or isinstance(loss.decoder_variance, str | Tensor)
+    ):
         return (model.activate(raw.detach().float()) - model.scale(target)).square().mean()
     mse = terms.recon.detach() * 2 * loss.decoder_variance
     return mse if loss.reduction == "mean" else mse / raw[0].numel()
@@ -363,6 +366,7 @@ class TrainingStep:
             parts = self._reconstruct(target, first)
         decoded, kl, kl_per_dim, latents = parts
         if isinstance(decoded, Errors):
+            assert isinstance(self.loss, BetaLoss | CapacityLoss)
             terms = self.loss.of_errors(decoded.sums, decoded.elements, kl)
             mse = decoded.squares.mean() / decoded.elements
         else:
