@@ -272,10 +272,15 @@ def train(data, device, tmp_path, capsys):
             "--cache-dir",
             str(tmp_path / "cache"),
         ]
-        same = ["--device", device, "--deterministic", "--max-steps", str(steps)]
-        return said(main([*places, *TINY, *same, *map(str, options)]), capsys)
+        options = [*always(device), "--max-steps", str(steps), *map(str, options)]
+        return said(main([*places, *TINY, *options]), capsys)
 
     return run
+
+
+def always(device):
+    """The same bits each time; on a GPU in bfloat16, which all our kernels take."""
+    return ["--device", device, "--deterministic", *(["--amp"] if device == "cuda" else [])]
 
 
 def said(status, capsys):
@@ -439,7 +444,7 @@ def test_a_resumed_run_keeps_its_kernels(train, device, tmp_path, monkeypatch, c
     ],
 )
 def test_a_resumed_run_says_what_it_does_not_use(
-    train, tmp_path, monkeypatch, capsys, data, again, asked, lines
+    train, device, tmp_path, monkeypatch, capsys, data, again, asked, lines
 ):
     clocks = fake_clock(monkeypatch, OURS)
     train("run", "--network-kernels", "auto", steps=2)
@@ -447,8 +452,8 @@ def test_a_resumed_run_says_what_it_does_not_use(
     options = [word.replace("RUN", out) for word in again.split()]
     if "auto" in options:  # the command is the whole command each time
         places = ["--data-root", str(data), "--cache-dir", str(tmp_path / "cache")]
-        options += [*places, *TINY, "--deterministic"]
-    options += ["--max-steps", "4", "--network-kernels", asked]
+        options += [*places, *TINY]
+    options += [*always(device), "--max-steps", "4", "--network-kernels", asked]
     assert said(main(options), capsys) == [line.replace("RUN", out) for line in lines]
     assert kernels_of(tmp_path / "run") == "ours"
     assert len(clocks) == 1
