@@ -176,7 +176,7 @@ class TrainingConfig:
     network_kernels: NetworkKernels = "compiler"
     """On a GPU: what trains BatchNorm with LeakyReLU, and the decoder's last block. compiler: what
     torch.compile makes. ours: Triton kernels, where they can take a layer. auto: ours if they make the
-    captured step 2% faster; the first start times both. compiler is the default until a GPU has timed them."""
+    captured step 2% faster, timed at the first start. The default is compiler until a GPU has raced them."""
     deterministic: bool = False
     """On a GPU: only operations that give the same bits each time, which are slower. A CPU always does so."""
     clip_grad: float | None = None
