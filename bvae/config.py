@@ -174,9 +174,9 @@ class TrainingConfig:
     """On a GPU: the Triton kernels for sample, KL and loss; on a CPU: the layers in C++. PyTorch's
     operations otherwise."""
     network_kernels: NetworkKernels = "compiler"
-    """On a GPU: what trains BatchNorm with LeakyReLU and the last block. compiler: what torch.compile makes.
-    ours: Triton kernels, where they can take a layer. auto: ours if they make the captured step 2% faster;
-    the first start times both. The default is compiler until a GPU has timed them."""
+    """On a GPU: what trains BatchNorm with LeakyReLU, and the decoder's last block. compiler: what
+    torch.compile makes. ours: Triton kernels, where they can take a layer. auto: ours if they make the
+    captured step 2% faster, timed at the first start. The default is compiler until a GPU has raced them."""
     deterministic: bool = False
     """On a GPU: only operations that give the same bits each time, which are slower. A CPU always does so."""
     clip_grad: float | None = None

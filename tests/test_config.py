@@ -209,6 +209,7 @@ def test_capacity_fits_the_run():
         ("data: {image_size: 100}\nmodel: {arch: burgess}", "arch burgess takes images .* got 100"),
         ("model: {arch: resnet}", "arch must be one of .*burgess.*, got 'resnet'"),
         ("training: {optimizer: sgd}", "training.optimizer must be .*, got 'sgd'"),
+        ("training: {network_kernels: fast}", "network_kernels must be compiler or ours or auto, got 'fast'"),
     ],
 )
 def test_refused(tmp_path, text, message):
