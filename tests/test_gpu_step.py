@@ -216,7 +216,7 @@ def network(device, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("make_loss", "dtype"),
     [
-        (LOSSES["B"], torch.bfloat16),
+        pytest.param(LOSSES["B"], torch.bfloat16, marks=pytest.mark.slow),  # in the interpreter
         pytest.param(LOSSES["H, summed"], torch.float16, marks=pytest.mark.gpu),
         pytest.param(LOSSES["H"], None, marks=pytest.mark.gpu),
     ],
