@@ -345,7 +345,7 @@ _WIDEST = _PLACES // 4  # a tile of less than four rows would compute more than 
 _MOST_CHANNELS = 64
 _BACKWARD_PLACES, _BACKWARD_WARPS = 128, 8
 _PROGRAMS = 528  # that reduce: 4 on each SM of an H100
-_PARTS, _COLUMNS = 128, 16  # of a tile of their sums
+_PARTS, _COLUMNS = 128, 16  # of a tile of their sums; 18 programs or more add them, one for each of OUT
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
