@@ -672,7 +672,7 @@ SWITCHES = ("amp", "capture", "fused", "compile")
 def test_every_combination_of_layers_trains_the_same(data, tmp_path, monkeypatch, on):
     monkeypatch.setattr(launch, "ENABLED", True)  # a run sets it for the whole process
     options = [("--" if is_on else "--no-") + name for name, is_on in zip(SWITCHES, on, strict=True)]
-    assert run(data, tmp_path / "plain", "--max-steps", 5) == 0
+    assert run(data, tmp_path / "plain", "--max-steps", 5, "--no-amp") == 0
     assert run(data, tmp_path / "run", "--max-steps", 5, *options) == 0
     plain, layered = metrics(tmp_path / "plain")[-1], metrics(tmp_path / "run")[-1]
     assert layered["loss"] == pytest.approx(plain["loss"], rel=0.05 if on[0] else 1e-3)

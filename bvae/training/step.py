@@ -196,7 +196,6 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         self.model, self.loss, self.optimizer, self.dtype = model, loss, optimizer, dtype
         self.penalty, self.discriminator_optimizer = penalty, discriminator_optimizer
-        self._optimizers = [optimizer] + ([discriminator_optimizer] if discriminator_optimizer else [])
         self.clip_grad, self.accumulate, self.distributed = clip_grad, accumulate, distributed
         for group in optimizer.param_groups:  # as torch's schedulers do
             group.setdefault("initial_lr", float(group["lr"]))
@@ -221,6 +220,10 @@ class TrainingStep:
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.weight.requires_grad
         }
         self.captured: Captured | None = None
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [each for each in (self.optimizer, self.discriminator_optimizer) if each is not None]
 
     def __call__(self, images: Tensor | None = None) -> None:
         """One step on uint8 images [B, H, W, C]; None if the step `gathers` its own.
