@@ -359,7 +359,7 @@ class TrainingStep:
         """
         self.step += counts
         if self.accumulate > 1 and isinstance(self.loss, CapacityLoss | AnnealedBeta):
-            self.loss.step += counts - 1  # it counts forward passes; the parts are one step
+            self.loss.step.add_(counts - 1)  # it counts forward passes; the parts are one step
         target = images.permute(0, 3, 1, 2)
         if torch.compiler.is_compiling() and self.dtype is not None:
             cast = _Cast.apply(self.dtype, *self._cast.values())
